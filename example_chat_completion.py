@@ -1,0 +1,64 @@
+"""Answer a few dialogs: torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir DIR"""
+
+from llama import Dialog, Llama
+from llama.launch import default_ckpt_dir, launch
+
+
+def main(
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_seq_len: int = 512,
+    max_batch_size: int = 4,
+    max_gen_len: int | None = None,
+) -> None:
+    """Answer a few dialogs with a chat model.
+
+    Args:
+        ckpt_dir: folder of consolidated.*.pth and params.json; by default the demo model's, if it is there.
+        tokenizer_path: by default tokenizer.model in ckpt_dir.
+        temperature: of sampling; 0 always takes the most likely token.
+        top_p: share of probability that sampling keeps.
+        max_seq_len: tokens of a dialog and its answer together.
+        max_batch_size: dialogs answered at a time.
+        max_gen_len: tokens of an answer at most; by default as many as fit.
+    """
+    dialogs: list[Dialog] = [
+        [{"role": "user", "content": "What is the capital of France?"}],
+        [
+            {"role": "user", "content": "I have two days in Lima. What should I see?"},
+            {
+                "role": "assistant",
+                "content": "Start in the historic centre with the Plaza Mayor, spend the afternoon in the Larco "
+                "Museum, and keep the second day for Barranco and the cliffs of Miraflores.",
+            },
+            {"role": "user", "content": "What is in that museum?"},
+        ],
+        [
+            {"role": "system", "content": "Always answer with a haiku."},
+            {"role": "user", "content": "What does a llama dream of?"},
+        ],
+        [
+            {"role": "system", "content": "You explain things to children, in three sentences at most."},
+            {"role": "user", "content": "Why is the sky blue?"},
+        ],
+    ]
+    with Llama.build(
+        ckpt_dir=ckpt_dir or default_ckpt_dir(),
+        tokenizer_path=tokenizer_path,
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+    ) as llama:
+        results = llama.chat_completion(
+            dialogs, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len
+        )
+
+    for dialog, result in zip(dialogs, results, strict=True):
+        for message in [*dialog, result["generation"]]:
+            print(f"{message['role'].capitalize()}: {message['content']}\n")
+        print("==================================\n")
+
+
+if __name__ == "__main__":
+    launch(main)

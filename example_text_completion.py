@@ -1,0 +1,59 @@
+"""Continue a few texts: torchrun --nproc_per_node 1 example_text_completion.py --ckpt_dir DIR"""
+
+from llama import Llama
+from llama.launch import default_ckpt_dir, launch
+
+
+def main(
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_seq_len: int = 128,
+    max_gen_len: int | None = 64,
+    max_batch_size: int = 4,
+) -> None:
+    """Continue a few texts with a base model.
+
+    Args:
+        ckpt_dir: folder of consolidated.*.pth and params.json; by default the demo model's, if it is there.
+        tokenizer_path: by default tokenizer.model in ckpt_dir.
+        temperature: of sampling; 0 always takes the most likely token.
+        top_p: share of probability that sampling keeps.
+        max_seq_len: tokens of a text and its continuation together.
+        max_gen_len: tokens of a continuation at most; None for as many as fit.
+        max_batch_size: texts continued at a time.
+    """
+    prompts = [
+        "The llama and the alpaca differ in",
+        "Simply put, the theory of relativity states that",
+        # Examples first, then the question: a base model continues the pattern.
+        """Translate English to French:
+
+cheese => fromage
+good morning => bonjour
+the sea =>""",
+        """A short note to the whole team:
+
+Hello everyone,
+
+Tomorrow we release""",
+    ]
+    with Llama.build(
+        ckpt_dir=ckpt_dir or default_ckpt_dir(),
+        tokenizer_path=tokenizer_path,
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+    ) as llama:
+        results = llama.text_completion(
+            prompts, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len
+        )
+
+    for prompt, result in zip(prompts, results, strict=True):
+        print(prompt)
+        print(f"> {result['generation']}")
+        print("\n==================================\n")
+
+
+if __name__ == "__main__":
+    launch(main)

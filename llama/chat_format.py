@@ -1,0 +1,131 @@
+"""Dialogs to token ids, in the form each family of chat models was trained on.
+
+Text of a message never becomes a special token: roles are checked against a list, and content is
+encoded as ordinary text, whatever it looks like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
+
+if TYPE_CHECKING:
+    from llama.tokenizer import Tokenizer
+
+Role = Literal["system", "user", "assistant", "tool", "ipython"]
+
+
+class Message(TypedDict):
+    role: Role
+    content: str
+
+
+Dialog = Sequence[Message]
+
+
+class DialogFormat(Protocol):
+    """What every chat format offers."""
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        """The ids that ask for the assistant's next message. Raises ValueError for other dialogs."""
+
+
+def check_dialog(dialog: Dialog, roles: Sequence[str]) -> None:
+    """Raise ValueError unless every message of a dialog has a known role and text."""
+    if isinstance(dialog, str | dict) or not isinstance(dialog, Sequence):
+        raise ValueError(f"a dialog is a list of messages, not a {type(dialog).__name__}")
+    if not dialog:
+        raise ValueError("the dialog is empty: it needs one message at least")
+    for message in dialog:
+        check_message(message, roles)
+
+
+def check_message(message: Message, roles: Sequence[str]) -> None:
+    if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        raise ValueError(f'a message is {{"role": ..., "content": ...}}, not {message!r}')
+    if message["role"] not in roles:
+        raise ValueError(f"unknown role {message['role']!r}: use one of {', '.join(roles)}")
+    if not isinstance(message["content"], str):
+        raise ValueError(f"a message's content is text, not {type(message['content']).__name__}")
+
+
+class ChatFormat:
+    """Llama 3: a header of role, two newlines, the stripped content, <|eot_id|>."""
+
+    roles = ("system", "user", "assistant", "tool", "ipython")
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def encode_header(self, message: Message) -> list[int]:
+        """<|start_header_id|>role<|end_header_id|>, two newlines. Raises ValueError for an unknown role."""
+        check_message(message, self.roles)
+        role = "ipython" if message["role"] == "tool" else message["role"]
+        special = self.tokenizer.special_tokens
+        return [
+            special["<|start_header_id|>"],
+            *self.tokenizer.encode(role, bos=False, eos=False),
+            special["<|end_header_id|>"],
+            *self.tokenizer.encode("\n\n", bos=False, eos=False),
+        ]
+
+    def encode_message(self, message: Message) -> list[int]:
+        """A header, the content without space around it, and <|eot_id|>."""
+        header = self.encode_header(message)
+        content = self.tokenizer.encode(message["content"].strip(), bos=False, eos=False)
+        return [*header, *content, self.tokenizer.special_tokens["<|eot_id|>"]]
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        """<|begin_of_text|>, every message, and the header of the answer to come."""
+        check_dialog(dialog, self.roles)
+        ids = [self.tokenizer.special_tokens["<|begin_of_text|>"]]
+        for message in dialog:
+            ids += self.encode_message(message)
+        return ids + self.encode_header({"role": "assistant", "content": ""})
+
+
+class ChatML:
+    """<|im_start|>role, a newline, the content as it is, <|im_end|>, a newline.
+
+    default_system: goes before a dialog that has no system message of its own, if not empty.
+    """
+
+    roles = ("system", "user", "assistant", "tool")
+
+    def __init__(self, tokenizer: Tokenizer, default_system: str = "") -> None:
+        self.tokenizer = tokenizer
+        self.default_system = default_system
+
+    def encode_header(self, message: Message) -> list[int]:
+        """<|im_start|>role and a newline. Raises ValueError for an unknown role."""
+        check_message(message, self.roles)
+        return [self.tokenizer.special_tokens["<|im_start|>"], *self._text(message["role"] + "\n")]
+
+    def encode_message(self, message: Message) -> list[int]:
+        """One message, its closing <|im_end|> and newline included."""
+        check_message(message, self.roles)
+        special = self.tokenizer.special_tokens
+        # Role and content stand between the same two special tokens, so they are one text.
+        body = self._text(f"{message['role']}\n{message['content']}")
+        return [special["<|im_start|>"], *body, special["<|im_end|>"], *self._text("\n")]
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        """Every message, after the default system message if there is none, and the answer's header."""
+        check_dialog(dialog, self.roles)
+        if self.default_system and dialog[0]["role"] != "system":
+            dialog = [{"role": "system", "content": self.default_system}, *dialog]
+        ids = [token for message in dialog for token in self.encode_message(message)]
+        return ids + self.encode_header({"role": "assistant", "content": ""})
+
+    def _text(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, bos=False, eos=False)
+
+
+def chat_format(tokenizer: Tokenizer) -> DialogFormat:
+    """The format that a checkpoint's tokenizer files name."""
+    layout = tokenizer.layout
+    if layout.chat_format == "llama3":
+        return ChatFormat(tokenizer)
+    if layout.chat_format == "chatml":
+        return ChatML(tokenizer, layout.default_system)
+    raise ValueError(f"unknown chat format {layout.chat_format!r}: use llama3 or chatml")

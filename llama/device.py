@@ -1,0 +1,72 @@
+"""Which device, which dtype, and whether a model fits."""
+
+import os
+
+import torch
+
+
+def default_device() -> torch.device:
+    """This rank's CUDA device, else MPS, else the CPU.
+
+    Raises ValueError where `torchrun` started more ranks on this machine than it has CUDA devices.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        if local_rank >= (count := torch.cuda.device_count()):
+            raise ValueError(
+                f"rank {local_rank} of this machine has no CUDA device of its own: there are {count}; "
+                f"start with --nproc_per_node {count}, or pass device='cpu'"
+            )
+        return torch.device("cuda", local_rank)
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the device computes in it; else fp16, or fp32 on a CPU."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "mps":
+        try:
+            torch.zeros(1, dtype=torch.bfloat16, device=device)
+        except (RuntimeError, TypeError):
+            return torch.float16
+        return torch.bfloat16
+    # Without bf16 instructions a CPU spends more on conversion than it saves in bandwidth.
+    try:
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    except (AttributeError, RuntimeError):  # a build without oneDNN
+        return torch.float32
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A dtype by its name, or itself. Raises ValueError for one that no model is computed in."""
+    names = {
+        "bfloat16": torch.bfloat16,
+        "bf16": torch.bfloat16,
+        "float16": torch.float16,
+        "fp16": torch.float16,
+        "float32": torch.float32,
+        "fp32": torch.float32,
+    }
+    found = names.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in names.values():
+        raise ValueError(f"dtype must be bfloat16, float16 or float32, not {dtype!r}")
+    return found
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of memory that this rank may use of the device; None where it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    try:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def gigabytes(n: float) -> str:
+    """1.23 GB, by powers of ten, or MB below one."""
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"

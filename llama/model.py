@@ -1,0 +1,341 @@
+"""The Llama transformer, from token ids to logits, over a preallocated KV cache.
+
+Reads top to bottom in the order of the forward pass: arguments, norm, rotary embedding, attention,
+feed-forward, block, transformer. Knows nothing of files, of what a token means, or of sampling.
+
+A step is ragged: the new tokens of several sequences stand behind one another in one tensor of N
+tokens, and a `Row` tells for each sequence which cache slot and which positions they take. Linear
+layers see N rows; attention runs sequence by sequence over the live part of its slot. Prefill,
+chunked prefill and decode are the same call with other lengths, and may share a step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama.parallel import (
+    ColumnParallelLinear,
+    Joined,
+    ModelParallel,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    current,
+    merged,
+)
+
+
+@dataclass
+class ModelArgs:
+    """The shape of a model, by the names of `params.json`, and the size of its cache.
+
+    Raises ValueError where the numbers contradict each other.
+    """
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = None  # type: ignore[assignment]  # by default as many as n_heads
+    vocab_size: int = -1
+    multiple_of: int = 256  # the feed-forward's hidden size is rounded up to a multiple of this
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000
+
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+
+    use_scaled_rope: bool = False
+    rope_scaling_factor: float | None = None  # None: what the released models of this shape use
+
+    def __post_init__(self) -> None:
+        if self.n_kv_heads is None:
+            self.n_kv_heads = self.n_heads
+        for name in (
+            "dim",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "multiple_of",
+            "max_batch_size",
+            "max_seq_len",
+        ):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+        if self.dim % self.n_heads or self.head_dim % 2:
+            raise ValueError(f"dim={self.dim} does not split into n_heads={self.n_heads} heads of even size")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+        if self.use_scaled_rope and self.rope_scaling_factor is None:
+            # params.json does not carry the factor. Llama 3.2 1B and 3B were extended by 32, all
+            # other released models by 8.
+            self.rope_scaling_factor = 32.0 if (self.dim, self.n_layers) in {(2048, 16), (3072, 28)} else 8.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the feed-forward: 2/3 of 4·dim (Shazeer 2020), scaled, rounded up."""
+        hidden = int(2 * 4 * self.dim / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return self.multiple_of * -(-hidden // self.multiple_of)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang and Sennrich 2019), in fp32, cast back, then the gain."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+
+
+def rope_frequencies(args: ModelArgs) -> Tensor:
+    """Angle per position of each pair of a head's channels, radians, fp32 (head_dim / 2).
+
+    Su et al. 2021, section 3.2.2; with `use_scaled_rope` the slow ones are stretched as Llama 3.1
+    does (`rope_scaling` in its model card): wavelengths above 8192 positions by the factor, below
+    8192 / 4 not at all, between them by a blend of both.
+    """
+    channels = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device="cpu")
+    frequencies = 1.0 / args.rope_theta ** (channels / args.head_dim)
+    if not args.use_scaled_rope or args.rope_scaling_factor is None:
+        return frequencies
+    original_context, low, high = 8192, 1, 4
+    rotations = original_context * frequencies / (2 * torch.pi)  # within the original context
+    keep = ((rotations - low) / (high - low)).clamp(0, 1)
+    return keep * frequencies + (1 - keep) * frequencies / args.rope_scaling_factor
+
+
+def apply_rotary(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each adjacent pair of channels of x (N, heads, head_dim) by rotation (N, 1, head_dim / 2)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
+
+
+class Row(NamedTuple):
+    """`length` new tokens of one sequence, at positions start … start + length - 1 of cache `slot`."""
+
+    slot: int
+    start: int
+    length: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+
+class Step(NamedTuple):
+    """What every layer needs to know of a step, computed once."""
+
+    rows: Sequence[Row]
+    rotation: Tensor  # (N, 1, head_dim / 2), complex
+    masks: list[Tensor | None]  # per row (length, stop), True where a query may look
+
+
+def causal_mask(row: Row, device: torch.device) -> Tensor | None:
+    """Which keys each new token sees: all that is cached, then a triangle. None: attention knows."""
+    if row.length == 1 or row.start == 0:
+        return None
+    return torch.ones(row.length, row.stop, dtype=torch.bool, device=device).tril(row.start)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention (Ainslie et al. 2023) of one sequence.
+
+    q (length, n_heads, head_dim); keys, values (n_kv_heads, stop, head_dim). Returns as q.
+    """
+    if len(q) == 1:
+        # One query sees every key, so no mask is needed and the heads that share a key head can
+        # stand in as the rows of one query: a matrix product where there were n_rep vector ones.
+        folded = q.view(1, len(keys), -1, q.shape[-1])  # (1, n_kv_heads, n_rep, head_dim)
+        return F.scaled_dot_product_attention(folded, keys[None], values[None]).view_as(q)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        keys[None],
+        values[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=True,
+    )
+    return out[0].transpose(0, 1)
+
+
+class Attention(nn.Module):
+    """Self-attention of this rank's heads over this rank's part of the cache."""
+
+    def __init__(self, args: ModelArgs, parallel: ModelParallel) -> None:
+        super().__init__()
+        self.head_dim = args.head_dim
+        start, stop = parallel.span(args.n_heads)
+        self.n_heads = stop - start
+        kv_heads = local_kv_heads(args, parallel)
+        self.n_kv_heads = len(kv_heads)
+        kv_spans = merged([(head * args.head_dim, (head + 1) * args.head_dim) for head in kv_heads])
+        kv_dim = args.n_kv_heads * args.head_dim
+
+        self.wq = ColumnParallelLinear(
+            args.dim, args.dim, parallel, [(start * self.head_dim, stop * self.head_dim)]
+        )
+        self.wk = ColumnParallelLinear(args.dim, kv_dim, parallel, kv_spans)
+        self.wv = ColumnParallelLinear(args.dim, kv_dim, parallel, kv_spans)
+        self.wo = RowParallelLinear(args.dim, args.dim, parallel, unit=args.head_dim)
+        self.wqkv = Joined(self.wq, self.wk, self.wv)
+
+    def forward(self, x: Tensor, cache: Tensor, step: Step) -> Tensor:
+        """x (N, dim) to (N, dim). cache (2, max_batch_size, n_kv_heads, max_seq_len, head_dim)."""
+        qkv = self.wqkv(x).view(len(x), -1, self.head_dim)  # (N, n_heads + 2 n_kv_heads, head_dim)
+        qk = apply_rotary(qkv[:, : -self.n_kv_heads], step.rotation)
+        values = qkv[:, -self.n_kv_heads :]
+        queries, keys = qk.split((self.n_heads, self.n_kv_heads), 1)
+
+        outputs, first = [], 0
+        for row, mask in zip(step.rows, step.masks, strict=True):
+            new = slice(first, first := first + row.length)
+            cached_keys, cached_values = cache[:, row.slot, :, : row.stop]  # only what is alive
+            cached_keys[:, row.start :] = keys[new].transpose(0, 1)
+            cached_values[:, row.start :] = values[new].transpose(0, 1)
+            outputs.append(attend(queries[new], cached_keys, cached_values, mask))
+        return self.wo(torch.cat(outputs).flatten(1))
+
+
+def local_kv_heads(args: ModelArgs, parallel: ModelParallel) -> list[int]:
+    """The key/value heads that this rank's query heads read, in order, repeated as needed.
+
+    Attention wants equal groups: so many query heads to each key head. Where rank borders cut
+    through a group, heads repeat (0, 0, 1, 1, …), as few times as keeps the groups equal.
+    """
+    start, stop = parallel.span(args.n_heads)
+    group = args.n_heads // args.n_kv_heads
+    local_group = next(g for g in range(group, 0, -1) if group % g == start % g == stop % g == 0)
+    return [head // group for head in range(start, stop, local_group)]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): w2(silu(w1 x) · w3 x)."""
+
+    def __init__(self, args: ModelArgs, parallel: ModelParallel) -> None:
+        super().__init__()
+        self.w1 = ColumnParallelLinear(args.dim, args.hidden_dim, parallel)
+        self.w2 = RowParallelLinear(args.hidden_dim, args.dim, parallel)
+        self.w3 = ColumnParallelLinear(args.dim, args.hidden_dim, parallel)
+        self.w13 = Joined(self.w1, self.w3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, -1)
+        return self.w2(F.silu(gate) * up)
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then feed-forward, each on the normed residual stream and added to it."""
+
+    def __init__(self, args: ModelArgs, parallel: ModelParallel) -> None:
+        super().__init__()
+        self.attention = Attention(args, parallel)
+        self.feed_forward = FeedForward(args, parallel)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x: Tensor, cache: Tensor, step: Step) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cache, step)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """A Llama model, or one rank's part of it.
+
+    parallel: the ranks it is cut across; by default fairscale's model-parallel group, or one rank.
+    Raises ValueError where the ranks do not divide the heads.
+    """
+
+    cache: Tensor  # (n_layers, 2, max_batch_size, n_kv_heads, max_seq_len, head_dim)
+    rotations: Tensor  # (max_seq_len, 1, head_dim / 2), complex64
+
+    def __init__(self, params: ModelArgs, parallel: ModelParallel | None = None) -> None:
+        super().__init__()
+        if params.vocab_size < 1:
+            raise ValueError(f"vocab_size must be the tokenizer's number of tokens, not {params.vocab_size}")
+        self.params = params
+        self.parallel = parallel or current()
+        if params.n_heads % self.parallel.size:
+            raise ValueError(
+                f"{params.n_heads} attention heads do not divide onto {self.parallel.size} ranks; "
+                f"use one of {[n for n in range(1, params.n_heads + 1) if params.n_heads % n == 0]}"
+            )
+        self.tok_embeddings = VocabParallelEmbedding(params.vocab_size, params.dim, self.parallel)
+        self.layers = nn.ModuleList(TransformerBlock(params, self.parallel) for _ in range(params.n_layers))
+        self.norm = RMSNorm(params.dim, params.norm_eps)
+        self.output = ColumnParallelLinear(params.dim, params.vocab_size, self.parallel)
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype
+
+    def cache_shape(self) -> tuple[int, ...]:
+        args = self.params
+        n_kv_heads = len(local_kv_heads(args, self.parallel))
+        return args.n_layers, 2, args.max_batch_size, n_kv_heads, args.max_seq_len, args.head_dim
+
+    def allocate_cache(self) -> None:
+        """Allocate the KV cache and the table of rotations, on the weights' device, once."""
+        self.cache = torch.zeros(self.cache_shape(), dtype=self.dtype, device=self.device)
+        angles = torch.outer(
+            torch.arange(self.params.max_seq_len, device="cpu"), rope_frequencies(self.params)
+        )
+        self.rotations = torch.polar(torch.ones_like(angles), angles)[:, None].to(self.device)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, start_pos: int | Tensor) -> Tensor:
+        """Logits after each of the tokens; keys and values of the tokens go to the cache.
+
+        tokens: int64 (batch, length). start_pos: position of the first column, for all rows or,
+        as int64 (batch), for each. Row i lives in cache slot i.
+        Returns fp32 (batch, length, vocab_size). Raises ValueError where the cache is too small.
+        """
+        batch, length = tokens.shape
+        starts = [start_pos] * batch if isinstance(start_pos, int) else start_pos.tolist()
+        rows = [Row(slot, start, length) for slot, start in enumerate(starts)]
+        return self.logits(self.hidden(tokens.flatten(), rows)).view(batch, length, -1)
+
+    @torch.inference_mode()
+    def hidden(self, tokens: Tensor, rows: Sequence[Row]) -> Tensor:
+        """The last layer's normed output (N, dim) for the rows' tokens, int64 (N), one row behind the other.
+
+        Cache slots take the new keys and values; each slot may appear in one row only.
+        Raises ValueError where a row does not fit into the cache.
+        """
+        if not hasattr(self, "cache"):
+            self.allocate_cache()
+        for row in rows:
+            if not (
+                0 <= row.slot < self.params.max_batch_size
+                and 0 <= row.start < row.stop <= self.params.max_seq_len
+            ):
+                raise ValueError(
+                    f"slot {row.slot}, positions {row.start} to {row.stop} do not fit into a cache of "
+                    f"max_batch_size={self.params.max_batch_size}, max_seq_len={self.params.max_seq_len}"
+                )
+        rotation = torch.cat([self.rotations[row.start : row.stop] for row in rows])
+        step = Step(rows, rotation, [causal_mask(row, self.device) for row in rows])
+        x = self.tok_embeddings(tokens)
+        for layer, cache in zip(self.layers, self.cache, strict=True):
+            x = layer(x, cache, step)
+        return self.norm(x)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Normed hidden states (…, dim) to fp32 logits (…, vocab_size), the same on every rank."""
+        return self.parallel.all_gather(self.output(hidden), self.params.vocab_size).float()

@@ -1,0 +1,198 @@
+"""Text to token ids and back, by tiktoken.
+
+`tokenizer.model` holds byte-pair ranks and nothing else. What surrounds them (special tokens, split
+pattern, chat format) is Llama 3's unless a `format.json` lies beside it.
+"""
+
+import base64
+import binascii
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import tiktoken
+
+from llama.chat_format import ChatFormat, Dialog, Message, Role
+
+__all__ = ["ChatFormat", "Dialog", "Layout", "Message", "Role", "Tokenizer"]
+
+# tiktoken panics on longer texts, and takes quadratic time on longer runs of spaces or of anything
+# else, so a text is cut, at the places where Meta's tokenizer cuts it.
+MAX_CHARS = 400_000
+MAX_RUN = 25_000
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Ids count from the number of base tokens, 128,000. The rest up to 256 is reserved.
+LLAMA3_SPECIAL_TOKENS = {
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    4: "<|finetune_right_pad_id|>",
+    5: "<|step_id|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    8: "<|eom_id|>",
+    9: "<|eot_id|>",
+    10: "<|python_tag|>",
+    11: "<|image|>",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a `tokenizer.model` of byte-pair ranks does not say; as `format.json` beside it.
+
+    special_tokens: text to id. pattern: cuts text into pieces, by tiktoken's regular expressions.
+    bos, eos: texts of special tokens; stop: those that end an answer; pad: one that no text holds.
+    bos may be None for models that were trained without.
+    """
+
+    special_tokens: dict[str, int]
+    pattern: str
+    bos: str | None
+    eos: str
+    pad: str
+    stop: list[str]
+    chat_format: str
+    default_system: str = ""
+
+    @staticmethod
+    def llama3(num_base_tokens: int) -> "Layout":
+        reserved = (f"<|reserved_special_token_{i}|>" for i in range(256))
+        names = [LLAMA3_SPECIAL_TOKENS.get(i) or next(reserved) for i in range(256)]
+        return Layout(
+            special_tokens={name: num_base_tokens + i for i, name in enumerate(names)},
+            pattern=LLAMA3_PATTERN,
+            bos="<|begin_of_text|>",
+            eos="<|end_of_text|>",
+            pad="<|finetune_right_pad_id|>",
+            stop=["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"],
+            chat_format="llama3",
+        )
+
+    @staticmethod
+    def read(path: Path) -> "Layout":
+        """Raises ValueError where the file is not a layout."""
+        try:
+            layout = Layout(**json.loads(path.read_text("utf-8")))
+            named = [layout.eos, layout.pad, *layout.stop, *([layout.bos] if layout.bos else [])]
+            if unknown := [name for name in named if name not in layout.special_tokens]:
+                raise ValueError(f"{unknown[0]!r} is not among its special_tokens")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a tokenizer layout: {error}") from None
+        return layout
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint.
+
+    n_words: size of the vocabulary. bos_id, eos_id, pad_id: ids. stop_tokens: ids that end an answer.
+    special_tokens: text to id.
+    """
+
+    num_reserved_special_tokens = 256
+    pat_str = LLAMA3_PATTERN
+
+    def __init__(self, model_path: str | os.PathLike[str], layout: Layout | None = None) -> None:
+        """model_path: a file of byte-pair ranks. layout: by default that of a `format.json` beside
+        it, else Llama 3's. Raises FileNotFoundError, or ValueError for a file of another kind."""
+        path = Path(model_path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no tokenizer at {path}: give the path of a checkpoint's tokenizer.model"
+            )
+        ranks = read_ranks(path)
+        beside = path.with_name("format.json")
+        self.layout = layout or (Layout.read(beside) if beside.is_file() else Layout.llama3(len(ranks)))
+        self.special_tokens = dict(self.layout.special_tokens)
+        self.pat_str = self.layout.pattern
+        self.n_words = len(ranks) + len(self.special_tokens)
+        # A vocabulary without a token for some byte would make tiktoken panic. Such bytes get a
+        # rank behind all others, which no merge uses, and `encode` drops it.
+        missing = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
+        self._every_byte = not missing
+        self.model = tiktoken.Encoding(
+            path.name,
+            pat_str=self.pat_str,
+            mergeable_ranks=ranks | {byte: self.n_words + i for i, byte in enumerate(missing)},
+            special_tokens=self.special_tokens,
+        )
+        self.bos_id = self.special_tokens[self.layout.bos] if self.layout.bos else None
+        self.eos_id = self.special_tokens[self.layout.eos]
+        self.pad_id = self.special_tokens[self.layout.pad]
+        self.stop_tokens = [self.special_tokens[name] for name in self.layout.stop]
+
+    def encode(
+        self,
+        s: str,
+        *,
+        bos: bool,
+        eos: bool,
+        allowed_special: Literal["all"] | AbstractSet[str] = frozenset(),
+        disallowed_special: Literal["all"] | Collection[str] = (),
+    ) -> list[int]:
+        """Ids of a text; by default text that looks like a special token is ordinary text.
+
+        bos, eos: put the id of begin and end of text around it.
+        allowed_special: texts that become special tokens, or "all". disallowed_special: texts that
+        raise ValueError, or "all". Lone surrogates become U+FFFD, as in UTF-8's own decoders.
+        """
+        if not isinstance(s, str):
+            raise ValueError(f"only text can be encoded, not {type(s).__name__}")
+        ids = [self.bos_id] if bos and self.bos_id is not None else []
+        for piece in _pieces(s):
+            ids += self.model.encode(
+                piece, allowed_special=allowed_special, disallowed_special=disallowed_special
+            )
+        if not self._every_byte:
+            ids = [token for token in ids if token < self.n_words]
+        return [*ids, self.eos_id] if eos else ids
+
+    def decode(self, t: Sequence[int]) -> str:
+        """Text of ids; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an unknown id."""
+        return self.decode_bytes(t).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, t: Sequence[int]) -> bytes:
+        """Bytes of ids: one token may hold a part of a character. Raises ValueError for an unknown id."""
+        for token in t:
+            if not 0 <= token < self.n_words:
+                raise ValueError(f"{token} is not a token id: the vocabulary has 0 to {self.n_words - 1}")
+        return self.model.decode_bytes(t)
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Byte-pair ranks, lines of `base64 rank`. Raises ValueError for a file that is something else."""
+    data = path.read_bytes()
+    ranks = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            # A sentencepiece model begins with its piece for the unknown.
+            kind = "it is a sentencepiece model" if b"<unk>" in data[:64] else "is it whole?"
+            raise ValueError(
+                f"{path} is not a file of tiktoken ranks: line {number} is not `base64 rank`; {kind}"
+            ) from None
+    if not ranks:
+        raise ValueError(f"{path} is empty: download it again")
+    return ranks
+
+
+def _pieces(s: str) -> Iterator[str]:
+    for start in range(0, len(s), MAX_CHARS):
+        text = s[start : start + MAX_CHARS]
+        runs = [run.span() for run in re.finditer(r"\s+|\S+", text) if len(run[0]) > MAX_RUN]
+        cuts = [0, *(i for a, b in runs for i in range(a + MAX_RUN, b, MAX_RUN)), len(text)]
+        yield from (text[a:b] for a, b in pairwise(cuts))

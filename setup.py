@@ -1,0 +1,19 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+demo = ["gguf"]
+test = [*demo, "pytest", "llama-models==0.3.0", "transformers", "accelerate"]
+
+setup(
+    name="llama",
+    version="0.1.0",
+    description="A native runtime for Meta's Llama models",
+    long_description=Path("README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["llama", "llama.*"]),
+    python_requires=">=3.10",
+    install_requires=["torch>=2.6", "fairscale", "tiktoken", "fire", "blobfile", "tqdm", "numpy"],
+    extras_require={"demo": demo, "test": test, "dev": [*test, "ruff", "mypy", "pre-commit", "types-tqdm"]},
+)

@@ -289,6 +289,7 @@ class Transformer(nn.Module):
         n_kv_heads = len(local_kv_heads(args, self.parallel))
         return args.n_layers, 2, args.max_batch_size, n_kv_heads, args.max_seq_len, args.head_dim
 
+    @torch.inference_mode(False)  # so that code outside of inference mode may write to it too
     def allocate_cache(self) -> None:
         """Allocate the KV cache and the table of rotations, on the weights' device, once."""
         self.cache = torch.zeros(self.cache_shape(), dtype=self.dtype, device=self.device)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_llama_server import SIGNATURE, FakeLlamaServer, md5
+from tests.fake_llama_server import SIGNATURE, FakeLlamaServer, md5
 
 SCRIPT = Path(__file__).parent.parent / "download.sh"
 SHARD = "consolidated.00.pth"

@@ -215,35 +215,29 @@ read_headers() {
   done
 }
 
-show_progress() { # PART
-  local name=${1##*/} first start=$SECONDS now code total type speed left
-  name=${name%.part}
-  first=$(size "$1")
+# Runs beside everything else, and shows what `request` says is going on.
+show_progress() {
+  local first start part now code total type speed left
   while sleep 1; do
-    now=$(size "$1")
+    read -r first start part <"$tmp/current" || continue
     read -r code total type <"$tmp/response"
+    now=$(size "$part")
     speed=$(((now - first) / (SECONDS - start > 0 ? SECONDS - start : 1)))
+    part=${part##*/}
+    printf '%s  %-24s %s' "$erase" "${part%.part}" "$(human "$now")"
     if [ "$speed" -gt 0 ] && [ "${total:-0}" -ge "$now" ]; then
       left=$(((total - now) / speed))
-      printf '%s  %-24s %s of %s  %s/s  %d:%02d:%02d left' "$erase" "$name" "$(human "$now")" \
-        "$(human "$total")" "$(human "$speed")" $((left / 3600)) $((left / 60 % 60)) $((left % 60))
-    else
-      printf '%s  %-24s %s' "$erase" "$name" "$(human "$now")"
+      printf ' of %s  %s/s  %d:%02d:%02d left' "$(human "$total")" "$(human "$speed")" \
+        $((left / 3600)) $((left / 60 % 60)) $((left % 60))
     fi
   done
-}
-
-stop_meter() {
-  [ -n "$meter" ] || return 0
-  kill "$meter" 2>/dev/null
-  wait "$meter" 2>/dev/null
-  meter=''
 }
 
 # One request for the rest of PART. Sets `status` (the client's own), `code`, `total` and `type`.
 # The link travels through a pipe: arguments are in the process list, here-strings are files.
 request() { # SERVER_PATH PART
   local link="${url%%\**}$1${url#*\*}" reader
+  echo "$(size "$2") $SECONDS $2" >"$tmp/current"
   read_headers <"$tmp/pipe" &
   reader=$!
   if [ "$client" = curl ]; then
@@ -255,15 +249,11 @@ request() { # SERVER_PATH PART
       --continue --output-document="$2" < <(printf '%s\n' "$link") >/dev/null 2>"$tmp/pipe" &
   fi
   child=$!
-  if [ -n "$erase" ]; then
-    show_progress "$2" &
-    meter=$!
-  fi
   wait "$child"
   status=$?
   child=''
-  stop_meter
   wait "$reader"
+  : >"$tmp/current"
   read -r code total type <"$tmp/response"
   [ -s "$2" ] || rm -f "$2"
 }
@@ -486,7 +476,6 @@ $(human $((need * 1024))) are still to come."
 
 interrupted() {
   trap '' INT TERM HUP
-  stop_meter
   [ -z "$child" ] || { kill "$child" && wait "$child"; } 2>/dev/null
   printf '%s\nInterrupted. What has arrived is kept: the same command resumes.\n' "$erase" >&2
   exit 130
@@ -496,7 +485,7 @@ target=. chosen='' url='' child='' meter='' work='' why='' code='' remark='' tmp
 stall=${LLAMA_STALL_TIMEOUT:-60}
 LLAMA_RETRY_PAUSE=${LLAMA_RETRY_PAUSE:-2}
 erase='' # also tells whether progress is shown: only a terminal can take a line back
-[ -t 1 ] && erase=$'\r\033[K'
+[ -t 1 ] && [ "${TERM:-}" != dumb ] && erase=$'\r\033[K'
 
 while [ $# -gt 0 ]; do
   case $1 in
@@ -521,7 +510,7 @@ while [ $# -gt 0 ]; do
 done
 
 trap interrupted INT TERM HUP
-trap 'rm -rf "$tmp" "$work"' EXIT
+trap '[ -z "$meter" ] || kill "$meter"; rm -rf "$tmp" "$work"' EXIT
 tmp=$(mktemp -d "${TMPDIR:-/tmp}/llama.XXXXXX") || die 1 "${TMPDIR:-/tmp} cannot be written."
 mkfifo "$tmp/pipe" || die 1 "$tmp cannot hold a pipe."
 
@@ -552,6 +541,10 @@ target=${target%/}
 target=${target:-/}
 mkdir -p "$target" || die 1 "$target cannot be made."
 check_disk
+if [ -n "$erase" ]; then
+  show_progress &
+  meter=$!
+fi
 
 ready='' failed=''
 while read -r family name folder shards mb; do

@@ -260,6 +260,7 @@ def load(
             print(text, file=sys.stderr)
 
     load_weights(model, shards, dtype, device)
+    weights = sum(weight.nbytes for weight in model.parameters())  # fewer where embeddings are tied
     share = f", {group.size} ranks" if group.size > 1 else ""
     say(
         f"Loaded {ckpt_dir.resolve().name}: {len(shards)} file(s), {gigabytes(weights)} in {str(dtype)[6:]} "

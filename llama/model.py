@@ -259,6 +259,7 @@ class Transformer(nn.Module):
 
     cache: Tensor  # (n_layers, 2, max_batch_size, n_kv_heads, max_seq_len, head_dim)
     rotations: Tensor  # (max_seq_len, 1, head_dim / 2), complex64
+    cache_owner: object = None  # who can rely on what the cache holds: whoever wrote to it last
 
     def __init__(self, params: ModelArgs, parallel: ModelParallel | None = None) -> None:
         super().__init__()
@@ -306,6 +307,7 @@ class Transformer(nn.Module):
         as int64 (batch), for each. Row i lives in cache slot i.
         Returns fp32 (batch, length, vocab_size). Raises ValueError where the cache is too small.
         """
+        self.cache_owner = None
         batch, length = tokens.shape
         starts = [start_pos] * batch if isinstance(start_pos, int) else start_pos.tolist()
         rows = [Row(slot, start, length) for slot, start in enumerate(starts)]

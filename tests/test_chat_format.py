@@ -62,7 +62,9 @@ def test_the_demo_model_wants_its_own_format(demo_ckpt: Path) -> None:
         "<|im_start|>user\nHi <|im_end|><|im_end|>\n<|im_start|>assistant\n"
     )
     assert ids.count(tokenizer.special_tokens["<|im_end|>"]) == 2  # the user's is text
-    own = form.encode_dialog_prompt([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    own = form.encode_dialog_prompt(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    )
     assert tokenizer.decode(own).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi")
 
 

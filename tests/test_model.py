@@ -149,7 +149,9 @@ def test_the_rope_factor_follows_from_the_shape() -> None:
         return ModelArgs(n_heads=32, **args).rope_scaling_factor
 
     assert factor(dim=2048, n_layers=16, use_scaled_rope=True) == 32  # 3.2 1B
-    assert ModelArgs(dim=3072, n_layers=28, n_heads=24, use_scaled_rope=True).rope_scaling_factor == 32  # 3.2 3B
+    assert (
+        ModelArgs(dim=3072, n_layers=28, n_heads=24, use_scaled_rope=True).rope_scaling_factor == 32
+    )  # 3.2 3B
     assert factor(dim=4096, n_layers=32, use_scaled_rope=True) == 8  # 3.1 8B
     assert factor(dim=4096, n_layers=32, use_scaled_rope=True, rope_scaling_factor=4.0) == 4
     assert factor(dim=4096, n_layers=32) is None
@@ -164,7 +166,9 @@ def test_the_rope_factor_follows_from_the_shape() -> None:
             70_553_706_496,
         ),
         (
-            dict(dim=16384, n_layers=126, n_heads=128, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.2),
+            dict(
+                dim=16384, n_layers=126, n_heads=128, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.2
+            ),
             405_853_388_800,
         ),
     ],
@@ -255,5 +259,7 @@ def test_a_vocabulary_must_be_given() -> None:
 
 
 def test_ranks_must_divide_the_heads() -> None:
-    with pytest.raises(ValueError, match=r"8 attention heads do not divide onto 3 ranks; use one of \[1, 2, 4, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"8 attention heads do not divide onto 3 ranks; use one of \[1, 2, 4, 8\]"
+    ):
         Transformer(ModelArgs(**tiny.PARAMS), ModelParallel(0, 3))

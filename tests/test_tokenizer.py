@@ -27,10 +27,40 @@ def metas(llama3_tokenizer: Path):
 def strings(count: int, special: list[str]) -> list[str]:
     """Random text of every script, code, emoji, white space, numbers, special tokens' names."""
     pick = random.Random(0)
-    assigned = [chr(c) for c in range(sys.maxunicode) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
+    assigned = [
+        chr(c) for c in range(sys.maxunicode) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")
+    ]
     code = Path(__file__).read_text().splitlines(keepends=True)
-    words = ["the", " llama", "'s", "'LL", "don't", "naïve", "日本語", "हिन्दी", "مرحبا", "Привет", "🦙", "👩‍👩‍👧", "e\u0301"]
-    spaces = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u2003", "\n\n\n", " \n ", "\x00", "\x1c", "\ufeff", "\ufffd"]
+    words = [
+        "the",
+        " llama",
+        "'s",
+        "'LL",
+        "don't",
+        "naïve",
+        "日本語",
+        "हिन्दी",
+        "مرحبا",
+        "Привет",
+        "🦙",
+        "👩‍👩‍👧",
+        "e\u0301",
+    ]
+    spaces = [
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\t",
+        "\u00a0",
+        "\u2003",
+        "\n\n\n",
+        " \n ",
+        "\x00",
+        "\x1c",
+        "\ufeff",
+        "\ufffd",
+    ]
 
     def some() -> str:
         kind = pick.randrange(7)

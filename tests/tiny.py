@@ -56,7 +56,13 @@ def shards(state: dict[str, Tensor], count: int, cut: dict[str, int] = CUT) -> l
 
 
 def write_checkpoint(
-    folder: Path, count: int = 1, *, cut: dict[str, int] = CUT, tied: bool = False, seed: int = 0, **params: object
+    folder: Path,
+    count: int = 1,
+    *,
+    cut: dict[str, int] = CUT,
+    tied: bool = False,
+    seed: int = 0,
+    **params: object,
 ) -> Path:
     """A random checkpoint in `count` files, with params.json and tokenizer.model. Returns the folder."""
     folder.mkdir(parents=True)

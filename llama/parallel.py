@@ -99,6 +99,7 @@ class ModelParallel:
 
 # How many live `Llama`s use the process group that `connect` made. It goes down with the last one.
 _users = 0
+_groups = 0  # that `connect` has made so far
 _owner = False
 
 
@@ -110,7 +111,7 @@ def connect(model_parallel_size: int | None, device: torch.device) -> ModelParal
 
     Raises ValueError where `model_parallel_size` does not fit the number of processes.
     """
-    global _users, _owner
+    global _users, _groups, _owner
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             if model_parallel_size not in (None, 1):
@@ -120,8 +121,15 @@ def connect(model_parallel_size: int | None, device: torch.device) -> ModelParal
                 )
             _users += 1
             return ModelParallel()
+        # A prefix of its own for each group: torchrun's store outlives them, and a second group of the
+        # same process would find the addresses of the first.
+        store, rank, size = next(dist.rendezvous("env://"))
+        _groups += 1
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"llama/{_groups}", store),
+            rank=rank,
+            world_size=size,
             device_id=device if device.type == "cuda" else None,
         )
         _owner = True

@@ -46,6 +46,7 @@ class Script:
             "HOME": str(home),
             "TMPDIR": str(home / "tmp"),
             "PRESIGNED_URL": server.link(),
+            "TERM": "xterm",
             "LLAMA_RETRY_PAUSE": "0",
         }
 

@@ -166,7 +166,9 @@ def test_more_prompts_than_slots_are_worked_off_in_order(llama: Llama) -> None:
     assert tokens == [greedy(llama, prompt, 6) for prompt in prompts]
 
 
-def test_a_prompt_that_leaves_little_room_gets_what_fits(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_that_leaves_little_room_gets_what_fits(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(llama.tokenizer, "stop_tokens", [])
     tokens, _ = llama.generate([[1] * 60, [1] * 5], 10, temperature=0)
     assert [len(t) for t in tokens] == [4, 10]
@@ -192,7 +194,8 @@ def test_impossible_prompts_are_refused_and_cost_nothing(llama: Llama, prompts: 
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"temperature": -1}, {"temperature": math.nan}, {"top_p": 1.5}, {"top_p": -0.1}, {"max_gen_len": -1}]
+    "arguments",
+    [{"temperature": -1}, {"temperature": math.nan}, {"top_p": 1.5}, {"top_p": -0.1}, {"max_gen_len": -1}],
 )
 def test_parameters_out_of_range_are_named(llama: Llama, arguments: dict) -> None:
     name = "max_tokens" if "max_gen_len" in arguments else next(iter(arguments))
@@ -292,7 +295,9 @@ def test_a_llama_can_be_made_of_a_model_and_a_tokenizer(ckpt: Path) -> None:
     assert llama.generate([[1, 2]], 4, temperature=0)[0] == [greedy(llama, [1, 2], 4)]
 
 
-def test_build_says_what_it_loaded_and_how_large_the_cache_is(ckpt: Path, capsys: pytest.CaptureFixture) -> None:
+def test_build_says_what_it_loaded_and_how_large_the_cache_is(
+    ckpt: Path, capsys: pytest.CaptureFixture
+) -> None:
     Llama.build(str(ckpt), str(ckpt / "tokenizer.model"), 64, 4, dtype="bfloat16")
     out, err = capsys.readouterr()
     assert out == ""
@@ -303,7 +308,10 @@ def test_build_says_what_it_loaded_and_how_large_the_cache_is(ckpt: Path, capsys
 
 
 def test_a_cache_that_cannot_fit_is_refused_with_its_size(ckpt: Path) -> None:
-    with pytest.raises(MemoryError, match=r"KV cache of \d.* GB \(max_batch_size=4, max_seq_len=1000000000\).* lower max_seq_len"):
+    with pytest.raises(
+        MemoryError,
+        match=r"KV cache of \d.* GB \(max_batch_size=4, max_seq_len=1000000000\).* lower max_seq_len",
+    ):
         Llama.build(ckpt, max_seq_len=10**9, max_batch_size=4)
 
 
@@ -331,14 +339,22 @@ def test_greedy_answers_of_the_demo_model_equal_transformers(demo_ckpt: Path) ->
     oracle = hf_model(llama.model, tied=True)
     dialogs = [
         [{"role": "user", "content": text}]
-        for text in ("What is the capital of France?", "Write a haiku about llamas.", "Count from one to ten. 🦙")
+        for text in (
+            "What is the capital of France?",
+            "Write a haiku about llamas.",
+            "Count from one to ten. 🦙",
+        )
     ]
     prompts = [llama.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
     answers, _ = llama.generate(prompts, 48, temperature=0)
     stops = llama.tokenizer.stop_tokens
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = oracle.generate(
-            torch.tensor([prompt]), max_new_tokens=48, do_sample=False, eos_token_id=stops, pad_token_id=stops[0]
+            torch.tensor([prompt]),
+            max_new_tokens=48,
+            do_sample=False,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
         )[0, len(prompt) :].tolist()
         assert answer == [token for token in ids if token not in stops]
     assert llama.tokenizer.decode(answers[0]) == "The capital of France is Paris."

@@ -236,24 +236,28 @@ show_progress() {
 # One request for the rest of PART. Sets `status` (the client's own), `code`, `total` and `type`.
 # The link travels through a pipe: arguments are in the process list, here-strings are files.
 request() { # SERVER_PATH PART
-  local link="${url%%\**}$1${url#*\*}" reader
+  local link="${url%%\**}$1${url#*\*}"
   echo "$(size "$2") $SECONDS $2" >"$tmp/current"
-  read_headers <"$tmp/pipe" &
-  reader=$!
-  if [ "$client" = curl ]; then
-    curl --config - --silent --fail --location --globoff --connect-timeout "$stall" \
-      --speed-limit 1 --speed-time "$stall" --continue-at - --output "$2" --dump-header - \
-      < <(printf 'url = "%s"\n' "$link") >"$tmp/pipe" 2>/dev/null &
-  else
-    wget --input-file=- --no-verbose --server-response --tries=1 --timeout="$stall" \
-      --continue --output-document="$2" < <(printf '%s\n' "$link") >/dev/null 2>"$tmp/pipe" &
-  fi
+  {
+    if [ "$client" = curl ]; then
+      printf 'url = "%s"\n' "$link" |
+        curl --config - --silent --fail --location --globoff --connect-timeout "$stall" \
+          --speed-limit 1 --speed-time "$stall" --continue-at - --output "$2" --dump-header - &
+    else
+      printf '%s\n' "$link" |
+        wget --input-file=- --no-verbose --server-response --tries=1 --timeout="$stall" \
+          --continue --output-document="$2" 2>&1 >/dev/null &
+    fi
+    echo "$!" >"$tmp/running"
+    wait "$!"
+    echo "$?" >"$tmp/status"
+    rm -f "$tmp/running"
+  } 2>/dev/null | read_headers &
   child=$!
   wait "$child"
-  status=$?
   child=''
-  wait "$reader"
   : >"$tmp/current"
+  read -r status <"$tmp/status"
   read -r code total type <"$tmp/response"
   [ -s "$2" ] || rm -f "$2"
 }
@@ -309,8 +313,10 @@ fetch() { # SERVER_PATH PART
     [ "$failures" -le 5 ] || return
     sleep "$pause" &
     child=$!
+    echo "$child" >"$tmp/running"
     wait "$child"
     child=''
+    rm -f "$tmp/running"
     pause=$((pause * 2))
   done
 }
@@ -476,7 +482,8 @@ $(human $((need * 1024))) are still to come."
 
 interrupted() {
   trap '' INT TERM HUP
-  [ -z "$child" ] || { kill "$child" && wait "$child"; } 2>/dev/null
+  [ ! -f "$tmp/running" ] || kill "$(cat "$tmp/running")" 2>/dev/null
+  [ -z "$child" ] || wait "$child" 2>/dev/null
   printf '%s\nInterrupted. What has arrived is kept: the same command resumes.\n' "$erase" >&2
   exit 130
 }
@@ -512,7 +519,6 @@ done
 trap interrupted INT TERM HUP
 trap '[ -z "$meter" ] || kill "$meter"; rm -rf "$tmp" "$work"' EXIT
 tmp=$(mktemp -d "${TMPDIR:-/tmp}/llama.XXXXXX") || die 1 "${TMPDIR:-/tmp} cannot be written."
-mkfifo "$tmp/pipe" || die 1 "$tmp cannot hold a pipe."
 
 if [ -z "$chosen" ]; then
   [ -t 0 ] || die 2 'Name the models to download; ./download.sh --list shows them.'

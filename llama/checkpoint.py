@@ -34,6 +34,8 @@ def read_params(ckpt_dir: Path) -> dict[str, Any]:
 
     Raises FileNotFoundError where there is none, CheckpointError where it is not a model's.
     """
+    if not ckpt_dir.is_dir():
+        raise FileNotFoundError(f"no folder {ckpt_dir}: give the path of a downloaded checkpoint as ckpt_dir")
     path = ckpt_dir / "params.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -54,8 +56,6 @@ def read_params(ckpt_dir: Path) -> dict[str, Any]:
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
     """The checkpoint's files in order. Raises FileNotFoundError where there are none, or one lacks."""
-    if not ckpt_dir.is_dir():
-        raise FileNotFoundError(f"no folder {ckpt_dir}: give the path of a downloaded checkpoint as ckpt_dir")
     found = {
         int(m[1]): path
         for path in ckpt_dir.iterdir()

@@ -78,10 +78,10 @@ class Llama:
         try:
             with group.together():
                 ckpt_dir = Path(ckpt_dir)
-                tokenizer = Tokenizer(tokenizer_path or ckpt_dir / "tokenizer.model")
                 args = ModelArgs(
                     **read_params(ckpt_dir), max_seq_len=max_seq_len, max_batch_size=max_batch_size
                 )
+                tokenizer = Tokenizer(tokenizer_path or ckpt_dir / "tokenizer.model")
                 model = load(ckpt_dir, args, tokenizer.n_words, group, device, dtype)
                 llama = Llama(model, tokenizer, seed)
         except BaseException:

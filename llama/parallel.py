@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 Span = tuple[int, int]
 
@@ -123,11 +124,11 @@ def connect(model_parallel_size: int | None, device: torch.device) -> ModelParal
             return ModelParallel()
         # A prefix of its own for each group: torchrun's store outlives them, and a second group of the
         # same process would find the addresses of the first.
-        store, rank, size = next(dist.rendezvous("env://"))
+        store, rank, size = next(rendezvous("env://"))
         _groups += 1
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore(f"llama/{_groups}", store),
+            store=PrefixStore(f"llama/{_groups}", store),
             rank=rank,
             world_size=size,
             device_id=device if device.type == "cuda" else None,

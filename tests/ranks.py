@@ -9,7 +9,6 @@ import torch.distributed as dist
 
 from llama import Llama
 from llama.launch import launch
-from tests import tiny
 
 TOKENS = torch.arange(3 * 16).view(3, 16)
 PROMPTS = [[1, 2, 3], list(range(30, 45)), [9] * 7]

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from tests.fake_llama_server import SIGNATURE, FakeLlamaServer, md5
 
 SCRIPT = Path(__file__).parent.parent / "download.sh"

@@ -322,7 +322,7 @@ def test_contexts_may_be_longer_than_8192(ckpt: Path) -> None:
 def test_arguments_of_build_that_cannot_be(ckpt: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dtype must be bfloat16, float16 or float32, not 'int3'"):
         Llama.build(ckpt, dtype="int3")
-    with pytest.raises(ValueError, match="model_parallel_size=2 needs that many processes: .*torchrun"):
+    with pytest.raises(ValueError, match=r"model_parallel_size=2 needs that many processes: .*torchrun"):
         Llama.build(ckpt, model_parallel_size=2)
     with pytest.raises(ValueError, match="max_seq_len must be a positive whole number, not 0"):
         Llama.build(ckpt, max_seq_len=0)

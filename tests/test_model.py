@@ -1,4 +1,4 @@
-"""The model against Meta's own implementation and Hugging Face's, and its rotary table against known values."""
+"""The model against Meta's implementation and Hugging Face's, and its rotary table against known values."""
 
 from collections.abc import Iterator
 from dataclasses import asdict

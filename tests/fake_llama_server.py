@@ -70,16 +70,18 @@ class FakeLlamaServer:
         return f"{self.origin}/*?Policy={policy}&Signature={SIGNATURE}&Key-Pair-Id=K"
 
     def publish(self, folder: str, shards: int = 1, *, old: bool = False, size: int = 4000) -> None:
-        """Offers a tiny model; `old` is the layout of LLaMA 1 and Llama 2."""
+        """Offers files of a few bytes as a model; `old` is the layout of LLaMA 1 and Llama 2."""
         own = {f"consolidated.{i:02d}.pth": bytes([i + 1, 0, 10]) * size for i in range(shards)}
         own["params.json"] = b'{"dim": 8}'
-        tokenizer = b"pieces of " + folder.encode()
         if old:
-            tokenizer = b"pieces"
-            self.files["tokenizer.model"] = tokenizer
+            tokenizer = self.files["tokenizer.model"] = b"pieces"
             self.files["tokenizer_checklist.chk"] = f"{md5(tokenizer)}  tokenizer.model\n".encode()
         else:
-            own["tokenizer.model"] = tokenizer
+            own["tokenizer.model"] = b"pieces of " + folder.encode()
+        self.offer(folder, own)
+
+    def offer(self, folder: str, own: dict[str, bytes]) -> None:
+        """Offers a model's own files, with a checklist and Meta's terms."""
         checklist = "".join(f"{md5(data)}  {name}\n" for name, data in own.items())
         own["checklist.chk"] = checklist.encode()
         for name, data in own.items():

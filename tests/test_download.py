@@ -197,6 +197,20 @@ def test_every_family_with_its_layout_and_its_run_line(script: Script, server: F
     assert script.got("USE_POLICY", "models/Meta-Llama-3-8B-Instruct")
 
 
+@pytest.mark.slow
+def test_the_line_it_prints_runs_what_was_downloaded(
+    script: Script, server: FakeLlamaServer, ckpt: Path
+) -> None:
+    server.offer(MODEL, {path.name: path.read_bytes() for path in ckpt.iterdir()})
+    line = script(MODEL).stdout.splitlines()[-1]
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env["OMP_NUM_THREADS"] = "1"
+    command = f"{line} --max_gen_len 4"
+    result = subprocess.run(command, shell=True, cwd=script.cwd, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Assistant:" in result.stdout
+
+
 def test_more_than_ten_shards(script: Script, server: FakeLlamaServer) -> None:
     name = "Meta-Llama-3.1-405B-Instruct-MP16"
     server.publish(name, 16, size=10)

@@ -17,6 +17,7 @@ from llama.checkpoint import CheckpointError, find_shards, load_weights, read_pa
 from llama.device import default_device, default_dtype, gigabytes, parse_dtype, total_memory
 from llama.engine import Engine, PromptError, Request
 from llama.model import ModelArgs, Transformer
+from llama.packing import pack
 from llama.parallel import ModelParallel
 from llama.sampling import SamplingParams, derive_seed
 from llama.tokenizer import Tokenizer
@@ -266,6 +267,7 @@ def load(
         f"Loaded {ckpt_dir.resolve().name}: {len(shards)} file(s), {gigabytes(weights)} in {str(dtype)[6:]} "
         f"on {device}{share}, {time.perf_counter() - start:.1f} s"
     )
+    pack(model)
     say(f"KV cache: {gigabytes(cache)} for {sequences}")
     model.allocate_cache()
     return model

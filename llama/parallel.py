@@ -10,7 +10,7 @@ import atexit
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -206,16 +206,18 @@ def lost_rank_as_error(parallel: ModelParallel) -> Iterator[None]:
 class Linear(nn.Module):
     """y = x Wᵀ without a bias, weight (out, in).
 
-    Every matrix of the model is applied here and nowhere else, so that a backend (packed, int8,
-    int4) is chosen in one place, after loading, by walking the modules.
+    Every matrix of the model is applied here or in `Joined` and nowhere else, so that a backend
+    (packed, int8, int4) is chosen in one place, after loading, by walking the modules.
     """
+
+    backend: Callable[[Tensor], Tensor] | None = None  # x (…, in) to (…, out), in place of the weight
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return self.backend(x) if self.backend else F.linear(x, self.weight)
 
 
 class Sharded:
@@ -275,14 +277,17 @@ class VocabParallelEmbedding(nn.Module, Sharded):
         return self.parallel.all_reduce(vectors)
 
 
-class Joined:
+class Joined(nn.Module):
     """Linears that read the same input, as one matrix: (…, in) to (…, sum of their outs).
 
-    Not a module: the parts stay registered, and named in a state dict, where they belong.
+    The parts stay registered, and named in a state dict, where they belong.
     """
 
-    def __init__(self, *parts: Linear) -> None:
-        self.parts = parts
+    backend: Callable[[Tensor], Tensor] | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in self.parts], -1)
+    def __init__(self, *parts: Linear) -> None:
+        super().__init__()
+        self.parts = parts  # a tuple, which does not register them here a second time
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backend(x) if self.backend else torch.cat([part(x) for part in self.parts], -1)

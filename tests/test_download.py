@@ -25,7 +25,7 @@ SCRIPT = Path(__file__).parent.parent / "download.sh"
 SHARD = "consolidated.00.pth"
 MODEL = "Llama-3.2-1B-Instruct"
 # All that the script may count on, beside a client and something that computes MD5.
-TOOLS = "base64 cat cut date du grep head mkdir mktemp mv rm sed sleep tr wc"
+TOOLS = "base64 cat cut date du grep head mkdir mktemp mv rm sed sleep stty tr wc"
 
 
 class Script:

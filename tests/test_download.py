@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -650,6 +651,7 @@ class Terminal:
     def exit_status(self) -> int:
         while self.read():
             pass
+        self.echoes = bool(termios.tcgetattr(self.fd)[3] & termios.ECHO)
         os.close(self.fd)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
@@ -689,6 +691,7 @@ def test_ctrl_c_at_the_prompt(script: Script) -> None:
     terminal.wait_for("not shown")
     terminal.type("\x03")
     assert terminal.exit_status() == 130
+    assert terminal.echoes
 
 
 def test_list_and_help(script: Script) -> None:

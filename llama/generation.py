@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -221,7 +221,7 @@ class Llama:
         logprobs: bool = False,
         echo: bool = False,
         **sampling: Unpack[Sampling],
-    ) -> Iterator[StreamEvent]:
+    ) -> Generator[StreamEvent, None, None]:
         """What `text_completion` does, as it happens: an event for each token, and one at each end.
 
         The pieces of text joined are the answer of `text_completion`. With `echo` the prompt's tokens
@@ -240,7 +240,7 @@ class Llama:
         max_gen_len: int | None = None,
         logprobs: bool = False,
         **sampling: Unpack[Sampling],
-    ) -> Iterator[StreamEvent]:
+    ) -> Generator[StreamEvent, None, None]:
         """What `chat_completion` does, as it happens; otherwise as `stream_text`."""
         ids = [self.formatter.encode_dialog_prompt(dialog) for dialog in _list_of(dialogs, "dialogs")]
         return self.stream_tokens(ids, temperature, top_p, max_gen_len, logprobs, **sampling)
@@ -254,7 +254,7 @@ class Llama:
         logprobs: bool = False,
         echo: bool = False,
         **sampling: Unpack[Sampling],
-    ) -> Iterator[StreamEvent]:
+    ) -> Generator[StreamEvent, None, None]:
         """As `stream_text`, for prompts of token ids."""
         if not prompt_tokens:
             raise ValueError("no prompts: give one at least")

@@ -2,7 +2,7 @@
 
 import codecs
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -118,7 +118,7 @@ def stream(
     prompts: Sequence[tuple[Sequence[int], SamplingParams]],
     stop: Sequence[str] = (),
     echo: bool = False,
-) -> Iterator[StreamEvent]:
+) -> Generator[StreamEvent, None, None]:
     """Queue prompts of token ids, and yield what comes of them. Closing it cancels what has not ended.
 
     echo: yield the prompts' tokens too. Raises what `Engine.add` raises.

@@ -20,7 +20,7 @@ from llama.tokenizer import Layout, Tokenizer
 pexpect = pytest.importorskip("pexpect")
 
 PYTHON = [sys.executable, "-m"]
-TORCHRUN = [*PYTHON, "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m"]
+TORCHRUN = [*PYTHON, "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
 
 
 def talkative_model(tokenizer, **changes):
@@ -196,7 +196,7 @@ def test_complete_ends_quietly_when_nobody_reads(folder):
 
 def spawn(command: list[str]):
     child = pexpect.spawn(
-        command[0], command[1:], encoding="utf-8", timeout=90, env={**os.environ, "TERM": "dumb"}
+        command[0], command[1:], encoding="utf-8", timeout=30, env={**os.environ, "TERM": "dumb"}
     )
     child.setwinsize(40, 400)
     return child
@@ -218,7 +218,7 @@ def test_typed_into_a_terminal(folder, launcher, tmp_path):
 
     child.send("half a line\x03")  # at the prompt, it clears the line
     child.sendline("/params max_gen_len=5")
-    child.expect_exact("max_gen_len=5]")
+    child.expect_exact("max_gen_len=5 seed=None]")
     child.expect_exact("> ")
     child.sendline("one \\")
     child.expect_exact("… ")

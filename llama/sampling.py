@@ -176,7 +176,7 @@ def adjust(logits: Tensor, params: SamplingParams, prompt: Sequence[int], answer
     if answer and (params.presence_penalty or params.frequency_penalty):
         ids = torch.tensor(answer, device=logits.device)
         logits[ids] = logits[ids] - params.presence_penalty  # once, however often an id is there
-        logits.index_add_(0, ids, torch.full(ids.shape, -params.frequency_penalty, device=logits.device))
+        logits.index_add_(0, ids, logits.new_full(ids.shape, -params.frequency_penalty))
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)

@@ -140,7 +140,7 @@ def test_penalties_leave_the_logits_of_others_and_the_raw_ones():
 
 def test_a_strong_frequency_penalty_never_repeats():
     logits, answer = logits_of(), []
-    params = SamplingParams(temperature=0, frequency_penalty=1000.0)
+    params = SamplingParams(temperature=0, frequency_penalty=1000)
     for _ in range(VOCAB):
         answer += sample(logits, [params], [[1]], [answer]).tolist()
     assert sorted(answer) == list(range(VOCAB))

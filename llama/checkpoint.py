@@ -34,6 +34,8 @@ def read_params(ckpt_dir: Path) -> dict[str, Any]:
 
     Raises FileNotFoundError where there is none, CheckpointError where it is not a model's.
     """
+    if not ckpt_dir.is_dir():
+        raise FileNotFoundError(f"no folder {ckpt_dir}: give the path of a downloaded checkpoint as ckpt_dir")
     path = ckpt_dir / "params.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -54,8 +56,6 @@ def read_params(ckpt_dir: Path) -> dict[str, Any]:
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
     """The checkpoint's files in order. Raises FileNotFoundError where there are none, or one lacks."""
-    if not ckpt_dir.is_dir():
-        raise FileNotFoundError(f"no folder {ckpt_dir}: give the path of a downloaded checkpoint as ckpt_dir")
     found = {
         int(m[1]): path
         for path in ckpt_dir.iterdir()
@@ -122,6 +122,8 @@ def load_weights(model: Transformer, shards: list[Path], dtype: torch.dtype, dev
                     bar.update(piece.numel())
     loaded.setdefault("output.weight", loaded["tok_embeddings.weight"])
     model.load_state_dict(loaded, strict=True, assign=True)
+    if "output.weight" not in parts:
+        model.output.weight = model.tok_embeddings.weight
 
 
 Index = tuple[slice, ...]
@@ -162,8 +164,15 @@ class Part:
                     continue
                 if shape == self._resized(dim, self.shape[dim] // count):
                     return dim
-        part = f"one of {count} parts of {self.shape}" if self.dim is not None else f"{self.shape}"
-        raise ValueError(f"has the shape {tuple(shape)}, where by params.json {part} belongs")
+        belongs = f"{self.shape}" if self.dim is None else f"one of {count} parts of {self.shape}"
+        found = f"has the shape {tuple(shape)}, where by params.json {belongs} belongs"
+        whole = [n // m for n, m in zip(self.shape, shape, strict=False) if n != m and m and n % m == 0]
+        hint = (
+            f"is a shard missing? This looks like one of {whole[0]}"
+            if whole
+            else "do all files belong to one model?"
+        )
+        raise ValueError(f"{found}; {hint}")
 
     def overlaps(self, shape: torch.Size, number: int, count: int) -> Iterator[tuple[Index, Index]]:
         """Where this part meets the number-th of `count` files: its index here and its index there."""
@@ -202,7 +211,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], parts: Mapping[str,
         try:
             part.file_dim(tensor.shape, count)
         except ValueError as error:
-            raise CheckpointError(f"{path}: {name} {error}; do all files belong to one model?") from None
+            raise CheckpointError(f"{path}: {name} {error}") from None
 
 
 def _some(names: list[str]) -> str:

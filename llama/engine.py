@@ -46,7 +46,6 @@ class Request:
 
     prompt: list[int]
     params: SamplingParams
-    number: int  # counts the engine's requests
     max_tokens: int
     tokens: list[int] = field(default_factory=list)  # generated, without the stop token
     logprobs: list[float] = field(default_factory=list)
@@ -132,7 +131,6 @@ class Engine:
         self.batch_invariant = batch_invariant
         self.waiting: deque[Request] = deque()
         self.slots = [Slot(index) for index in range(model.params.max_batch_size)]
-        self.requests = 0  # ever added
         self.steps = 0
         if batch_invariant:
             check_batch_invariance(model)
@@ -165,8 +163,7 @@ class Engine:
         self.check(prompt, params)
         room = self.model.params.max_seq_len - len(prompt)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        request = Request(list(prompt), params, self.requests, max_tokens)
-        self.requests += 1
+        request = Request(list(prompt), params, max_tokens)
         self.waiting.append(request)
         return request
 
@@ -207,6 +204,10 @@ class Engine:
 
         An exception leaves every request as it was before the step or after it.
         """
+        if self.model.cache_owner is not self:  # somebody called the model: read everything again
+            self.model.cache_owner = self
+            for slot in self.slots:
+                slot.tokens = []
         self._admit()
         work = self._schedule()
         self.steps += 1
@@ -267,9 +268,15 @@ class Engine:
         return runners
 
     def _pending(self, slot: Slot, request: Request) -> Work:
-        """The tokens that a slot's request has and its cache has not, up to a chunk of them."""
-        start = len(slot.tokens)
-        tokens = request.prompt[start : start + self.prefill_chunk] or request.tokens[-1:]
+        """The tokens that a slot's request has and its cache has not, up to a chunk of them.
+
+        Of those generated that is the last one, or all where the cache was lost.
+        """
+        start, generated = len(slot.tokens), len(slot.tokens) - len(request.prompt)
+        if generated < 0:
+            tokens = request.prompt[start : start + self.prefill_chunk]
+        else:
+            tokens = request.tokens[generated : generated + 1 if self.batch_invariant else None]
         return Work(slot, request, tokens, Row(slot.index, start, len(tokens)))
 
     def _forward(self, work: list[Work], width: int = 0) -> list[Event]:
@@ -307,6 +314,8 @@ class Engine:
         params = item.request.params
         if not (params.prompt_logprobs and item.reads):
             return [], []
+        if len(item.request.prompt_logprobs) > item.row.start + bool(item.row.start):
+            return [], []  # they were scored before the cache was lost
         logprobs: list[float] = [] if item.row.start else [0.0]
         top: list[TopLogprobs] = [] if item.row.start else [[]]
         following = item.request.prompt[item.row.start + 1 : item.row.stop + 1]
@@ -374,7 +383,5 @@ class Engine:
             if self.batch_invariant:  # but those only that a prompt would compute in the same shapes
                 del slot.tokens[len(request.prompt) - len(request.prompt) % self.prefill_chunk :]
             request.slot = None
-        if error:
-            error = f"request {request.number}: {error}"
         request.finish_reason, request.error = reason, error
         return Event(request, finish_reason=reason, error=error)

@@ -19,6 +19,7 @@ from llama.checkpoint import CheckpointError, find_shards, load_weights, read_pa
 from llama.device import default_device, default_dtype, gigabytes, parse_dtype, total_memory
 from llama.engine import Engine
 from llama.model import ModelArgs, Transformer
+from llama.packing import pack
 from llama.parallel import ModelParallel
 from llama.sampling import SamplingParams, derive_seed
 from llama.streaming import Answer, StreamEvent, collect, stream
@@ -100,10 +101,10 @@ class Llama:
         try:
             with group.together():
                 ckpt_dir = Path(ckpt_dir)
-                tokenizer = Tokenizer(tokenizer_path or ckpt_dir / "tokenizer.model")
                 args = ModelArgs(
                     **read_params(ckpt_dir), max_seq_len=max_seq_len, max_batch_size=max_batch_size
                 )
+                tokenizer = Tokenizer(tokenizer_path or ckpt_dir / "tokenizer.model")
                 model = load(ckpt_dir, args, tokenizer.n_words, group, device, dtype)
                 llama = Llama(model, tokenizer, seed, batch_invariant=batch_invariant)
         except BaseException:
@@ -337,11 +338,13 @@ def load(
             print(text, file=sys.stderr)
 
     load_weights(model, shards, dtype, device)
+    weights = sum(weight.nbytes for weight in model.parameters())  # fewer where embeddings are tied
     share = f", {group.size} ranks" if group.size > 1 else ""
     say(
         f"Loaded {ckpt_dir.resolve().name}: {len(shards)} file(s), {gigabytes(weights)} in {str(dtype)[6:]} "
         f"on {device}{share}, {time.perf_counter() - start:.1f} s"
     )
+    pack(model)
     say(f"KV cache: {gigabytes(cache)} for {sequences}")
     model.allocate_cache()
     return model

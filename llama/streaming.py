@@ -161,7 +161,8 @@ def stream(
                 tokens_per_second=(counts[i] - 1) / (now - first[i]) if counts[i] > 1 else 0.0,
             )
             reason = event.finish_reason if text.stopped is None else "stop"
-            yield StreamEvent(i, piece, finish_reason=reason, error=event.error, stats=stats)
+            error = f"prompt {i}: {event.error}" if event.error else None
+            yield StreamEvent(i, piece, finish_reason=reason, error=error, stats=stats)
     finally:
         for request in requests:
             engine.cancel(request)
@@ -183,7 +184,7 @@ def collect(events: Iterator[StreamEvent], n: int) -> list[Answer]:
     pieces: list[list[str]] = [[] for _ in range(n)]
     for event in events:
         if event.finish_reason == "error":
-            raise RuntimeError(f"prompt {event.index}: {event.error}")
+            raise RuntimeError(event.error)
         pieces[event.index].append(event.text)
         answer = answers[event.index]
         if event.token is not None:

@@ -116,8 +116,10 @@ class Terminal:
             yield
             return
         readline.parse_and_bind(r'"\C-c": kill-whole-line')
-        # The terminal is put right also where `torchrun` ends this rank, because of another.
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        # The terminal is put right also where somebody ends this program.
+        before = signal.getsignal(signal.SIGTERM)
+        if before is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             with _settings(lambda mode: mode[6].__setitem__(termios.VINTR, b"\x00")):
                 yield

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import byte_tokenizer, tiny_model, write_checkpoint
 
 from llama import Llama
 from llama.chat import Chat, Conversation, Turn
-from llama.chat_format import ChatFormat, chat_format
-from llama.tokenizer import Layout, Tokenizer
+from llama.chat_format import chat_format
+from llama.tokenizer import Tokenizer
+from tests.small import byte_tokenizer, tiny_model, write_checkpoint
 
 pexpect = pytest.importorskip("pexpect")
 
@@ -25,7 +25,7 @@ TORCHRUN = [*PYTHON, "torch.distributed.run", "--standalone", "--nproc_per_node"
 
 def talkative_model(tokenizer, **changes):
     """A model whose answers are small letters without an end, when greedy."""
-    model = tiny_model(vocab_size=tokenizer.n_words, **changes)
+    model = tiny_model(std=0.5, vocab_size=tokenizer.n_words, **changes)
     letters = model.output.weight[ord("a") : ord("z") + 1].clone()
     model.output.weight.data.zero_()
     model.output.weight[ord("a") : ord("z") + 1] = letters
@@ -57,19 +57,14 @@ def said(capsys) -> str:
 # Ids of a conversation
 
 
-def test_a_turn_is_encoded_as_within_a_dialog(llama):
-    for formatter, tokenizer in ((llama.formatter, llama.tokenizer), llama3()):
+def test_a_turn_is_encoded_as_within_a_dialog(llama, llama3_tokenizer):
+    for tokenizer in (llama.tokenizer, Tokenizer(llama3_tokenizer)):
+        formatter = chat_format(tokenizer)
         first = [{"role": "system", "content": "s"}, {"role": "user", "content": "one"}]
         answer = tokenizer.encode("two", bos=False, eos=False)
         ids = [*formatter.encode_dialog_prompt(first), *answer, *formatter.encode_next_turn("three")]
         whole = [*first, {"role": "assistant", "content": "two"}, {"role": "user", "content": "three"}]
         assert ids == formatter.encode_dialog_prompt(whole)
-
-
-def llama3() -> tuple[ChatFormat, Tokenizer]:
-    path = Path(pytest.importorskip("llama_models").__file__).parent / "llama3" / "tokenizer.model"
-    tokenizer = Tokenizer(path, Layout.llama3(128_000))
-    return chat_format(tokenizer), tokenizer
 
 
 def test_the_history_is_the_ids_that_were_generated(llama):

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_model
 
 from llama.engine import Engine, PromptError, Request
 from llama.invariance import check_batch_invariance
 from llama.sampling import SamplingParams
+from tests.small import tiny_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
@@ -307,6 +307,25 @@ def test_the_same_prompt_again_still_has_its_logprobs():
     assert first.tokens == second.tokens
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+def test_two_engines_may_take_turns_over_one_model(invariant):
+    """Each finds the cache overwritten by the other, and reads again what it needs."""
+    model = tiny_model(max_batch_size=2)
+    params = SamplingParams(max_tokens=6, logprobs=True, prompt_logprobs=True, seed=1)
+    engines = [Engine(model, prefill_chunk=8, batch_invariant=invariant) for _ in range(2)]
+    requests = [engine.add(prompt_of(11 + i, i), params) for i, engine in enumerate(engines)]
+    for _ in range(6):
+        for engine in engines:
+            engine.step()
+    for engine, request in zip(engines, requests, strict=True):
+        while engine.has_work():
+            engine.step()
+        single = alone(request.prompt, params)
+        assert request.tokens == single.tokens
+        torch.testing.assert_close(request.logprobs, single.logprobs, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(request.prompt_logprobs, single.prompt_logprobs, atol=1e-4, rtol=1e-4)
+
+
 # Faults.
 
 
@@ -334,7 +353,7 @@ def test_a_bias_outside_the_vocabulary_is_refused():
         Engine(tiny_model()).add([1], SamplingParams(logit_bias={64: 1.0}))
 
 
-def test_broken_logits_end_one_request_and_name_it():
+def test_broken_logits_end_one_request_and_say_which():
     model = tiny_model()
     model.tok_embeddings.weight[13] = math.nan  # a damaged row of the checkpoint
     engine = Engine(model, prefill_chunk=4)
@@ -344,7 +363,7 @@ def test_broken_logits_end_one_request_and_name_it():
     error = next(event for event in events if event.finish_reason == "error")
     assert error.request is broken
     assert error.error == broken.error
-    assert broken.error.startswith("request 1: the model's logits are not finite")
+    assert broken.error.startswith("the model's logits are not finite")
     assert broken.tokens == []
     for request in (fine, late):
         assert (request.finish_reason, len(request.tokens)) == ("length", 8)

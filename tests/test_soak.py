@@ -8,18 +8,17 @@ turn around then has a chance of less than one in a hundred over the whole test.
 import gc
 import json
 import random
-import subprocess
 import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import byte_tokenizer, tiny_model, write_checkpoint
 
 from llama import Llama
 from llama.engine import Engine, Request
 from llama.sampling import SamplingParams
+from tests.small import byte_tokenizer, tiny_model, write_checkpoint
 
 BROKEN = 13  # a token whose embedding is damaged
 
@@ -141,7 +140,7 @@ def test_batch_invariant_soak_is_bitwise(dtype):
 
 
 @pytest.mark.slow
-def test_two_ranks(tmp_path):
+def test_two_ranks(tmp_path, torchrun):
     tokenizer = byte_tokenizer(tmp_path)
     write_checkpoint(tmp_path, soak_model(1, vocab_size=tokenizer.n_words))
     single = Engine(soak_model(1, vocab_size=tokenizer.n_words))
@@ -153,16 +152,7 @@ def test_two_ranks(tmp_path):
 
     engine = Engine(soak_model(4, vocab_size=tokenizer.n_words), prefill_chunk=7)
     soak(engine, 150, seed=3, check=check)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        __file__,
-    ]
-    result = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    result = torchrun(2, "-m", __name__, tmp_path)
     assert result.returncode == 0, result.stderr
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]

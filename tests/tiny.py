@@ -1,74 +1,77 @@
-"""Tiny random models, and the tokenizer files that go with them, made on the spot."""
+"""Random checkpoints small enough to make in a moment, in the layout of Meta's files."""
 
 import base64
 import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llama.model import ModelArgs, Transformer
-from llama.tokenizer import Layout, Tokenizer
 
-SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>"]
+# 256 single bytes and a few merges, then Llama 3's 256 special tokens.
+MERGES = [b"th", b"the", b" the", b"in", b"er", b"an", b"ll", b"ama"]
+VOCAB = 256 + len(MERGES) + 256
+
+PARAMS = {
+    "dim": 64,
+    "n_layers": 3,
+    "n_heads": 8,
+    "n_kv_heads": 4,
+    "vocab_size": VOCAB,
+    "multiple_of": 16,
+    "norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+}
+# The dimension along which Meta's files cut each kind of weight; norms are not cut.
+CUT = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "tok_embeddings": 0, "wo": 1, "w2": 1}
 
 
-def tiny_model(
-    seed: int = 0, *, std: float = 0.2, dtype: torch.dtype = torch.float32, **changes: int
-) -> Transformer:
-    """A random model of 2 layers, dim 32, vocabulary 64, that leaves the global RNG alone.
-
-    std: of the weights. 0.2 is ten times what training starts from: the logits lie far apart then, so
-    that rounding, which differs with the shape of a step, practically never turns a choice around.
-    """
-    shape = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 64, "multiple_of": 16}
-    cache = {"max_seq_len": 64, "max_batch_size": 4}
-    model = Transformer(ModelArgs(**{**shape, **cache, **changes}))  # type: ignore[arg-type]
+def random_model(seed: int = 0, std: float = 0.3, **args: object) -> Transformer:
+    """A model whose logits lie far enough apart that rounding decides no token."""
+    model = Transformer(ModelArgs(**{**PARAMS, "max_seq_len": 64, "max_batch_size": 4, **args}))
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
-        if "norm" not in name:
-            weight.data = torch.randn(weight.shape, generator=generator) * std
-    return model.to(dtype)
+        if "norm" in name:
+            weight.copy_(1 + 0.1 * torch.randn(weight.shape, generator=generator))
+        else:
+            weight.copy_(std * torch.randn(weight.shape, generator=generator))
+    return model
 
 
-def byte_tokenizer(folder: Path, *, words: tuple[str, ...] = (), chat_format: str = "chatml") -> Tokenizer:
-    """A tokenizer of single bytes and a few longer words, written to a folder and read from there.
-
-    No word's beginning may lie in the middle of another token, so each is one merge of bytes.
-    """
-    tokens = [bytes([byte]) for byte in range(256)]
-    for word in words:
-        parts = word.encode()
-        tokens += [parts[: n + 1] for n in range(1, len(parts)) if parts[: n + 1] not in tokens]
-    special = {name: len(tokens) + i for i, name in enumerate(SPECIAL)}
-    layout = Layout(
-        special_tokens=special,
-        pattern=r"[\s\S]+",
-        bos=SPECIAL[0],
-        eos=SPECIAL[1],
-        pad=SPECIAL[1],
-        stop=[SPECIAL[1], SPECIAL[3]],
-        chat_format=chat_format,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
-    (folder / "tokenizer.model").write_text("".join(lines))
-    layout.write(folder / "format.json")
-    return Tokenizer(folder / "tokenizer.model")
+def write_tokenizer(path: Path) -> None:
+    tokens = [bytes([byte]) for byte in range(256)] + MERGES
+    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(t), i) for i, t in enumerate(tokens)))
 
 
-def write_checkpoint(folder: Path, model: Transformer) -> None:
-    """A model as the one file of a native checkpoint."""
-    folder.mkdir(parents=True, exist_ok=True)
-    args = model.params
-    names = (
-        "dim",
-        "n_layers",
-        "n_heads",
-        "n_kv_heads",
-        "vocab_size",
-        "multiple_of",
-        "norm_eps",
-        "rope_theta",
-    )
-    (folder / "params.json").write_text(json.dumps({name: getattr(args, name) for name in names}))
-    torch.save(model.state_dict(), folder / "consolidated.00.pth")
+def shards(state: dict[str, Tensor], count: int, cut: dict[str, int] = CUT) -> list[dict[str, Tensor]]:
+    """A whole state dict cut into `count` files as Meta's."""
+    files: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for name, weight in state.items():
+        kind = name.split(".")[-2]
+        parts = weight.chunk(count, cut[kind]) if kind in cut else [weight] * count
+        for file, part in zip(files, parts, strict=True):
+            file[name] = part.clone()
+    return files
+
+
+def write_checkpoint(
+    folder: Path,
+    count: int = 1,
+    *,
+    cut: dict[str, int] = CUT,
+    tied: bool = False,
+    seed: int = 0,
+    **params: object,
+) -> Path:
+    """A random checkpoint in `count` files, with params.json and tokenizer.model. Returns the folder."""
+    folder.mkdir(parents=True)
+    params = {**PARAMS, **params}
+    state = dict(random_model(seed, **params).state_dict())
+    if tied:
+        del state["output.weight"]
+    for i, file in enumerate(shards(state, count, cut)):
+        torch.save(file, folder / f"consolidated.{i:02d}.pth")
+    (folder / "params.json").write_text(json.dumps(params))
+    write_tokenizer(folder / "tokenizer.model")
+    return folder

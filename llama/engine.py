@@ -9,11 +9,12 @@ A plain object without threads: `add` and `cancel` between steps, `step` until n
 Under several ranks, every rank must make the same calls in the same order.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,63 +22,13 @@ from torch import Tensor
 from llama.invariance import check_batch_invariance
 from llama.model import Row, Transformer
 from llama.parallel import lost_rank_as_error
+from llama.request import Event, FinishReason, PromptError, Request, TopLogprobs
 from llama.sampling import SamplingParams, sample, token_logprobs, top_logprobs
-
-FinishReason = Literal["stop", "length", "cancelled", "error"]
-TopLogprobs = list[tuple[int, float]]  # ids and log-probabilities, most likely first
 
 # Prompt positions projected to the vocabulary at once when a prompt's own logprobs are asked for:
 # at 128,256 entries of fp32 each, 256 of them take 131 MB where a prompt of 8192 would take 4.2 GB.
 LOGPROB_ROWS = 256
 BROKEN = -1  # in place of a token, where the logits are not finite
-
-
-class PromptError(ValueError):
-    """A prompt that cannot be generated from: empty, too long, or with ids outside the vocabulary."""
-
-
-@dataclass(eq=False)
-class Request:
-    """One prompt on its way through the engine. The lists grow as it goes.
-
-    `logprobs` and `top_logprobs` stand beside `tokens`, and `prompt_…` beside `prompt`; they are
-    empty where the parameters don't ask for them.
-    """
-
-    prompt: list[int]
-    params: SamplingParams
-    max_tokens: int
-    tokens: list[int] = field(default_factory=list)  # generated, without the stop token
-    logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[TopLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[float] = field(default_factory=list)
-    prompt_top_logprobs: list[TopLogprobs] = field(default_factory=list)
-    reused: int = 0  # of the prompt's tokens, those that its slot held already
-    slot: int | None = None
-    finish_reason: FinishReason | None = None
-    error: str | None = None  # a sentence, where finish_reason is "error"
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.tokens)
-
-    def event(self, n: int) -> "Event":
-        """What happened when the n-th token came."""
-        logprob = self.logprobs[n] if self.params.logprobs else None
-        top = self.top_logprobs[n] if self.params.top_logprobs else None
-        return Event(self, self.tokens[n], logprob, top)
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a step did for one request: a token, or the end (then `finish_reason` is not None)."""
-
-    request: Request
-    token: int | None = None
-    logprob: float | None = None
-    top_logprobs: TopLogprobs | None = None
-    finish_reason: FinishReason | None = None
-    error: str | None = None
 
 
 class Choice(NamedTuple):
@@ -92,6 +43,7 @@ class Slot:
 
     index: int
     tokens: list[int] = field(default_factory=list)  # whose keys and values the cache holds
+    sound: int = 0  # so many of them may serve other requests
     request: Request | None = None
     used: int = 0  # the last step that it took part in
 
@@ -132,8 +84,10 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.slots = [Slot(index) for index in range(model.params.max_batch_size)]
         self.steps = 0
+        # Kernels work in blocks of rows, so a power of two has no odd rows at its end.
+        self.width = 1 << (len(self.slots) - 1).bit_length()
         if batch_invariant:
-            check_batch_invariance(model)
+            check_batch_invariance(model, self.width)
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise what `add` raises."""
@@ -207,16 +161,16 @@ class Engine:
         if self.model.cache_owner is not self:  # somebody called the model: read everything again
             self.model.cache_owner = self
             for slot in self.slots:
-                slot.tokens = []
+                slot.tokens, slot.sound = [], 0
         self._admit()
         work = self._schedule()
         self.steps += 1
         if not self.batch_invariant:
             return self._forward(work) if work else []
         # Every shape depends on one request alone: a chunk of a prompt goes by itself, and the new
-        # tokens, however few, with padding for all slots.
+        # tokens, however few, go with padding for all slots.
         runners = [item for item in work if not item.reads]
-        events = self._forward(runners, len(self.slots)) if runners else []
+        events = self._forward(runners, self.width) if runners else []
         for item in work:
             if item.reads:
                 events += self._forward([item])
@@ -237,7 +191,7 @@ class Engine:
             prefix, slot.tokens = source.tokens[:reused], []
             if slot is not source:
                 self.model.copy_cache(source.index, slot.index, reused)
-            slot.tokens = prefix
+            slot.tokens, slot.sound = prefix, reused
             self.waiting.popleft()
             slot.request, request.slot, request.reused = request, slot.index, reused
 
@@ -245,9 +199,8 @@ class Engine:
         """How many of a request's first tokens need not be read, where it gets what this slot holds."""
         if request.params.prompt_logprobs:
             return 0  # all logits are needed
-        tokens, prompt = slot.tokens, request.prompt[:-1]  # the last token's logits are, in any case
-        if self.batch_invariant and slot.request:
-            tokens = tokens[: len(slot.request.prompt)]
+        # The last token's logits are, in any case.
+        tokens, prompt = slot.tokens[: slot.sound], request.prompt[:-1]
         same = (i for i, (a, b) in enumerate(zip(tokens, prompt, strict=False)) if a != b)
         count = next(same, min(len(tokens), len(prompt)))
         # Chunks begin where they would without reuse, so that they have the same shapes.
@@ -283,8 +236,8 @@ class Engine:
         """Run the model once, padded to `width` tokens, and take what comes of it into the requests."""
         with lost_rank_as_error(self.model.parallel):
             new = [token for item in work for token in item.tokens]
-            padding = range(len(new), width)
-            tokens = torch.tensor(new + [0] * len(padding), device=self.model.device)
+            padding = [0] * (width - len(new))
+            tokens = torch.tensor(new + padding, device=self.model.device)
             hidden = self.model.hidden(tokens, [item.row for item in work])  # (N, dim)
             ends = list(accumulate(item.row.length for item in work))
             scores = [
@@ -296,6 +249,7 @@ class Engine:
                 for item, end in zip(work, ends, strict=True)
                 if item.row.stop == item.request.length and item.request.max_tokens
             }
+            padding = [0] * (width - len(last))
             choices = self._choose(list(last), hidden[[*last.values(), *padding]]) if last else {}
         events = []
         for item, (logprobs, top) in zip(work, scores, strict=True):
@@ -303,7 +257,12 @@ class Engine:
             item.slot.used = self.steps
             item.request.prompt_logprobs += logprobs
             item.request.prompt_top_logprobs += top
-            events += self._take(item, choices.get(item.request))
+            choice = choices.get(item.request)
+            if (choice and choice.token == BROKEN) or any(map(math.isnan, logprobs)):
+                error = "the model's logits are not finite; is the checkpoint damaged?"
+                events.append(self._finish(item.request, "error", error))
+            else:
+                events += self._take(item, choice)
         return events
 
     def _score_prompt(self, item: Work, states: Tensor) -> tuple[list[float], list[TopLogprobs]]:
@@ -357,13 +316,12 @@ class Engine:
 
     def _take(self, item: Work, choice: Choice | None) -> list[Event]:
         """Take a sampled token, if it has come to that, into a request, or end it."""
-        request = item.request
-        events = []
+        request, events = item.request, list[Event]()
         if choice:
-            if choice.token == BROKEN:
-                item.slot.tokens.clear()  # nobody may build on this
-                error = "the model's logits are not finite; is the checkpoint damaged?"
-                return [self._finish(request, "error", error)]
+            # Finite logits vouch for all keys and values before them. And bitwise, only whole chunks of
+            # a prompt are what they would be in another request.
+            whole = len(request.prompt) - len(request.prompt) % self.prefill_chunk
+            item.slot.sound = whole if self.batch_invariant else len(item.slot.tokens)
             if choice.token in request.params.stop_token_ids:
                 return [self._finish(request, "stop")]
             request.tokens.append(choice.token)
@@ -379,9 +337,8 @@ class Engine:
     def _finish(self, request: Request, reason: FinishReason, error: str | None = None) -> Event:
         if request.slot is not None:
             slot = self.slots[request.slot]
-            slot.request = None  # its tokens stay, for who shares the prefix
-            if self.batch_invariant:  # but those only that a prompt would compute in the same shapes
-                del slot.tokens[len(request.prompt) - len(request.prompt) % self.prefill_chunk :]
+            slot.request = None  # what is sound stays, for who shares the prefix
+            del slot.tokens[slot.sound :]
             request.slot = None
         request.finish_reason, request.error = reason, error
         return Event(request, finish_reason=reason, error=error)

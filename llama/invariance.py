@@ -6,15 +6,15 @@ from llama.model import Row, Transformer
 from llama.parallel import lost_rank_as_error
 
 
-def check_batch_invariance(model: Transformer) -> None:
-    """Try whether a row's bits depend on its place in a batch, or on its company.
+def check_batch_invariance(model: Transformer, width: int) -> None:
+    """Try whether a row's bits depend on its place in a batch padded to `width`, or on its company.
 
     Raises ValueError where they do: then no fixed shape makes a request's results independent.
     """
     n, vocab_size = model.params.max_batch_size, model.params.vocab_size
     rows = [Row(slot, 0, 1) for slot in range(n)]
-    same = torch.zeros(n, dtype=torch.int64)
-    mixed = torch.arange(n) * 7919 % vocab_size
+    same = torch.zeros(width, dtype=torch.int64)
+    mixed = torch.arange(width) * 7919 % vocab_size
     model.cache_owner = None
     with lost_rank_as_error(model.parallel):
         alike, beside = (model.logits(model.hidden(x.to(model.device), rows)) for x in (same, mixed))

@@ -6,7 +6,8 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from llama.engine import Engine, FinishReason, TopLogprobs
+from llama.engine import Engine
+from llama.request import FinishReason, TopLogprobs
 from llama.sampling import SamplingParams
 
 

@@ -371,6 +371,22 @@ def test_broken_logits_end_one_request_and_say_which():
     assert not any(13 in slot.tokens for slot in engine.slots)  # nobody builds on what is broken
 
 
+def test_nobody_builds_on_what_is_broken():
+    """A damaged token spoils the others of its chunk; whoever left before that showed left no trace."""
+    model = tiny_model(max_batch_size=1)
+    model.tok_embeddings.weight[13] = math.nan
+    engine = Engine(model)
+    begin = [7] * 9
+    finish(engine, engine.add([*begin, 13, 1], SamplingParams(max_tokens=0)))
+    fine = engine.add([*begin, 8], GREEDY)
+    finish(engine, fine)
+    assert fine.tokens == alone(fine.prompt, GREEDY).tokens
+    scored = SamplingParams(max_tokens=0, logprobs=True, prompt_logprobs=True)
+    broken = engine.add([*begin, 13, 1], scored)
+    finish(engine, broken)
+    assert broken.finish_reason == "error"
+
+
 def test_a_step_that_raises_can_be_repeated():
     model = tiny_model()
     engine = Engine(model, prefill_chunk=4)
@@ -466,7 +482,7 @@ def test_batch_invariance_runs_fixed_shapes():
 )
 def test_batch_invariance_is_refused_where_the_kernels_break_it(spoil):
     model = tiny_model()
-    check_batch_invariance(model)
+    check_batch_invariance(model, 4)
     w2 = model.layers[0].feed_forward.w2
     forward = w2.forward
     w2.forward = lambda x: forward(spoil(x))

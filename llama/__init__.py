@@ -2,6 +2,7 @@
 
 from llama.generation import Llama
 from llama.model import ModelArgs, Transformer
+from llama.streaming import StreamEvent
 from llama.tokenizer import Dialog, Tokenizer
 
-__all__ = ["Dialog", "Llama", "ModelArgs", "Tokenizer", "Transformer"]
+__all__ = ["Dialog", "Llama", "ModelArgs", "StreamEvent", "Tokenizer", "Transformer"]

@@ -1,5 +1,6 @@
 """python -m llama: the commands, each also under `torchrun -m llama`."""
 
+from llama.chat import chat, complete
 from llama.launch import launch
 
 
@@ -17,4 +18,4 @@ def convert(source: str, destination: str) -> None:
 
 
 if __name__ == "__main__":
-    launch({"convert": convert}, name="python -m llama")
+    launch({"chat": chat, "complete": complete, "convert": convert}, name="python -m llama")

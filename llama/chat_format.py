@@ -29,6 +29,13 @@ class DialogFormat(Protocol):
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
         """The ids that ask for the assistant's next message. Raises ValueError for other dialogs."""
 
+    def encode_next_turn(self, content: str) -> list[int]:
+        """The ids between an answer, as it was generated, and the answer to the user's next message.
+
+        That is the end of the answer (the stop token is not part of it), the message, and the header of
+        the next answer. A chat that keeps ids needs it: to encode an answer's text again may give others.
+        """
+
 
 def check_dialog(dialog: Dialog, roles: Sequence[str]) -> None:
     """Raise ValueError unless every message of a dialog has a known role and text."""
@@ -83,6 +90,14 @@ class ChatFormat:
             ids += self.encode_message(message)
         return ids + self.encode_header({"role": "assistant", "content": ""})
 
+    def encode_next_turn(self, content: str) -> list[int]:
+        """<|eot_id|>, the user's message, and the header of the answer to come."""
+        return [
+            self.tokenizer.special_tokens["<|eot_id|>"],
+            *self.encode_message({"role": "user", "content": content}),
+            *self.encode_header({"role": "assistant", "content": ""}),
+        ]
+
 
 class ChatML:
     """<|im_start|>role, a newline, the content as it is, <|im_end|>, a newline.
@@ -116,6 +131,15 @@ class ChatML:
             dialog = [{"role": "system", "content": self.default_system}, *dialog]
         ids = [token for message in dialog for token in self.encode_message(message)]
         return ids + self.encode_header({"role": "assistant", "content": ""})
+
+    def encode_next_turn(self, content: str) -> list[int]:
+        """<|im_end|> and a newline, the user's message, and the answer's header."""
+        return [
+            self.tokenizer.special_tokens["<|im_end|>"],
+            *self._text("\n"),
+            *self.encode_message({"role": "user", "content": content}),
+            *self.encode_header({"role": "assistant", "content": ""}),
+        ]
 
     def _text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, bos=False, eos=False)

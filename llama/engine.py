@@ -9,60 +9,32 @@ A plain object without threads: `add` and `cancel` between steps, `step` until n
 Under several ranks, every rank must make the same calls in the same order.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from llama.invariance import check_batch_invariance
 from llama.model import Row, Transformer
 from llama.parallel import lost_rank_as_error
-from llama.sampling import SamplingParams, sample, token_logprobs
-
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+from llama.request import Event, FinishReason, PromptError, Request, TopLogprobs
+from llama.sampling import SamplingParams, sample, token_logprobs, top_logprobs
 
 # Prompt positions projected to the vocabulary at once when a prompt's own logprobs are asked for:
 # at 128,256 entries of fp32 each, 256 of them take 131 MB where a prompt of 8192 would take 4.2 GB.
 LOGPROB_ROWS = 256
+BROKEN = -1  # in place of a token, where the logits are not finite
 
 
-class PromptError(ValueError):
-    """A prompt that cannot be generated from: empty, too long, or with ids outside the vocabulary."""
-
-
-@dataclass(eq=False)
-class Request:
-    """One prompt on its way through the engine. `tokens` and `logprobs` grow as it goes."""
-
-    prompt: list[int]
-    params: SamplingParams
-    tokens: list[int] = field(default_factory=list)  # generated, without the stop token
-    logprobs: list[float] = field(default_factory=list)  # of `tokens`, if asked for
-    prompt_logprobs: list[float] = field(default_factory=list)  # of `prompt`, if asked for
-    finish_reason: FinishReason | None = None
-    max_tokens: int = 0
-    slot: int | None = None
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.tokens)
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a step did for one request: a token, the end, or both.
-
-    token: the new one, or None where the request ended without (a stop token, a cancellation).
-    error: a sentence, where finish_reason is "error".
-    """
-
-    request: Request
-    token: int | None = None
-    logprob: float | None = None
-    finish_reason: FinishReason | None = None
-    error: str | None = None
+class Choice(NamedTuple):
+    token: int  # or BROKEN
+    logprob: float | None
+    top_logprobs: TopLogprobs | None
 
 
 @dataclass
@@ -71,46 +43,81 @@ class Slot:
 
     index: int
     tokens: list[int] = field(default_factory=list)  # whose keys and values the cache holds
+    sound: int = 0  # so many of them may serve other requests
     request: Request | None = None
+    used: int = 0  # the last step that it took part in
 
-    def common_prefix(self, prompt: Sequence[int]) -> int:
-        """How many of the prompt's first tokens this slot holds already."""
-        same = (i for i, (a, b) in enumerate(zip(self.tokens, prompt, strict=False)) if a != b)
-        return next(same, min(len(self.tokens), len(prompt)))
+
+class Work(NamedTuple):
+    """One slot's part in a step: the request's next tokens, and where in the cache they go."""
+
+    slot: Slot
+    request: Request
+    tokens: list[int]
+    row: Row
+
+    @property
+    def reads(self) -> bool:
+        """Whether this is a part of the prompt, rather than the last token generated."""
+        return self.row.start < len(self.request.prompt)
 
 
 class Engine:
     """Generates for many requests over one model.
 
     model: its cache's `max_batch_size` is the number of requests that run at once.
-    prefill_chunk: at most so many tokens of a prompt go into one step.
+    prefill_chunk: at most so many tokens of a prompt go into one step; while others wait for their
+    next token, so many of all prompts together.
+    batch_invariant: run every matrix product at a shape that depends on the request alone, so that
+    its logprobs are the same to the bit whatever company it has. Raises ValueError where the model's
+    kernels give a row other bits at another place in the batch or beside other rows.
     """
 
-    def __init__(self, model: Transformer, *, prefill_chunk: int = 512) -> None:
+    def __init__(
+        self, model: Transformer, *, prefill_chunk: int = 512, batch_invariant: bool = False
+    ) -> None:
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be 1 or more, not {prefill_chunk}")
         self.model = model
         self.prefill_chunk = prefill_chunk
+        self.batch_invariant = batch_invariant
         self.waiting: deque[Request] = deque()
         self.slots = [Slot(index) for index in range(model.params.max_batch_size)]
+        self.steps = 0
+        # Kernels work in blocks of rows, so a power of two has no odd rows at its end.
+        self.width = 1 << (len(self.slots) - 1).bit_length()
+        if batch_invariant:
+            check_batch_invariance(model, self.width)
 
-    def add(self, prompt: Sequence[int], params: SamplingParams) -> Request:
-        """Queue a prompt of token ids. Raises PromptError where nothing can be generated from it."""
-        prompt = list(prompt)
-        room = self.model.params.max_seq_len - len(prompt)
-        wanted = room if params.max_tokens is None else params.max_tokens
-        vocab_size = self.model.params.vocab_size
-        if not prompt:
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Raise what `add` raises."""
+        vocab_size, max_seq_len = self.model.params.vocab_size, self.model.params.max_seq_len
+        if not len(prompt):
             raise PromptError("the prompt is empty: it needs one token at least")
         for token in prompt:
             if not (isinstance(token, int) and 0 <= token < vocab_size):
                 raise PromptError(f"{token!r} is not a token id: the vocabulary has 0 to {vocab_size - 1}")
-        if room < (params.max_tokens != 0):
+        if max_seq_len - len(prompt) < (params.max_tokens != 0):
             raise PromptError(
                 f"the prompt has {len(prompt)} tokens, which leaves no room for a new one in "
-                f"max_seq_len={self.model.params.max_seq_len}; shorten it or build with a larger max_seq_len"
+                f"max_seq_len={max_seq_len}; shorten it or build with a larger max_seq_len"
             )
-        request = Request(prompt, params, max_tokens=min(wanted, room))
+        if unknown := [token for token in params.logit_bias if token >= vocab_size]:
+            raise ValueError(
+                f"logit_bias names {unknown[0]}, which is not a token id: the vocabulary has 0 to "
+                f"{vocab_size - 1}"
+            )
+
+    def add(self, prompt: Sequence[int], params: SamplingParams) -> Request:
+        """Queue a prompt of token ids.
+
+        Raises PromptError where nothing can be generated from it, ValueError for parameters that do
+        not fit the model.
+        """
+        self.check(prompt, params)
+        room = self.model.params.max_seq_len - len(prompt)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        request = Request(list(prompt), params, max_tokens)
         self.waiting.append(request)
         return request
 
@@ -125,108 +132,213 @@ class Engine:
         return bool(self.waiting) or any(slot.request for slot in self.slots)
 
     def run(self, requests: Sequence[Request]) -> Iterator[Event]:
-        """Step until these requests have ended, and yield what happens to them.
+        """Step until these requests have ended, and yield what happens to them, in steps that others
+        made too: several of these iterators may take turns.
 
-        Closing the iterator early, or an exception, cancels those that have not.
+        Closing one early, or an exception, cancels its requests that have not ended.
         """
-        mine = {id(request) for request in requests}
+        told = dict.fromkeys(requests, 0)  # how many tokens of each have been yielded
         try:
-            while any(request.finish_reason is None for request in requests):
-                yield from (event for event in self.step() if id(event.request) in mine)
+            while told:
+                for request in list(told):
+                    while told[request] < len(request.tokens):
+                        told[request] += 1
+                        yield request.event(told[request] - 1)
+                    if request.finish_reason:
+                        del told[request]
+                        yield Event(request, finish_reason=request.finish_reason, error=request.error)
+                if told:
+                    self.step()
         finally:
             for request in requests:
                 self.cancel(request)
 
     def step(self) -> list[Event]:
-        """Run the model once for every request that has a slot, and say what came of it."""
+        """Run the model for the requests that have a slot, and say what came of it.
+
+        An exception leaves every request as it was before the step or after it.
+        """
         if self.model.cache_owner is not self:  # somebody called the model: read everything again
             self.model.cache_owner = self
             for slot in self.slots:
-                slot.tokens = []
+                slot.tokens, slot.sound = [], 0
         self._admit()
-        running = [(slot, slot.request) for slot in self.slots if slot.request]
-        if not running:
-            return []
-        pending = [self._pending(slot, request) for slot, request in running]
-        rows = [
-            Row(slot.index, len(slot.tokens), len(new))
-            for (slot, _), new in zip(running, pending, strict=True)
-        ]
-        with lost_rank_as_error(self.model.parallel):
-            tokens = torch.tensor([token for new in pending for token in new], device=self.model.device)
-            hidden = self.model.hidden(tokens, rows).split([row.length for row in rows])
-            ready, last = [], []
-            for (slot, request), new, states in zip(running, pending, hidden, strict=True):
-                if request.params.prompt_logprobs:
-                    self._score_prompt(request, states, len(slot.tokens))
-                slot.tokens += new
-                if len(slot.tokens) == request.length:
-                    ready.append(request)
-                    last.append(states[-1])
-            return self._decode(ready, torch.stack(last)) if ready else []
+        work = self._schedule()
+        self.steps += 1
+        if not self.batch_invariant:
+            return self._forward(work) if work else []
+        # Every shape depends on one request alone: a chunk of a prompt goes by itself, and the new
+        # tokens, however few, go with padding for all slots.
+        runners = [item for item in work if not item.reads]
+        events = self._forward(runners, self.width) if runners else []
+        for item in work:
+            if item.reads:
+                events += self._forward([item])
+        return events
 
     def _admit(self) -> None:
-        """Give each waiting request, in order, the free slot that holds most of its prompt already."""
+        """Give waiting requests, in order, the free slots, with what any slot holds of their prompts.
+
+        A slot whose tokens all belong to the prompt is continued. Otherwise the prefix is copied to
+        the free slot unused for longest: two chats that begin alike do not drive each other out.
+        """
         while self.waiting and (free := [slot for slot in self.slots if not slot.request]):
-            request = self.waiting.popleft()
-            slot = max(free, key=lambda slot: slot.common_prefix(request.prompt))
-            # The last token's logits are needed in any case, and a scored prompt's are all.
-            reused = 0 if request.params.prompt_logprobs else slot.common_prefix(request.prompt[:-1])
-            del slot.tokens[reused:]
-            slot.request, request.slot = request, slot.index
+            request = self.waiting[0]
+            source = max(self.slots, key=lambda slot: self._reusable(slot, request))
+            reused = self._reusable(source, request)
+            continues = not source.request and reused == len(source.tokens)
+            slot = source if continues and reused else min(free, key=lambda slot: slot.used)
+            prefix, slot.tokens = source.tokens[:reused], []
+            if slot is not source:
+                self.model.copy_cache(source.index, slot.index, reused)
+            slot.tokens, slot.sound = prefix, reused
+            self.waiting.popleft()
+            slot.request, request.slot, request.reused = request, slot.index, reused
 
-    def _pending(self, slot: Slot, request: Request) -> list[int]:
-        """The tokens that a slot's request has and its cache has not, up to a chunk of them."""
-        cached = len(slot.tokens)
-        if cached >= len(request.prompt):
-            return request.tokens[cached - len(request.prompt) :]
-        return request.prompt[cached : cached + self.prefill_chunk]
+    def _reusable(self, slot: Slot, request: Request) -> int:
+        """How many of a request's first tokens need not be read, where it gets what this slot holds."""
+        if request.params.prompt_logprobs:
+            return 0  # all logits are needed
+        # The last token's logits are, in any case.
+        tokens, prompt = slot.tokens[: slot.sound], request.prompt[:-1]
+        same = (i for i, (a, b) in enumerate(zip(tokens, prompt, strict=False)) if a != b)
+        count = next(same, min(len(tokens), len(prompt)))
+        # Chunks begin where they would without reuse, so that they have the same shapes.
+        return count - count % self.prefill_chunk if self.batch_invariant else count
 
-    def _score_prompt(self, request: Request, states: Tensor, start: int) -> None:
-        """Logprobs of the prompt's tokens that follow the positions start … of `states` (n, dim)."""
-        if start == 0:
-            request.prompt_logprobs.append(0.0)
-        following = torch.tensor(request.prompt[start + 1 : start + 1 + len(states)], dtype=torch.int64)
-        for some, targets in zip(states.split(LOGPROB_ROWS), following.split(LOGPROB_ROWS), strict=False):
-            request.prompt_logprobs += token_logprobs(
-                self.model.logits(some[: len(targets)]), targets.to(states.device)
-            ).tolist()
+    def _schedule(self) -> list[Work]:
+        """What each slot has to do in this step, within the bound on reading."""
+        work = [self._pending(slot, slot.request) for slot in self.slots if slot.request]
+        readers = sorted((item for item in work if item.reads), key=lambda item: item.slot.used)
+        runners = [item for item in work if not item.reads]
+        if not runners:
+            return readers  # nobody waits for a next token
+        room = self.prefill_chunk
+        for item in readers:  # in turn: whose last chunk is longest ago comes first, and always fits
+            if item.row.length <= room:
+                room -= item.row.length
+                runners.append(item)
+        return runners
 
-    def _decode(self, requests: list[Request], states: Tensor) -> list[Event]:
-        """The next token of each request, from the hidden state of its last, `states` (n, dim)."""
-        logits = self.model.logits(states)
-        chosen = sample(logits, [r.params for r in requests], [len(r.tokens) for r in requests])
+    def _pending(self, slot: Slot, request: Request) -> Work:
+        """The tokens that a slot's request has and its cache has not, up to a chunk of them.
+
+        Of those generated that is the last one, or all where the cache was lost.
+        """
+        start, generated = len(slot.tokens), len(slot.tokens) - len(request.prompt)
+        if generated < 0:
+            tokens = request.prompt[start : start + self.prefill_chunk]
+        else:
+            tokens = request.tokens[generated : generated + 1 if self.batch_invariant else None]
+        return Work(slot, request, tokens, Row(slot.index, start, len(tokens)))
+
+    def _forward(self, work: list[Work], width: int = 0) -> list[Event]:
+        """Run the model once, padded to `width` tokens, and take what comes of it into the requests."""
+        with lost_rank_as_error(self.model.parallel):
+            new = [token for item in work for token in item.tokens]
+            padding = [0] * (width - len(new))
+            tokens = torch.tensor(new + padding, device=self.model.device)
+            hidden = self.model.hidden(tokens, [item.row for item in work])  # (N, dim)
+            ends = list(accumulate(item.row.length for item in work))
+            scores = [
+                self._score_prompt(item, hidden[end - item.row.length : end])
+                for item, end in zip(work, ends, strict=True)
+            ]
+            last = {
+                item.request: end - 1
+                for item, end in zip(work, ends, strict=True)
+                if item.row.stop == item.request.length and item.request.max_tokens
+            }
+            padding = [0] * (width - len(last))
+            choices = self._choose(list(last), hidden[[*last.values(), *padding]]) if last else {}
+        events = []
+        for item, (logprobs, top) in zip(work, scores, strict=True):
+            item.slot.tokens += item.tokens
+            item.slot.used = self.steps
+            item.request.prompt_logprobs += logprobs
+            item.request.prompt_top_logprobs += top
+            choice = choices.get(item.request)
+            if (choice and choice.token == BROKEN) or any(map(math.isnan, logprobs)):
+                error = "the model's logits are not finite; is the checkpoint damaged?"
+                events.append(self._finish(item.request, "error", error))
+            else:
+                events += self._take(item, choice)
+        return events
+
+    def _score_prompt(self, item: Work, states: Tensor) -> tuple[list[float], list[TopLogprobs]]:
+        """Logprobs of the prompt's tokens that follow those of `item`, whose states are (n, dim).
+
+        The prompt's very first token gets 0, and no alternatives.
+        """
+        params = item.request.params
+        if not (params.prompt_logprobs and item.reads):
+            return [], []
+        if len(item.request.prompt_logprobs) > item.row.start + bool(item.row.start):
+            return [], []  # they were scored before the cache was lost
+        logprobs: list[float] = [] if item.row.start else [0.0]
+        top: list[TopLogprobs] = [] if item.row.start else [[]]
+        following = item.request.prompt[item.row.start + 1 : item.row.stop + 1]
+        for first in range(0, len(following), LOGPROB_ROWS):
+            targets = torch.tensor(following[first : first + LOGPROB_ROWS], device=states.device)
+            logits = self.model.logits(states[first : first + len(targets)])
+            logprobs += token_logprobs(logits, targets).tolist()
+            if params.top_logprobs:
+                top += top_logprobs(logits, params.top_logprobs)
+        return logprobs, top if params.top_logprobs else []
+
+    def _choose(self, requests: list[Request], states: Tensor) -> dict[Request, Choice]:
+        """The next token of each request, by the state of its last, which come first in (N, dim)."""
+        logits = self.model.logits(states)[: len(requests)]
+        # Sums too may add up in another order for another number of rows.
+        size = 1 if self.batch_invariant else len(requests)
+        parts = [slice(first, first + size) for first in range(0, len(requests), size)]
+        chosen = torch.cat(
+            [
+                sample(
+                    logits[part],
+                    [r.params for r in requests[part]],
+                    [r.prompt for r in requests[part]],
+                    [r.tokens for r in requests[part]],
+                )
+                for part in parts
+            ]
+        ).masked_fill_(~logits.amax(-1).isfinite(), BROKEN)
         self.model.parallel.broadcast(chosen)  # kernels may differ between ranks; the tokens must not
-        logprobs = (
-            token_logprobs(logits, chosen).tolist()
-            if any(r.params.logprobs for r in requests)
-            else [None] * len(requests)
-        )
-        broken = (~logits.amax(-1).isfinite()).tolist()
-        return [
-            self._advance(*item) for item in zip(requests, chosen.tolist(), logprobs, broken, strict=True)
+        logprobs: list[float | None] = [None] * len(requests)
+        if any(r.params.logprobs for r in requests):
+            known = chosen.clamp(min=0)
+            logprobs = torch.cat([token_logprobs(logits[part], known[part]) for part in parts]).tolist()
+        top = [
+            top_logprobs(row[None], r.params.top_logprobs)[0] if r.params.top_logprobs else None
+            for r, row in zip(requests, logits, strict=True)
         ]
+        return dict(zip(requests, map(Choice, chosen.tolist(), logprobs, top), strict=True))
 
-    def _advance(self, request: Request, token: int, logprob: float | None, broken: bool) -> Event:
-        """Take one sampled token into a request."""
-        if len(request.tokens) == request.max_tokens:  # only where no token at all was asked for
-            return self._finish(request, "length")
-        if broken:
-            return self._finish(
-                request, "error", "the model's logits are not finite; is the checkpoint damaged?"
-            )
-        if token in request.params.stop_token_ids:
-            return self._finish(request, "stop")
-        request.tokens.append(token)
-        if request.params.logprobs and logprob is not None:
-            request.logprobs.append(logprob)
-        if len(request.tokens) == request.max_tokens:
-            self._finish(request, "length")
-        return Event(request, token, logprob, request.finish_reason)
+    def _take(self, item: Work, choice: Choice | None) -> list[Event]:
+        """Take a sampled token, if it has come to that, into a request, or end it."""
+        request, events = item.request, list[Event]()
+        if choice:
+            # Finite logits vouch for all keys and values before them. And bitwise, only whole chunks of
+            # a prompt are what they would be in another request.
+            whole = len(request.prompt) - len(request.prompt) % self.prefill_chunk
+            item.slot.sound = whole if self.batch_invariant else len(item.slot.tokens)
+            if choice.token in request.params.stop_token_ids:
+                return [self._finish(request, "stop")]
+            request.tokens.append(choice.token)
+            if request.params.logprobs and choice.logprob is not None:
+                request.logprobs.append(choice.logprob)
+            if choice.top_logprobs is not None:
+                request.top_logprobs.append(choice.top_logprobs)
+            events.append(request.event(-1))
+        if item.row.stop >= len(request.prompt) and len(request.tokens) == request.max_tokens:
+            events.append(self._finish(request, "length"))
+        return events
 
     def _finish(self, request: Request, reason: FinishReason, error: str | None = None) -> Event:
-        request.finish_reason = reason
         if request.slot is not None:
-            self.slots[request.slot].request = None  # its tokens stay, for who shares the prefix
+            slot = self.slots[request.slot]
+            slot.request = None  # what is sound stays, for who shares the prefix
+            del slot.tokens[slot.sound :]
             request.slot = None
+        request.finish_reason, request.error = reason, error
         return Event(request, finish_reason=reason, error=error)

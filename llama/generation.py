@@ -4,31 +4,50 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
+from typing_extensions import Unpack
 
 from llama import parallel
 from llama.chat_format import Dialog, Message, chat_format
 from llama.checkpoint import CheckpointError, find_shards, load_weights, read_params
 from llama.device import default_device, default_dtype, gigabytes, parse_dtype, total_memory
-from llama.engine import Engine, PromptError, Request
+from llama.engine import Engine
 from llama.model import ModelArgs, Transformer
 from llama.packing import pack
 from llama.parallel import ModelParallel
 from llama.sampling import SamplingParams, derive_seed
+from llama.streaming import Answer, StreamEvent, collect, stream
 from llama.tokenizer import Tokenizer
 
 StrPath = str | os.PathLike[str]
 T = TypeVar("T")
 
 
+class Sampling(TypedDict, total=False):
+    """Arguments that every call takes, by keyword. See `SamplingParams` for those not told here."""
+
+    seed: int | None  # of every prompt's own draws; None: of this call's place among the program's
+    top_k: int | None
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    top_logprobs: int
+    stop: str | Sequence[str]  # text that ends the answer, and is not part of it
+    stop_token_ids: Sequence[int]  # besides the tokenizer's own
+
+
 class Scored(TypedDict, total=False):
     tokens: list[str]  # each token as text
     logprobs: list[float]
+    top_logprobs: list[list[tuple[str, float]]]
 
 
 class CompletionPrediction(Scored):
@@ -57,6 +76,7 @@ class Llama:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        batch_invariant: bool = False,
     ) -> "Llama":
         """Load a native checkpoint: a folder of consolidated.*.pth, params.json and tokenizer.model.
 
@@ -68,6 +88,8 @@ class Llama:
         seed: of all sampling, for calls that bring no seed of their own.
         device: by default the rank's CUDA device, else MPS, else the CPU.
         dtype: "bfloat16", "float16" or "float32"; by default bf16 where the device computes in it.
+        batch_invariant: a request's logprobs are the same to the bit whatever else runs beside it, for
+        some speed. Refused (ValueError) where this machine's kernels cannot keep it.
 
         Raises FileNotFoundError where a file lacks, ValueError (CheckpointError where the files are
         to blame) where they, the arguments and the ranks do not fit, MemoryError where weights and
@@ -84,18 +106,20 @@ class Llama:
                 )
                 tokenizer = Tokenizer(tokenizer_path or ckpt_dir / "tokenizer.model")
                 model = load(ckpt_dir, args, tokenizer.n_words, group, device, dtype)
-                llama = Llama(model, tokenizer, seed)
+                llama = Llama(model, tokenizer, seed, batch_invariant=batch_invariant)
         except BaseException:
             parallel.disconnect()
             raise
         llama._connected = True
         return llama
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> None:
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, seed: int = 1, *, batch_invariant: bool = False
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = chat_format(tokenizer)
-        self.engine = Engine(model)
+        self.engine = Engine(model, batch_invariant=batch_invariant)
         self._seed = seed
         self._requests = 0  # made so far without a seed of their own
         self._connected = False
@@ -122,47 +146,28 @@ class Llama:
         top_p: float = 0.9,
         logprobs: bool = False,
         echo: bool = False,
-        *,
-        seed: int | None = None,
+        **sampling: Unpack[Sampling],
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continue prompts of token ids, each until a stop token, which is left out.
 
         prompt_tokens: any number; `max_batch_size` of them run at a time.
         max_gen_len: new tokens at most, within max_seq_len; None for as many as fit; 0 scores the
         prompts, with logprobs and echo.
-        temperature, top_p: see `SamplingParams`. seed: of every prompt's own draws.
+        temperature, top_p: see `SamplingParams`. sampling: see `Sampling`; after a stop string, its
+        tokens are among the ids, for a token may hold more than it.
         echo: put the prompt in front of its answer.
 
         Returns the ids, and with `logprobs` the log-probability of each under the raw logits (0 for
         a prompt's first), else None. Raises PromptError where a prompt is empty, leaves no room, or
         has unknown ids; ValueError for parameters out of range, and for no prompts at all.
         """
-        if not prompt_tokens:
-            raise ValueError("no prompts: give one at least")
-        requests: list[Request] = []
-        try:
-            for i, prompt in enumerate(prompt_tokens):
-                params = SamplingParams(
-                    temperature=temperature,
-                    top_p=top_p,
-                    seed=self._next_seed() if seed is None else seed,
-                    max_tokens=max_gen_len,
-                    logprobs=logprobs,
-                    prompt_logprobs=logprobs and echo,
-                    stop_token_ids=frozenset(self.tokenizer.stop_tokens),
-                )
-                try:
-                    requests.append(self.engine.add(prompt, params))
-                except PromptError as error:
-                    raise PromptError(f"prompt {i}: {error}") from None
-            for event in self.engine.run(requests):
-                if event.finish_reason == "error":
-                    raise RuntimeError(f"prompt {requests.index(event.request)}: {event.error}")
-        finally:
-            for request in requests:
-                self.engine.cancel(request)
-        tokens = [[*r.prompt, *r.tokens] if echo else r.tokens for r in requests]
-        return tokens, [r.prompt_logprobs + r.logprobs for r in requests] if logprobs else None
+        if sampling.get("top_logprobs"):
+            raise ValueError("generate returns no top_logprobs; text_completion and the streams do")
+        events = self.stream_tokens(
+            prompt_tokens, temperature, top_p, max_gen_len, logprobs, echo, **sampling
+        )
+        answers = collect(events, len(prompt_tokens))
+        return [a.tokens for a in answers], [a.logprobs for a in answers] if logprobs else None
 
     def text_completion(
         self,
@@ -172,19 +177,17 @@ class Llama:
         max_gen_len: int | None = None,
         logprobs: bool = False,
         echo: bool = False,
-        *,
-        seed: int | None = None,
+        **sampling: Unpack[Sampling],
     ) -> list[CompletionPrediction]:
         """Continue texts. Arguments and errors are those of `generate`.
 
         Returns for each prompt {"generation": text}, and with `logprobs` also the "tokens", each as
-        text, and their "logprobs".
+        text, and their "logprobs", and with `top_logprobs` those too.
         """
-        ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in _list_of(prompts, "prompts")]
-        tokens, scores = self.generate(ids, max_gen_len, temperature, top_p, logprobs, echo, seed=seed)
+        events = self.stream_text(prompts, temperature, top_p, max_gen_len, logprobs, echo, **sampling)
         return [
-            {"generation": self.tokenizer.decode(t), **self._scored(t, scores[i] if scores else None)}
-            for i, t in enumerate(tokens)
+            {"generation": answer.text, **self._scored(answer, logprobs)}
+            for answer in collect(events, len(prompts))
         ]
 
     def chat_completion(
@@ -194,28 +197,102 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
-        *,
-        seed: int | None = None,
+        **sampling: Unpack[Sampling],
     ) -> list[ChatPrediction]:
         """Answer dialogs: lists of {"role": ..., "content": ...}. Other arguments as in `generate`.
 
         Returns for each {"generation": {"role": "assistant", "content": text}}, and with `logprobs`
-        also "tokens" and "logprobs". Raises ValueError for a dialog that the chat format cannot hold.
+        what `text_completion` does. Raises ValueError for a dialog that the chat format cannot hold.
         """
-        ids = [self.formatter.encode_dialog_prompt(dialog) for dialog in _list_of(dialogs, "dialogs")]
-        tokens, scores = self.generate(ids, max_gen_len, temperature, top_p, logprobs, seed=seed)
+        events = self.stream_chat(dialogs, temperature, top_p, max_gen_len, logprobs, **sampling)
         return [
             {
-                "generation": {"role": "assistant", "content": self.tokenizer.decode(t)},
-                **self._scored(t, scores[i] if scores else None),
+                "generation": {"role": "assistant", "content": answer.text},
+                **self._scored(answer, logprobs),
             }
-            for i, t in enumerate(tokens)
+            for answer in collect(events, len(dialogs))
         ]
 
-    def _scored(self, tokens: list[int], logprobs: list[float] | None) -> Scored:
-        if logprobs is None:
+    def stream_text(
+        self,
+        prompts: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+        **sampling: Unpack[Sampling],
+    ) -> Generator[StreamEvent, None, None]:
+        """What `text_completion` does, as it happens: an event for each token, and one at each end.
+
+        The pieces of text joined are the answer of `text_completion`. With `echo` the prompt's tokens
+        come first. Several streams may be read in turn. Closing one, or dropping it, cancels what has
+        not ended and frees its slots. Where one request fails, its end says why and the others go on.
+        Raises what `generate` raises, at the call.
+        """
+        ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in _list_of(prompts, "prompts")]
+        return self.stream_tokens(ids, temperature, top_p, max_gen_len, logprobs, echo, **sampling)
+
+    def stream_chat(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        **sampling: Unpack[Sampling],
+    ) -> Generator[StreamEvent, None, None]:
+        """What `chat_completion` does, as it happens; otherwise as `stream_text`."""
+        ids = [self.formatter.encode_dialog_prompt(dialog) for dialog in _list_of(dialogs, "dialogs")]
+        return self.stream_tokens(ids, temperature, top_p, max_gen_len, logprobs, **sampling)
+
+    def stream_tokens(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+        **sampling: Unpack[Sampling],
+    ) -> Generator[StreamEvent, None, None]:
+        """As `stream_text`, for prompts of token ids."""
+        if not prompt_tokens:
+            raise ValueError("no prompts: give one at least")
+        values: dict[str, Any] = dict(sampling)
+        stop, seed = values.pop("stop", ()), values.pop("seed", None)
+        stop = [stop] if isinstance(stop, str) else stop
+        if not (isinstance(stop, Sequence) and all(isinstance(text, str) and text for text in stop)):
+            raise ValueError(f"stop must be a text, or a list of texts, and none empty; not {stop!r}")
+        values["stop_token_ids"] = frozenset((*self.tokenizer.stop_tokens, *values.get("stop_token_ids", ())))
+        params = SamplingParams(
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=max_gen_len,
+            logprobs=logprobs,
+            prompt_logprobs=logprobs and echo,
+            **values,
+        )
+        prompts = []
+        for i, prompt in enumerate(prompt_tokens):
+            try:
+                self.engine.check(prompt, params)
+            except ValueError as error:
+                raise type(error)(f"prompt {i}: {error}") from None
+            prompts.append((prompt, replace(params, seed=self._next_seed() if seed is None else seed)))
+        return stream(self.engine, self.tokenizer, prompts, stop, echo)
+
+    def _scored(self, answer: Answer, logprobs: bool) -> Scored:
+        if not logprobs:
             return {}
-        return {"tokens": [self.tokenizer.decode([token]) for token in tokens], "logprobs": logprobs}
+
+        def text(token: int) -> str:
+            return self.tokenizer.decode([token])
+
+        scored: Scored = {"tokens": [text(token) for token in answer.tokens], "logprobs": answer.logprobs}
+        if answer.top_logprobs:
+            scored["top_logprobs"] = [[(text(t), p) for t, p in top] for top in answer.top_logprobs]
+        return scored
 
     def _next_seed(self) -> int:
         self._requests += 1

@@ -198,13 +198,14 @@ class Attention(nn.Module):
         values = qkv[:, -self.n_kv_heads :]
         queries, keys = qk.split((self.n_heads, self.n_kv_heads), 1)
 
-        outputs, first = [], 0
+        outputs, first = [], 0  # (length, n_heads, head_dim) of each row
         for row, mask in zip(step.rows, step.masks, strict=True):
             new = slice(first, first := first + row.length)
             cached_keys, cached_values = cache[:, row.slot, :, : row.stop]  # only what is alive
             cached_keys[:, row.start :] = keys[new].transpose(0, 1)
             cached_values[:, row.start :] = values[new].transpose(0, 1)
             outputs.append(attend(queries[new], cached_keys, cached_values, mask))
+        outputs.append(queries[first:])  # padding attends to nothing
         return self.wo(torch.cat(outputs).flatten(1))
 
 
@@ -300,6 +301,12 @@ class Transformer(nn.Module):
         self.rotations = torch.polar(torch.ones_like(angles), angles)[:, None].to(self.device)
 
     @torch.inference_mode()
+    def copy_cache(self, source: int, target: int, length: int) -> None:
+        """Give slot `target` the keys and values of the first `length` positions of slot `source`."""
+        if length:
+            self.cache[:, :, target, :, :length] = self.cache[:, :, source, :, :length]
+
+    @torch.inference_mode()
     def forward(self, tokens: Tensor, start_pos: int | Tensor) -> Tensor:
         """Logits after each of the tokens; keys and values of the tokens go to the cache.
 
@@ -317,7 +324,8 @@ class Transformer(nn.Module):
     def hidden(self, tokens: Tensor, rows: Sequence[Row]) -> Tensor:
         """The last layer's normed output (N, dim) for the rows' tokens, int64 (N), one row behind the other.
 
-        Cache slots take the new keys and values; each slot may appear in one row only.
+        Cache slots take the new keys and values; each slot may appear in one row only. Tokens behind
+        the last row's are padding, which brings the linear layers to a wanted N and nothing else.
         Raises ValueError where a row does not fit into the cache.
         """
         if not hasattr(self, "cache"):
@@ -331,7 +339,9 @@ class Transformer(nn.Module):
                     f"slot {row.slot}, positions {row.start} to {row.stop} do not fit into a cache of "
                     f"max_batch_size={self.params.max_batch_size}, max_seq_len={self.params.max_seq_len}"
                 )
+        padding = len(tokens) - sum(row.length for row in rows)
         rotation = torch.cat([self.rotations[row.start : row.stop] for row in rows])
+        rotation = F.pad(rotation, (0, 0, 0, 0, 0, padding))
         step = Step(rows, rotation, [causal_mask(row, self.device) for row in rows])
         x = self.tok_embeddings(tokens)
         for layer, cache in zip(self.layers, self.cache, strict=True):

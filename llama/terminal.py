@@ -1,0 +1,153 @@
+"""The keyboard of a program that runs on one rank or many: rank 0 reads, and every rank gets it.
+
+Ctrl-C is read as a key, not taken as a signal. As a signal it would reach only whatever the terminal
+holds for the program; under `torchrun` that is the launcher, which ends all ranks.
+"""
+
+import contextlib
+import datetime
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from llama.parallel import ModelParallel, lost_rank_as_error
+
+try:
+    import readline
+    import termios
+except ImportError:  # Windows: plain input, and Ctrl-C ends the program
+    readline = termios = None  # type: ignore[assignment]
+
+T = TypeVar("T")
+CTRL_C = b"\x03"
+
+
+class Terminal:
+    """Reads lines, and notices Ctrl-C in between. Every rank must make the same calls.
+
+    parallel: the ranks. Raises ValueError where they are not all there are.
+    """
+
+    def __init__(self, parallel: ModelParallel) -> None:
+        self.parallel = parallel
+        self.interactive = sys.stdin.isatty() and termios is not None
+        self._typed = ""  # while nobody asked for it
+        self._group: dist.ProcessGroup | None = None
+        if parallel.size > 1:
+            if parallel.size != dist.get_world_size():
+                raise ValueError(
+                    f"this wants one model on all {dist.get_world_size()} ranks, not on {parallel.size} each"
+                )
+            # The other ranks wait as long as somebody thinks before typing.
+            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))
+
+    def once(self, act: Callable[[], T]) -> T:
+        """Do something on rank 0 alone. Returns what it gives, or raises what it raises, on every rank."""
+        if self._group is None:
+            return act()
+        outcome: list[Any] = [None, None]
+        if self.parallel.rank == 0:
+            try:
+                outcome[0] = act()
+            except Exception as error:
+                outcome[1] = error
+        with lost_rank_as_error(self.parallel):
+            dist.broadcast_object_list(outcome, 0, self._group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def read_line(self, prompt: str) -> str | None:
+        """The next line; None at the end of the input (Ctrl-D). A backslash at its end continues it."""
+        lines: list[str] = []
+        while (line := self.once(lambda: self._read(prompt if not lines else "… "))) is not None:
+            if not line.endswith("\\"):
+                return "\n".join([*lines, line])
+            lines.append(line[:-1])
+        return "\n".join(lines) if lines else None
+
+    def _read(self, prompt: str) -> str | None:
+        prompt = prompt if self.interactive else ""
+        line, newline, rest = self._typed.partition("\n")
+        self._typed = rest
+        if newline:  # typed ahead
+            print(prompt + line)
+            return line
+        if readline and line:
+            readline.set_startup_hook(lambda: readline.insert_text(line))
+        try:
+            return input(prompt)
+        except EOFError:
+            if self.interactive:
+                print()
+            return None
+        finally:
+            if readline:
+                readline.set_startup_hook()
+
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C was typed since the last call, within `watching`."""
+        return self.once(self._poll)
+
+    def _poll(self) -> bool:
+        stdin = sys.stdin.fileno() if self.interactive else -1
+        data = b""
+        while self.interactive and select.select([stdin], [], [], 0)[0]:
+            new = os.read(stdin, 1024)
+            if not new:
+                break
+            data += new
+        if CTRL_C in data:
+            self._typed = ""
+            return True
+        if b"\x1b" not in data:  # no arrow keys and the like
+            self._typed += data.decode("utf-8", "ignore")
+        return False
+
+    @contextlib.contextmanager
+    def ctrl_c_as_key(self) -> Iterator[None]:
+        """A block in which Ctrl-C is a key; while a line is typed it clears the line."""
+        if self.parallel.rank != 0 or not self.interactive:
+            yield
+            return
+        readline.parse_and_bind(r'"\C-c": kill-whole-line')
+        # The terminal is put right also where somebody ends this program.
+        before = signal.getsignal(signal.SIGTERM)
+        if before is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        try:
+            with _settings(lambda mode: mode[6].__setitem__(termios.VINTR, b"\x00")):
+                yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """A block in which keys are not shown, and `interrupted` sees them as they are typed."""
+        if self.parallel.rank != 0 or not self.interactive:
+            yield
+            return
+
+        def change(mode: list[Any]) -> None:
+            mode[3] &= ~(termios.ICANON | termios.ECHO)
+
+        with _settings(change):
+            yield
+
+
+@contextlib.contextmanager
+def _settings(change: Callable[[list[Any]], None]) -> Iterator[None]:
+    """The terminal's settings, as tcgetattr has them, changed for a block."""
+    stdin = sys.stdin.fileno()
+    before, mode = termios.tcgetattr(stdin), termios.tcgetattr(stdin)
+    change(mode)
+    termios.tcsetattr(stdin, termios.TCSADRAIN, mode)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(stdin, termios.TCSADRAIN, before)

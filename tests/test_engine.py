@@ -1,0 +1,490 @@
+import contextlib
+import gc
+import math
+
+import pytest
+import torch
+
+from llama.engine import Engine, PromptError, Request
+from llama.invariance import check_batch_invariance
+from llama.sampling import SamplingParams
+from tests.small import tiny_model
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+
+
+class Counter:
+    """The rows of every call of the model."""
+
+    def __init__(self, model):
+        self.steps = []
+        hidden = model.hidden
+
+        def counting(tokens, rows):
+            self.steps.append(list(rows))
+            return hidden(tokens, rows)
+
+        model.hidden = counting
+
+    def lengths(self):
+        return [[row.length for row in rows] for rows in self.steps]
+
+
+def finish(engine: Engine, *requests: Request) -> None:
+    for _ in engine.run(requests):
+        pass
+
+
+def alone(prompt: list[int], params: SamplingParams, **changes) -> Request:
+    engine = Engine(tiny_model(max_batch_size=1, **changes), prefill_chunk=64)
+    request = engine.add(prompt, params)
+    finish(engine, request)
+    return request
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(64, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+# A request's tokens depend on the request.
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+@pytest.mark.parametrize("slots", [1, 2, 7])
+def test_alone_is_together(chunk, slots):
+    engine = Engine(tiny_model(max_batch_size=slots), prefill_chunk=chunk)
+    cases = []
+    for seed in range(7):
+        params = SamplingParams(
+            temperature=(0, 1.0, 1.5)[seed % 3],
+            top_p=(1.0, 0.8)[seed % 2],
+            top_k=(None, 20)[seed % 2],
+            repetition_penalty=(1.0, 1.3)[seed % 2],
+            frequency_penalty=(0, 0.4, 0)[seed % 3],
+            seed=seed,
+            max_tokens=6 + seed,
+            logprobs=True,
+            prompt_logprobs=True,
+            top_logprobs=2,
+        )
+        cases.append(engine.add(prompt_of(1 + 5 * seed, seed), params))
+    finish(engine, *cases)
+    for request in cases:
+        single = alone(request.prompt, request.params)
+        assert request.tokens == single.tokens
+        assert request.finish_reason == "length"
+        torch.testing.assert_close(request.logprobs, single.logprobs, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(request.prompt_logprobs, single.prompt_logprobs, atol=1e-4, rtol=1e-4)
+        for mine, other in zip(request.top_logprobs, single.top_logprobs, strict=True):
+            assert [token for token, _ in mine] == [token for token, _ in other]
+
+
+def test_logprobs_are_those_of_one_pass_over_the_same_tokens():
+    model = tiny_model()
+    engine = Engine(model, prefill_chunk=4)
+    prompt = prompt_of(9)
+    request = engine.add(
+        prompt, SamplingParams(max_tokens=12, logprobs=True, prompt_logprobs=True, top_logprobs=3)
+    )
+    finish(engine, request)
+    tokens = torch.tensor([[*prompt, *request.tokens]])
+    expected = tiny_model()(tokens, 0)[0].log_softmax(-1)[:-1].gather(1, tokens[0, 1:, None])[:, 0]
+    assert request.prompt_logprobs[0] == 0
+    seen = torch.tensor([*request.prompt_logprobs[1:], *request.logprobs])
+    torch.testing.assert_close(seen, expected, atol=1e-4, rtol=1e-4)
+    assert len(request.prompt_top_logprobs) == len(prompt)
+    assert len(request.top_logprobs) == 12
+    for (token, logprob), pairs in zip(
+        zip(request.tokens, request.logprobs, strict=True), request.top_logprobs, strict=True
+    ):
+        assert len(pairs) == 3
+        assert [p for _, p in pairs] == sorted((p for _, p in pairs), reverse=True)
+        if token in dict(pairs):
+            assert dict(pairs)[token] == pytest.approx(logprob, abs=1e-4)
+
+
+# Steps and what they cost.
+
+
+def test_prompts_of_different_lengths_take_one_pass():
+    model = tiny_model()
+    engine, count = Engine(model), Counter(model)
+    finish(engine, *(engine.add(prompt_of(n), GREEDY) for n in (3, 10, 6)))
+    assert count.lengths() == [[3, 10, 6]] + [[1, 1, 1]] * 7
+
+
+def test_prompts_take_as_many_passes_as_the_longest_has_chunks():
+    model = tiny_model()
+    engine, count = Engine(model, prefill_chunk=8), Counter(model)
+    finish(engine, *(engine.add(prompt_of(n), SamplingParams(max_tokens=1)) for n in (30, 25, 27)))
+    assert count.lengths() == [[8, 8, 8]] * 3 + [[6, 1, 3]]
+
+
+def test_a_long_prompt_does_not_hold_up_who_runs():
+    model = tiny_model(max_seq_len=512)
+    engine = Engine(model, prefill_chunk=16)
+    first = engine.add(prompt_of(2), SamplingParams(max_tokens=100))
+    engine.step()
+    count = Counter(model)
+    long = [engine.add(prompt_of(200, seed), GREEDY) for seed in range(2)]
+    short = engine.add(prompt_of(5, 3), GREEDY)
+    while not all(request.tokens for request in (*long, short)):
+        tokens = len(first.tokens)
+        engine.step()
+        assert len(first.tokens) == tokens + 1
+    # Who runs takes a row of one; all that is read beside it stays within the bound.
+    assert all(sum(n for n in rows if n > 1) <= 16 for rows in count.lengths())
+    # Those who read take turns, so the short prompt did not wait for the long ones.
+    assert any(5 in rows for rows in count.lengths()[:3])
+
+
+def test_only_positions_that_are_needed_reach_the_vocabulary():
+    model = tiny_model()
+    seen = []
+    logits = model.logits
+    model.logits = lambda states: seen.append(len(states)) or logits(states)
+    engine = Engine(model, prefill_chunk=8)
+    finish(engine, *(engine.add(prompt_of(n), SamplingParams(max_tokens=2)) for n in (20, 5)))
+    assert seen == [1, 1, 1, 1]
+
+
+def test_cost_follows_what_is_alive():
+    model = tiny_model()
+    engine, count = Engine(model), Counter(model)
+    requests = [engine.add(prompt_of(4, n), SamplingParams(max_tokens=n)) for n in (1, 2, 5)]
+    finish(engine, *requests)
+    assert count.lengths() == [[4, 4, 4], [1, 1], [1], [1], [1]]
+    engine.step()
+    assert len(count.steps) == 5  # nobody there, nothing runs
+
+
+def test_no_token_asked_for_reads_the_prompt_and_draws_nothing():
+    model = tiny_model()
+    engine = Engine(model, prefill_chunk=4)
+    params = SamplingParams(max_tokens=0, logprobs=True, prompt_logprobs=True)
+    request = engine.add(prompt_of(64), params)  # fills the whole context
+    finish(engine, request)
+    assert (request.finish_reason, request.tokens, len(request.prompt_logprobs)) == ("length", [], 64)
+
+
+# Joining and leaving.
+
+
+def test_a_free_slot_is_taken_at_once():
+    engine = Engine(tiny_model(max_batch_size=2))
+    long = engine.add(prompt_of(3), SamplingParams(max_tokens=20))
+    short = engine.add(prompt_of(4), SamplingParams(max_tokens=2))
+    third = engine.add(prompt_of(5), SamplingParams(max_tokens=3))
+    engine.step()
+    engine.step()
+    assert short.finish_reason == "length"
+    assert third.slot is None
+    engine.step()
+    assert third.slot is not None
+    assert len(third.tokens) == 1
+    assert len(long.tokens) == 3
+
+
+def test_cancel_at_any_time_frees_the_slot_and_leaves_the_others():
+    engine = Engine(tiny_model(max_batch_size=2), prefill_chunk=4)
+    runs = engine.add(prompt_of(3), SamplingParams(max_tokens=12))
+    reads = engine.add(prompt_of(30), GREEDY)
+    waits = engine.add(prompt_of(5), GREEDY)
+    last = engine.add(prompt_of(6), GREEDY)
+    engine.step()
+    for request in (reads, waits):
+        engine.cancel(request)
+        engine.cancel(request)  # nothing more happens
+        assert request.finish_reason == "cancelled"
+    engine.step()
+    assert last.slot is not None
+    finish(engine, runs, last)
+    assert runs.tokens == alone(runs.prompt, runs.params).tokens
+    assert last.tokens == alone(last.prompt, last.params).tokens
+    assert not engine.has_work()
+
+
+def test_interleaved_iterators_each_get_all_their_own():
+    engine = Engine(tiny_model())
+    first, second = (engine.add(prompt_of(3, seed), GREEDY) for seed in range(2))
+    one, two = engine.run([first]), engine.run([second])
+    seen: dict[int, list] = {0: [], 1: []}
+    for _ in range(9):
+        for i, events in enumerate((one, two)):
+            seen[i].append(next(events))
+    for i, request in enumerate((first, second)):
+        assert [event.token for event in seen[i]] == [*request.tokens, None]
+        assert seen[i][-1].finish_reason == "length"
+
+
+def test_a_consumer_that_leaves_frees_its_slots():
+    engine = Engine(tiny_model(max_batch_size=2))
+    other = engine.add(prompt_of(3), GREEDY)
+    requests = [engine.add(prompt_of(4, n), GREEDY) for n in range(3)]
+    events = engine.run(requests)
+    next(events)
+    events.close()
+    assert [r.finish_reason for r in requests] == ["cancelled"] * 3
+
+    def raising():
+        for _ in engine.run([mine]):
+            raise KeyError("in the consumer")
+
+    mine = engine.add(prompt_of(4), GREEDY)
+    with pytest.raises(KeyError):
+        raising()
+    gc.collect()
+    assert mine.finish_reason == "cancelled"
+    finish(engine, other)
+    assert other.tokens == alone(other.prompt, GREEDY).tokens
+
+
+def test_a_consumer_that_stops_reading_misses_nothing_later():
+    engine = Engine(tiny_model())
+    slow = engine.add(prompt_of(3), GREEDY)
+    events = engine.run([slow])
+    first = next(events).token
+    finish(engine, engine.add(prompt_of(4), SamplingParams(max_tokens=20)))
+    assert slow.finish_reason == "length"
+    assert [first, *(event.token for event in events)] == [*slow.tokens, None]
+
+
+# Prefix reuse.
+
+
+def test_a_next_turn_reads_its_new_tokens_only():
+    model = tiny_model()
+    engine = Engine(model)
+    first = engine.add(prompt_of(20), GREEDY)
+    finish(engine, first)
+    count = Counter(model)
+    prompt = [*first.prompt, *first.tokens, 1, 2, 3]
+    turn = engine.add(prompt, GREEDY)
+    finish(engine, turn)
+    # The last token drawn was never read, and three are new.
+    assert count.lengths()[0] == [4]
+    assert turn.reused == len(prompt) - 4
+    assert turn.tokens == alone(prompt, GREEDY).tokens
+
+
+def test_a_slot_is_continued_where_the_whole_of_it_is_wanted():
+    engine = Engine(tiny_model(max_batch_size=3))
+    short = SamplingParams(max_tokens=1)
+    finish(engine, *(engine.add(prompt, short) for prompt in ([1, 2, 3], [1, 2], [7, 8, 9])))
+    assert [slot.tokens for slot in engine.slots] == [[1, 2, 3], [1, 2], [7, 8, 9]]
+    for prompt, expected in (
+        ([1, 2, 3, 4], [[1, 2, 3, 4], [1, 2], [7, 8, 9]]),  # the longest prefix, not the other
+        ([7, 8, 9, 9], [[1, 2, 3, 4], [1, 2], [7, 8, 9, 9]]),
+        ([20, 21], [[1, 2, 3, 4], [20, 21], [7, 8, 9, 9]]),  # nobody has it: the one unused for longest
+    ):
+        finish(engine, engine.add(prompt, short))
+        assert [slot.tokens for slot in engine.slots] == expected
+
+
+def test_chats_that_begin_alike_share_the_beginning_and_keep_their_slots():
+    engine = Engine(tiny_model(max_batch_size=4))
+    system, params = prompt_of(12), SamplingParams(max_tokens=3, logprobs=True)
+    first = engine.add([*system, 1], params)
+    engine.step()
+    others = [engine.add([*system, n, n], params) for n in (2, 3)]  # while the first still runs
+    finish(engine, first, *others)
+    assert [request.reused for request in others] == [12, 12]
+    turns = [engine.add([*r.prompt, *r.tokens, 9], params) for r in (*others, first)]
+    finish(engine, *turns)
+    for request in (*others, *turns):
+        single = alone(request.prompt, params)
+        assert request.tokens == single.tokens
+        torch.testing.assert_close(request.logprobs, single.logprobs, atol=1e-4, rtol=1e-4)
+    assert [len(r.prompt) - r.reused for r in turns] == [2, 2, 2]
+
+
+def test_the_same_prompt_again_still_has_its_logprobs():
+    engine = Engine(tiny_model(max_batch_size=1))
+    params = SamplingParams(max_tokens=3, logprobs=True, prompt_logprobs=True)
+    first, second = engine.add(prompt_of(9), params), engine.add(prompt_of(9), params)
+    finish(engine, first, second)
+    assert first.prompt_logprobs == second.prompt_logprobs
+    assert first.tokens == second.tokens
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_two_engines_may_take_turns_over_one_model(invariant):
+    """Each finds the cache overwritten by the other, and reads again what it needs."""
+    model = tiny_model(max_batch_size=2)
+    params = SamplingParams(max_tokens=6, logprobs=True, prompt_logprobs=True, seed=1)
+    engines = [Engine(model, prefill_chunk=8, batch_invariant=invariant) for _ in range(2)]
+    requests = [engine.add(prompt_of(11 + i, i), params) for i, engine in enumerate(engines)]
+    for _ in range(6):
+        for engine in engines:
+            engine.step()
+    for engine, request in zip(engines, requests, strict=True):
+        while engine.has_work():
+            engine.step()
+        single = alone(request.prompt, params)
+        assert request.tokens == single.tokens
+        torch.testing.assert_close(request.logprobs, single.logprobs, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(request.prompt_logprobs, single.prompt_logprobs, atol=1e-4, rtol=1e-4)
+
+
+# Faults.
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "the prompt is empty"),
+        ([1, 64], "64 is not a token id: the vocabulary has 0 to 63"),
+        ([-1], "-1 is not a token id"),
+        (["a"], "'a' is not a token id"),
+        ([1.0], "1.0 is not a token id"),
+        ([0] * 64, "max_seq_len=64"),
+        ([0] * 100, "the prompt has 100 tokens"),
+    ],
+)
+def test_impossible_prompts_are_refused_and_leave_nothing(prompt, message):
+    engine = Engine(tiny_model())
+    with pytest.raises(PromptError, match=message):
+        engine.add(prompt, GREEDY)
+    assert not engine.has_work()
+
+
+def test_a_bias_outside_the_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="logit_bias names 64"):
+        Engine(tiny_model()).add([1], SamplingParams(logit_bias={64: 1.0}))
+
+
+def test_broken_logits_end_one_request_and_say_which():
+    model = tiny_model()
+    model.tok_embeddings.weight[13] = math.nan  # a damaged row of the checkpoint
+    engine = Engine(model, prefill_chunk=4)
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=8, logit_bias={13: -math.inf}, logprobs=True)
+    fine, broken, late = (engine.add(p, params) for p in ([1, 2, 3], [4, 13, 5], [6] * 9))
+    events = list(engine.run([fine, broken, late]))
+    error = next(event for event in events if event.finish_reason == "error")
+    assert error.request is broken
+    assert error.error == broken.error
+    assert broken.error.startswith("the model's logits are not finite")
+    assert broken.tokens == []
+    for request in (fine, late):
+        assert (request.finish_reason, len(request.tokens)) == ("length", 8)
+        assert request.tokens == alone(request.prompt, params).tokens
+    assert not any(13 in slot.tokens for slot in engine.slots)  # nobody builds on what is broken
+
+
+def test_nobody_builds_on_what_is_broken():
+    """A damaged token spoils the others of its chunk; whoever left before that showed left no trace."""
+    model = tiny_model(max_batch_size=1)
+    model.tok_embeddings.weight[13] = math.nan
+    engine = Engine(model)
+    begin = [7] * 9
+    finish(engine, engine.add([*begin, 13, 1], SamplingParams(max_tokens=0)))
+    fine = engine.add([*begin, 8], GREEDY)
+    finish(engine, fine)
+    assert fine.tokens == alone(fine.prompt, GREEDY).tokens
+    scored = SamplingParams(max_tokens=0, logprobs=True, prompt_logprobs=True)
+    broken = engine.add([*begin, 13, 1], scored)
+    finish(engine, broken)
+    assert broken.finish_reason == "error"
+
+
+def test_a_step_that_raises_can_be_repeated():
+    model = tiny_model()
+    engine = Engine(model, prefill_chunk=4)
+    params = SamplingParams(seed=1, max_tokens=8, logprobs=True, prompt_logprobs=True)
+    requests = [engine.add(prompt_of(n, n), params) for n in (3, 11)]
+    hidden, logits = model.hidden, model.logits
+
+    def fails(*_):
+        raise MemoryError("for once")
+
+    for step in range(12):
+        name = ("hidden", "logits")[step % 2]
+        setattr(model, name, fails)
+        with contextlib.suppress(MemoryError):  # no logits are asked for in the middle of a prompt
+            engine.step()
+        model.hidden, model.logits = hidden, logits
+        engine.step()
+    for request in requests:
+        single = alone(request.prompt, params)
+        assert (request.tokens, len(request.prompt_logprobs)) == (single.tokens, len(request.prompt))
+
+
+def test_a_bad_chunk_is_refused():
+    with pytest.raises(ValueError, match="prefill_chunk must be 1 or more, not 0"):
+        Engine(tiny_model(), prefill_chunk=0)
+
+
+def test_no_global_side_effects():
+    state, dtype, threads = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads()
+    engine = Engine(tiny_model(dtype=torch.bfloat16))
+    finish(engine, engine.add(prompt_of(5), SamplingParams(seed=4, max_tokens=9)))
+    assert torch.get_rng_state().equal(state)
+    assert (torch.get_default_dtype(), torch.get_num_threads()) == (dtype, threads)
+
+
+# Batch invariance.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batch_invariance_is_bitwise(dtype):
+    """Rows, slots, chunks, company, order of arrival, reuse: none of it shows in any bit."""
+    params = SamplingParams(
+        temperature=1.2, max_tokens=9, logprobs=True, prompt_logprobs=False, top_logprobs=2, seed=5
+    )
+
+    def engine_of():
+        # Wide enough that products of one row and of eight do run other kernels.
+        model = tiny_model(
+            std=0.1, dtype=dtype, dim=128, n_heads=8, n_kv_heads=4, vocab_size=512, max_batch_size=8
+        )
+        return Engine(model, prefill_chunk=16, batch_invariant=True)
+
+    prompts = [prompt_of(n, n) for n in (3, 16, 17, 40, 1, 33, 32, 20, 9, 5)]
+    prompts += [[*prompts[3], *prompt_of(9, 77)], [*prompts[5][:32], 1], prompts[6]]
+    expected = []
+    for prompt in prompts:
+        engine = engine_of()
+        request = engine.add(prompt, params)
+        finish(engine, request)
+        expected.append(request)
+    engine = engine_of()
+    for order in (range(len(prompts)), reversed(range(len(prompts)))):
+        requests = {}
+        for i in order:
+            requests[i] = engine.add(prompts[i], params)
+            engine.step()
+        finish(engine, *requests.values())
+        for i, request in requests.items():
+            assert request.tokens == expected[i].tokens
+            assert request.logprobs == expected[i].logprobs
+            assert request.top_logprobs == expected[i].top_logprobs
+    assert max(request.reused for request in requests.values()) >= 32  # prefixes are reused all the same
+
+
+def test_batch_invariance_runs_fixed_shapes():
+    model = tiny_model()
+    shapes = []
+    hidden, logits = model.hidden, model.logits
+    engine = Engine(model, prefill_chunk=8, batch_invariant=True)
+    model.hidden = lambda tokens, rows: shapes.append(len(tokens)) or hidden(tokens, rows)
+    model.logits = lambda states: shapes.append(-len(states)) or logits(states)
+    finish(engine, *(engine.add(prompt_of(n), SamplingParams(max_tokens=n)) for n in (12, 3)))
+    assert shapes == [8, 3, -1, 4, -4, 4, -1] + [4, -4] * 11
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda x: x + torch.arange(len(x))[:, None] * 1e-3,  # depends on the place in the batch
+        lambda x: (x / x.abs().max() * 127).round() * x.abs().max() / 127,  # and on the company
+    ],
+    ids=["place", "company"],
+)
+def test_batch_invariance_is_refused_where_the_kernels_break_it(spoil):
+    model = tiny_model()
+    check_batch_invariance(model, 4)
+    w2 = model.layers[0].feed_forward.w2
+    forward = w2.forward
+    w2.forward = lambda x: forward(spoil(x))
+    with pytest.raises(ValueError, match="batch_invariant=True cannot be kept here: on cpu in float32"):
+        Engine(model, batch_invariant=True)

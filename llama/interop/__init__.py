@@ -1,1 +1,45 @@
-"""Other people's formats."""
+"""Other people's checkpoint formats, and which of them a path holds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from llama.checkpoint import Checkpoint, CheckpointError, find_tokenizer, open_native, read_params
+
+StrPath = str | os.PathLike[str]
+
+
+def open_checkpoint(
+    path: StrPath, tokenizer_path: StrPath | None = None, adapter: StrPath | None = None
+) -> Checkpoint:
+    """The checkpoint at a path, whatever its format: native, Hugging Face, or GGUF.
+
+    tokenizer_path: of another tokenizer than the one that lies with the weights. adapter: a folder
+    with a LoRA adapter in PEFT's format, to be merged into the weights as they are read.
+
+    Raises FileNotFoundError where there is none, or a file of it lacks, CheckpointError where it is
+    damaged, mixed, or of another architecture.
+    """
+    path = Path(path)
+    tokenizer_path = Path(tokenizer_path) if tokenizer_path is not None else None
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}: give the path of a downloaded checkpoint as ckpt_dir")
+    native = any(path.glob("consolidated.*.pth"))
+    hugging_face = (path / "config.json").is_file() or any(path.glob("*.safetensors"))
+    if native and hugging_face:
+        raise CheckpointError(
+            f"{path} mixes native files (consolidated.*.pth) with Hugging Face's (config.json, "
+            "*.safetensors): keep one model, in one format, in a folder"
+        )
+    if hugging_face:
+        from llama.interop.huggingface import open_huggingface
+
+        return open_huggingface(path, tokenizer_path)
+    if tokenizer_path is None and (path / "tokenizer.json").is_file():
+        from llama.interop.hf_tokenizer import HFTokenizer
+
+        # A converted folder: the tokenizer and the chat template are those of its origin.
+        tokenizer = HFTokenizer(path, read_params(path).get("vocab_size", 0))
+        return open_native(path, tokenizer, tokenizer.formatter)
+    return open_native(path, find_tokenizer(path, tokenizer_path))

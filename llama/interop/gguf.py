@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llama.checkpoint import feed_forward
 from llama.model import ModelArgs, rope_frequencies
 from llama.tokenizer import LLAMA3_PATTERN, Layout
 
@@ -145,16 +146,6 @@ def read_params(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[s
             f"the file has llama.rope.scaling.type={fields['llama.rope.scaling.type']}, which cannot be read"
         )
     return params
-
-
-def feed_forward(dim: int, hidden_dim: int) -> dict[str, Any]:
-    """`multiple_of` and `ffn_dim_multiplier` that make `ModelArgs.hidden_dim` come out as given."""
-    plain = int(2 * 4 * dim / 3)
-    for multiple_of in (256, 1024, 4096):
-        if multiple_of * -(-plain // multiple_of) == hidden_dim:
-            return {"multiple_of": multiple_of}
-    # Half a unit more than needed, because the product is rounded down.
-    return {"multiple_of": 1, "ffn_dim_multiplier": (hidden_dim + 0.5) / plain}
 
 
 def read_tokenizer(fields: Mapping[str, Any]) -> tuple[dict[bytes, int], Layout]:

@@ -25,6 +25,12 @@ def open_checkpoint(
     tokenizer_path = Path(tokenizer_path) if tokenizer_path is not None else None
     if not path.exists():
         raise FileNotFoundError(f"no {path}: give the path of a downloaded checkpoint as ckpt_dir")
+    if path.is_file():
+        from llama.interop.gguf import open_gguf
+
+        return open_gguf(path, tokenizer_path)
+    if not any(path.glob("consolidated.*.pth")) and len(files := list(path.glob("*.gguf"))) == 1:
+        return open_checkpoint(files[0], tokenizer_path, adapter)
     native = any(path.glob("consolidated.*.pth"))
     hugging_face = (path / "config.json").is_file() or any(path.glob("*.safetensors"))
     if native and hugging_face:

@@ -199,7 +199,7 @@ class ChatTemplate:
         except ImportError:
             raise ImportError("chat templates need the jinja2 package: pip install -e '.[hf]'") from None
         self.tokenizer = tokenizer
-        self.origin = origin
+        self.origin, self.source = origin, template
         self.names = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]

@@ -1,5 +1,8 @@
 """python -m llama: the commands, each also under `torchrun -m llama`."""
 
+import signal
+import sys
+
 from llama.launch import launch
 
 
@@ -27,9 +30,36 @@ def convert(
     """
     from llama.interop.convert import convert
 
+    # As on Ctrl-C, so that nothing half-made stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     convert(source, destination, to, shards, dtype, tokenizer_path, adapter, overwrite)
     print(f"Wrote {destination}")
 
 
+def info(
+    ckpt_dir: str,
+    max_seq_len: int = 512,
+    max_batch_size: int = 8,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    tokenizer_path: str | None = None,
+    adapter: str | None = None,
+) -> None:
+    """Tell what a checkpoint is, and what memory it takes to run it.
+
+    Args:
+        ckpt_dir: a native or Hugging Face folder, or a GGUF file.
+        max_seq_len: tokens of the KV cache per sequence.
+        max_batch_size: sequences of the KV cache.
+        dtype: bf16, fp16 or fp32; by default that of the files.
+        quantization: of the weights, int8 or int4.
+        tokenizer_path: of another tokenizer than the checkpoint's own.
+        adapter: a folder with a LoRA adapter in PEFT's format.
+    """
+    from llama.interop.info import describe
+
+    print(describe(ckpt_dir, max_seq_len, max_batch_size, dtype, quantization, tokenizer_path, adapter))
+
+
 if __name__ == "__main__":
-    launch({"convert": convert}, name="python -m llama")
+    launch({"convert": convert, "info": info}, name="python -m llama")

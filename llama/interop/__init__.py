@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from llama.checkpoint import Checkpoint, CheckpointError, find_tokenizer, open_native, read_params
+from llama.model import ModelArgs
 
 StrPath = str | os.PathLike[str]
 
@@ -21,8 +23,25 @@ def open_checkpoint(
     Raises FileNotFoundError where there is none, or a file of it lacks, CheckpointError where it is
     damaged, mixed, or of another architecture.
     """
-    path = Path(path)
-    tokenizer_path = Path(tokenizer_path) if tokenizer_path is not None else None
+    path = local_path(path)
+    tokenizer_path = None if tokenizer_path is None else local_path(tokenizer_path)
+    checkpoint = _open(path, tokenizer_path)
+    if adapter is not None:
+        from llama.interop.lora import Adapted
+
+        adapted = Adapted(checkpoint.weights, local_path(adapter), ModelArgs(**checkpoint.params))
+        checkpoint = replace(checkpoint, weights=adapted)
+    return checkpoint
+
+
+def local_path(path: StrPath) -> Path:
+    """A path, or that of the local copy of a URL."""
+    from llama.interop.remote import fetch, is_remote
+
+    return fetch(str(path)) if is_remote(path) else Path(path)
+
+
+def _open(path: Path, tokenizer_path: Path | None) -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"no {path}: give the path of a downloaded checkpoint as ckpt_dir")
     if path.is_file():
@@ -30,7 +49,7 @@ def open_checkpoint(
 
         return open_gguf(path, tokenizer_path)
     if not any(path.glob("consolidated.*.pth")) and len(files := list(path.glob("*.gguf"))) == 1:
-        return open_checkpoint(files[0], tokenizer_path, adapter)
+        return _open(files[0], tokenizer_path)
     native = any(path.glob("consolidated.*.pth"))
     hugging_face = (path / "config.json").is_file() or any(path.glob("*.safetensors"))
     if native and hugging_face:

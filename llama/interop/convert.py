@@ -24,13 +24,14 @@ from llama.checkpoint import RELEASE_AFTER, Checkpoint, whole_parts
 from llama.device import parse_dtype
 from llama.interop import StrPath, open_checkpoint
 from llama.interop.hf_export import write_hf_config, write_hf_tokenizer
-from llama.interop.hf_tokenizer import COMPANIONS, HFTokenizer
+from llama.interop.hf_tokenizer import TOKENIZER_FILES, HFTokenizer
 from llama.interop.huggingface import hf_name, rotary_heads, to_hf_rows, write_json
 from llama.model import ModelArgs
-from llama.tokenizer import Layout, SentencePieceTokenizer, TextTokenizer, Tokenizer
+from llama.tokenizer import Layout, SentencePieceTokenizer, TextTokenizer, Tokenizer, is_sentencepiece
 
 LARGEST_SHARD = 20e9  # bytes: Meta's released shards are smaller
 LARGEST_FILE = 5e9  # of safetensors, as Hugging Face's own tools cut them
+ORIGINAL_FILES = ("tokenizer.model", "format.json")  # of a native tokenizer
 CHUNK = 64 * 2**20  # bytes of a tensor that are read at a time
 
 
@@ -83,7 +84,7 @@ def write_native(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype
     """Native shards, params.json and tokenizer. Raises ValueError where `shards` cannot divide the model."""
     source, args = checkpoint.weights, ModelArgs(**checkpoint.params)
     parts = {name: part for name, part in whole_parts(args).items() if name in source.shapes}
-    if isinstance(checkpoint.tokenizer, SentencePieceTokenizer):  # as LLaMA 1 and 2 are cut
+    if has_sentencepiece(checkpoint.tokenizer):  # as LLaMA 1 and 2 are cut
         parts["tok_embeddings.weight"] = replace(parts["tok_embeddings.weight"], dim=1)
     count = shards or default_shards(checkpoint, dtype)
     for name, part in parts.items():
@@ -136,6 +137,13 @@ def default_shards(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     return count
 
 
+def has_sentencepiece(tokenizer: TextTokenizer) -> bool:
+    """Whether a tokenizer is LLaMA 1's and 2's, or has that beside it."""
+    if isinstance(tokenizer, HFTokenizer):
+        return (path := tokenizer.folder / "tokenizer.model").is_file() and is_sentencepiece(path)
+    return isinstance(tokenizer, SentencePieceTokenizer)
+
+
 def write_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
     """The files of a native checkpoint's tokenizer; one of Hugging Face's stays what it is."""
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -146,17 +154,16 @@ def write_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
         if tokenizer.layout != Layout.llama3(len(tokenizer.ranks)):
             tokenizer.layout.write(folder / "format.json")
     elif isinstance(tokenizer, HFTokenizer):
-        copy_hf_tokenizer(tokenizer.folder, folder)
+        # Where Meta's own files came along, they lie in original/, and for Llama 2 beside the others.
+        for source in (tokenizer.folder, tokenizer.folder / "original"):
+            copy_files(source, folder, (*TOKENIZER_FILES, *ORIGINAL_FILES))
 
 
-def copy_hf_tokenizer(source: Path, folder: Path) -> None:
-    for name in ("tokenizer.json", *COMPANIONS):
+def copy_files(source: Path, folder: Path, names: Iterable[str]) -> None:
+    for name in names:
         if (source / name).is_file():
+            folder.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
-    original = source / "original" / "tokenizer.model"
-    model = original if original.is_file() else source / "tokenizer.model"
-    if model.is_file():
-        shutil.copyfile(model, folder / "tokenizer.model")
 
 
 def write_hf(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype: torch.dtype) -> None:
@@ -179,9 +186,13 @@ def write_hf(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype: to
         )
     write_hf_config(checkpoint, folder, dtype)
     if isinstance(checkpoint.tokenizer, HFTokenizer):
-        copy_hf_tokenizer(checkpoint.tokenizer.folder, folder)
+        copy_files(checkpoint.tokenizer.folder, folder, (*TOKENIZER_FILES, *ORIGINAL_FILES))
+        copy_files(checkpoint.tokenizer.folder / "original", folder / "original", ORIGINAL_FILES)
     else:
         write_hf_tokenizer(checkpoint, folder)
+        if isinstance(checkpoint.tokenizer, Tokenizer):
+            (folder / "original").mkdir()
+            write_tokenizer(checkpoint.tokenizer, folder / "original")
 
 
 def spread(shapes: Mapping[str, tuple[int, ...]], count: int | None, itemsize: int) -> list[list[str]]:

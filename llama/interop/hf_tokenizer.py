@@ -19,8 +19,8 @@ from llama.chat_format import Dialog, DialogFormat, NoChat, check_dialog
 from llama.checkpoint import CheckpointError
 from llama.tokenizer import TextTokenizer
 
-# Files that make up a tokenizer, beside tokenizer.json itself.
-COMPANIONS = (
+TOKENIZER_FILES = (
+    "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
@@ -151,7 +151,7 @@ class HFTokenizer:
         """Characters to bytes where pieces are written in the alphabet of byte-level tokenizers."""
         from llama.interop.gguf import byte_alphabet
 
-        decoder = json.loads(self.model.to_str()).get("decoder") or {}
+        decoder = json.loads(self.model.decoder.__getstate__()) if self.model.decoder else {}
         kinds = [decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", ()))]
         return byte_alphabet() if "ByteLevel" in kinds else {}
 

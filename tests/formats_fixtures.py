@@ -414,7 +414,8 @@ def gguf_byte_level(ranks: Mapping[bytes, int], pre: str = "llama-bpe", **more: 
             while len(parts) > 2:
                 at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], 10**9))
                 parts[at : at + 2] = [parts[at] + parts[at + 1]]
-            merges.append(f"{text[parts[0]]} {text[parts[1]]}")
+            if parts[0] in ranks and parts[1] in ranks:
+                merges.append(f"{text[parts[0]]} {text[parts[1]]}")
     return {
         "model": "gpt2",
         "pre": pre,

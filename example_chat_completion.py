@@ -30,8 +30,8 @@ def main(
             {"role": "user", "content": "I have two days in Lima. What should I see?"},
             {
                 "role": "assistant",
-                "content": "Start in the historic centre with the Plaza Mayor, spend the afternoon in the Larco "
-                "Museum, and keep the second day for Barranco and the cliffs of Miraflores.",
+                "content": "Start in the historic centre with the Plaza Mayor, spend the afternoon in the "
+                "Larco Museum, and keep the second day for Barranco and the cliffs of Miraflores.",
             },
             {"role": "user", "content": "What is in that museum?"},
         ],

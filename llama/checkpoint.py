@@ -82,6 +82,8 @@ def read_params(ckpt_dir: Path) -> dict[str, Any]:
 
     Raises FileNotFoundError where there is none, CheckpointError where it is not a model's.
     """
+    if not ckpt_dir.is_dir():
+        raise FileNotFoundError(f"no folder {ckpt_dir}: give the path of a downloaded checkpoint as ckpt_dir")
     path = ckpt_dir / "params.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -112,8 +114,6 @@ def feed_forward(dim: int, hidden_dim: int) -> dict[str, Any]:
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
     """The checkpoint's files in order. Raises FileNotFoundError where there are none, or one lacks."""
-    if not ckpt_dir.is_dir():
-        raise FileNotFoundError(f"no folder {ckpt_dir}: give the path of a downloaded checkpoint as ckpt_dir")
     found = {
         int(m[1]): path
         for path in ckpt_dir.iterdir()
@@ -278,22 +278,28 @@ class NativeShards:
         Raises ValueError where this is not the shape of such a part.
         """
         part, count = self.parts[name], len(self.paths)
-        if part.dim is None:
-            if tuple(shape) == part.shape:
-                return None, 1
-            raise ValueError(f"has the shape {tuple(shape)}, where by params.json {part.shape} belongs")
+        if part.dim is None and tuple(shape) == part.shape:
+            return None, 1
         # LLaMA 1 and 2 cut the embeddings along the other dimension than Llama 3.
-        for dim in (part.dim, *([1] if name == "tok_embeddings.weight" else [])):
-            if part.shape[dim] % count == 0 and tuple(shape) == part.resized(dim, part.shape[dim] // count):
+        for dim in (part.dim, 1 if name == "tok_embeddings.weight" else None):
+            if dim is None or part.shape[dim] % count:
+                continue
+            if tuple(shape) == part.resized(dim, part.shape[dim] // count):
                 return dim, 1
         if re.search(r"attention\.w[kv]\.", name) and tuple(shape) == part.resized(0, self.head_dim):
             # Of more files than key heads, each has one: 0, 0, 1, 1, …
             copies, rest = divmod(count * self.head_dim, part.shape[0])
             if rest == 0:
                 return 0, copies
-        raise ValueError(
-            f"has the shape {tuple(shape)}, where by params.json one of {count} parts of {part.shape} belongs"
+        belongs = f"{part.shape}" if part.dim is None else f"one of {count} parts of {part.shape}"
+        found = f"has the shape {tuple(shape)}, where by params.json {belongs} belongs"
+        whole = [n // m for n, m in zip(part.shape, shape, strict=False) if n != m and m and n % m == 0]
+        hint = (
+            f"is a shard missing? This looks like one of {whole[0]}"
+            if whole
+            else "do all files belong to one model?"
         )
+        raise ValueError(f"{found}; {hint}")
 
     def _check(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         check_names(path, tensors, self.parts)
@@ -304,7 +310,7 @@ class NativeShards:
             try:
                 cut = self.cut(name, tensor.shape)
             except ValueError as error:
-                raise CheckpointError(f"{path}: {name} {error}; do all files belong to one model?") from None
+                raise CheckpointError(f"{path}: {name} {error}") from None
             if cut != self.cut(name, self._mapped[self.paths[0]][name].shape):
                 raise CheckpointError(
                     f"{path}: {name} is cut along another dimension than in {self.paths[0].name}; "
@@ -350,6 +356,8 @@ def load_weights(model: Transformer, source: TensorSource, dtype: torch.dtype, d
                 unreleased = 0
     loaded.setdefault("output.weight", loaded["tok_embeddings.weight"])
     model.load_state_dict(loaded, strict=True, assign=True)
+    if "output.weight" not in parts:
+        model.output.weight = model.tok_embeddings.weight
 
 
 @dataclass(frozen=True)

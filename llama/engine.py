@@ -139,6 +139,10 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Run the model once for every request that has a slot, and say what came of it."""
+        if self.model.cache_owner is not self:  # somebody called the model: read everything again
+            self.model.cache_owner = self
+            for slot in self.slots:
+                slot.tokens = []
         self._admit()
         running = [(slot, slot.request) for slot in self.slots if slot.request]
         if not running:

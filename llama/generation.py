@@ -17,6 +17,7 @@ from llama.device import default_device, default_dtype, gigabytes, parse_dtype, 
 from llama.engine import Engine, PromptError, Request
 from llama.interop import open_checkpoint
 from llama.model import ModelArgs, Transformer
+from llama.packing import pack
 from llama.parallel import ModelParallel
 from llama.sampling import SamplingParams, derive_seed
 from llama.tokenizer import TextTokenizer
@@ -263,11 +264,13 @@ def load(
             f"{checkpoint.family} model was trained for; answers beyond them degrade"
         )
     load_weights(model, checkpoint.weights, dtype, device)
+    weights = sum(weight.nbytes for weight in model.parameters())  # fewer where embeddings are tied
     share = f", {group.size} ranks" if group.size > 1 else ""
     say(
         f"Loaded {checkpoint.path.resolve().name}: {checkpoint.files} file(s), {gigabytes(weights)} "
         f"in {str(dtype)[6:]} on {device}{share}, {time.perf_counter() - start:.1f} s"
     )
+    pack(model)
     say(f"KV cache: {gigabytes(cache)} for {sequences}")
     model.allocate_cache()
     return model

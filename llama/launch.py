@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -21,6 +22,8 @@ def launch(command: Callable[..., Any] | Mapping[str, Callable[..., Any]], name:
     and every rank exits with 1; anything else is a fault of the program, and keeps its stack.
     """
     rank = int(os.environ.get("RANK", 0))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGTERM, _terminated)
     with contextlib.ExitStack() as stack:
         if rank > 0:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -30,6 +33,13 @@ def launch(command: Callable[..., Any] | Mapping[str, Callable[..., Any]], name:
             sys.exit(f"error: {error}" if _first_to_fail() else 1)
         except KeyboardInterrupt:
             sys.exit(130)
+
+
+def _terminated(*_: object) -> None:
+    raise RankError(
+        f"rank {os.environ['RANK']} was stopped by torchrun, as happens when another rank has failed; "
+        "the first failure is the one to look at"
+    )
 
 
 DEMO = "SmolLM2-135M-Instruct"

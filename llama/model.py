@@ -263,6 +263,7 @@ class Transformer(nn.Module):
 
     cache: Tensor  # (n_layers, 2, max_batch_size, n_kv_heads, max_seq_len, head_dim)
     rotations: Tensor  # (max_seq_len, 1, head_dim / 2), complex64
+    cache_owner: object = None  # who can rely on what the cache holds: whoever wrote to it last
 
     def __init__(self, params: ModelArgs, parallel: ModelParallel | None = None) -> None:
         super().__init__()
@@ -293,6 +294,7 @@ class Transformer(nn.Module):
         n_kv_heads = len(local_kv_heads(args, self.parallel))
         return args.n_layers, 2, args.max_batch_size, n_kv_heads, args.max_seq_len, args.head_dim
 
+    @torch.inference_mode(False)  # so that code outside of inference mode may write to it too
     def allocate_cache(self) -> None:
         """Allocate the KV cache and the table of rotations, on the weights' device, once."""
         self.cache = torch.zeros(self.cache_shape(), dtype=self.dtype, device=self.device)
@@ -309,6 +311,7 @@ class Transformer(nn.Module):
         as int64 (batch), for each. Row i lives in cache slot i.
         Returns fp32 (batch, length, vocab_size). Raises ValueError where the cache is too small.
         """
+        self.cache_owner = None
         batch, length = tokens.shape
         starts = [start_pos] * batch if isinstance(start_pos, int) else start_pos.tolist()
         rows = [Row(slot, start, length) for slot, start in enumerate(starts)]

@@ -10,13 +10,14 @@ import atexit
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 Span = tuple[int, int]
 
@@ -99,6 +100,7 @@ class ModelParallel:
 
 # How many live `Llama`s use the process group that `connect` made. It goes down with the last one.
 _users = 0
+_groups = 0  # that `connect` has made so far
 _owner = False
 
 
@@ -110,7 +112,7 @@ def connect(model_parallel_size: int | None, device: torch.device) -> ModelParal
 
     Raises ValueError where `model_parallel_size` does not fit the number of processes.
     """
-    global _users, _owner
+    global _users, _groups, _owner
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             if model_parallel_size not in (None, 1):
@@ -120,8 +122,15 @@ def connect(model_parallel_size: int | None, device: torch.device) -> ModelParal
                 )
             _users += 1
             return ModelParallel()
+        # A prefix of its own for each group: torchrun's store outlives them, and a second group of the
+        # same process would find the addresses of the first.
+        store, rank, size = next(rendezvous("env://"))
+        _groups += 1
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore(f"llama/{_groups}", store),
+            rank=rank,
+            world_size=size,
             device_id=device if device.type == "cuda" else None,
         )
         _owner = True
@@ -197,16 +206,18 @@ def lost_rank_as_error(parallel: ModelParallel) -> Iterator[None]:
 class Linear(nn.Module):
     """y = x Wᵀ without a bias, weight (out, in).
 
-    Every matrix of the model is applied here and nowhere else, so that a backend (packed, int8,
-    int4) is chosen in one place, after loading, by walking the modules.
+    Every matrix of the model is applied here or in `Joined` and nowhere else, so that a backend
+    (packed, int8, int4) is chosen in one place, after loading, by walking the modules.
     """
+
+    backend: Callable[[Tensor], Tensor] | None = None  # x (…, in) to (…, out), in place of the weight
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return self.backend(x) if self.backend else F.linear(x, self.weight)
 
 
 class Sharded:
@@ -266,14 +277,17 @@ class VocabParallelEmbedding(nn.Module, Sharded):
         return self.parallel.all_reduce(vectors)
 
 
-class Joined:
+class Joined(nn.Module):
     """Linears that read the same input, as one matrix: (…, in) to (…, sum of their outs).
 
-    Not a module: the parts stay registered, and named in a state dict, where they belong.
+    The parts stay registered, and named in a state dict, where they belong.
     """
 
-    def __init__(self, *parts: Linear) -> None:
-        self.parts = parts
+    backend: Callable[[Tensor], Tensor] | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in self.parts], -1)
+    def __init__(self, *parts: Linear) -> None:
+        super().__init__()
+        self.parts = parts  # a tuple, which does not register them here a second time
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backend(x) if self.backend else torch.cat([part(x) for part in self.parts], -1)

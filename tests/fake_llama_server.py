@@ -3,11 +3,11 @@
 As the real one does, it wants the signature of the link in the query, serves ranges, and refuses
 HEAD. `faults` makes the next requests for a path go wrong, one fault each, in order:
 
-- an ``int``: answer with that status; ``("cut", n)``: break off after n bytes of the body;
-- ``("slow", seconds)``: wait in the middle of the body; ``"flip"``: damage one byte;
-- ``"page"``: a login page; ``"no-range"``: the whole file whatever range was asked for.
+- an `int`: answer with that status; `("cut", n)`: break off after n bytes of the body;
+- `("slow", seconds)`: wait in the middle of the body; `"flip"`: damage one byte;
+- `"page"`: a login page; `"no-range"`: the whole file whatever range was asked for.
 
-The last fault of a list in `always` applies to every further request for its path.
+A fault in `always` applies to every request for its path that is not spoiled otherwise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 Fault = int | str | tuple[str, float]
 SIGNATURE = "Kx7SeCrEt~Q-signature__"
@@ -70,16 +70,18 @@ class FakeLlamaServer:
         return f"{self.origin}/*?Policy={policy}&Signature={SIGNATURE}&Key-Pair-Id=K"
 
     def publish(self, folder: str, shards: int = 1, *, old: bool = False, size: int = 4000) -> None:
-        """Offers a tiny model; `old` is the layout of LLaMA 1 and Llama 2."""
+        """Offers files of a few bytes as a model; `old` is the layout of LLaMA 1 and Llama 2."""
         own = {f"consolidated.{i:02d}.pth": bytes([i + 1, 0, 10]) * size for i in range(shards)}
         own["params.json"] = b'{"dim": 8}'
-        tokenizer = b"pieces of " + folder.encode()
         if old:
-            tokenizer = b"pieces"
-            self.files["tokenizer.model"] = tokenizer
+            tokenizer = self.files["tokenizer.model"] = b"pieces"
             self.files["tokenizer_checklist.chk"] = f"{md5(tokenizer)}  tokenizer.model\n".encode()
         else:
-            own["tokenizer.model"] = tokenizer
+            own["tokenizer.model"] = b"pieces of " + folder.encode()
+        self.offer(folder, own)
+
+    def offer(self, folder: str, own: dict[str, bytes]) -> None:
+        """Offers a model's own files, with a checklist and Meta's terms."""
         checklist = "".join(f"{md5(data)}  {name}\n" for name, data in own.items())
         own["checklist.chk"] = checklist.encode()
         for name, data in own.items():
@@ -113,24 +115,25 @@ class FakeLlamaServer:
                 server.requests.append(Request(self.command, path, asked))
                 queue = server.faults[path]
                 fault = queue.pop(0) if queue else server.always.get(path)
-                if self.command == "HEAD" or f"Signature={SIGNATURE}&" not in url.query:
+                if self.command == "HEAD" or parse_qs(url.query).get("Signature") != [SIGNATURE]:
                     fault = 403
                 if fault is None and path not in server.files:
                     fault = 404
-                if isinstance(fault, int):
-                    return self._send(fault, b"<Error/>", type="application/xml")
-                if fault == "page":
-                    return self._send(200, PAGE, type="text/html; charset=utf-8")
-                data = server.files[path]
+                data = server.files.get(path, b"")
                 if fault == "flip":
                     data = data[:-2] + bytes([data[-2] ^ 1]) + data[-1:]
-                if asked is None or fault == "no-range":
-                    return self._send(200, data, fault)
-                start = int(asked.removeprefix("bytes=").split("-")[0])
-                if start >= len(data):
-                    return self._send(416, b"", range=f"bytes */{len(data)}")
-                span = f"bytes {start}-{len(data) - 1}/{len(data)}"
-                self._send(206, data[start:], fault, range=span)
+                start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
+                if isinstance(fault, int):
+                    self._send(fault, b"<Error/>", type="application/xml")
+                elif fault == "page":
+                    self._send(200, PAGE, type="text/html; charset=utf-8")
+                elif asked is None or fault == "no-range":
+                    self._send(200, data, fault)
+                elif start >= len(data):
+                    self._send(416, b"", range=f"bytes */{len(data)}")
+                else:
+                    span = f"bytes {start}-{len(data) - 1}/{len(data)}"
+                    self._send(206, data[start:], fault, range=span)
 
             def _send(
                 self,

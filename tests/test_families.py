@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import formats_fixtures as tiny
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -16,6 +15,7 @@ from llama.checkpoint import CheckpointError
 from llama.interop import open_checkpoint
 from llama.interop.huggingface import to_hf_rows, to_native_rows
 from llama.model import rope_frequencies
+from tests import formats_fixtures as tiny
 
 BASE = {"dim": 64, "n_layers": 2, "n_heads": 4, "multiple_of": 32}
 OLD = {**BASE, "vocab_size": -1}

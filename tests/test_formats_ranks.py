@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import formats_fixtures as tiny
 import pytest
 import torch
-from test_lora import train
 
 from llama.interop.convert import convert
+from tests import formats_fixtures as tiny
+from tests.test_lora import train
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}
 OLD = {**PARAMS, "vocab_size": -1}

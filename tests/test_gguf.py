@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import formats_fixtures as tiny
 import gguf
 import pytest
 import torch
@@ -16,6 +15,7 @@ from llama.interop import open_checkpoint
 from llama.interop.convert import convert
 from llama.interop.gguf import GGUFError
 from llama.tokenizer import SentencePieceTokenizer, Tokenizer
+from tests import formats_fixtures as tiny
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}
 PARAMS |= {"rope_theta": 500000.0}

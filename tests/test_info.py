@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import formats_fixtures as tiny
 import pytest
 import torch
 
 from llama import Llama
 from llama.interop.info import describe, memory
 from llama.model import ModelArgs
+from tests import formats_fixtures as tiny
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}
 PARAMS |= {"rope_theta": 500000.0, "use_scaled_rope": True, "vocab_size": 640}

@@ -16,13 +16,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import blobfile
-import formats_fixtures as tiny
 import pytest
 import torch
 
 from llama import Llama
 from llama.checkpoint import CheckpointError
 from llama.interop import open_checkpoint, remote
+from tests import formats_fixtures as tiny
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}
 PARAMS |= {"rope_theta": 500000.0, "vocab_size": 640}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import formats_fixtures as tiny
 import pytest
 
 from llama.chat_format import Llama2Chat
 from llama.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from tests import formats_fixtures as tiny
 
 
 @pytest.fixture(scope="module")

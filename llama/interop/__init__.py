@@ -43,7 +43,7 @@ def local_path(path: StrPath) -> Path:
 
 def _open(path: Path, tokenizer_path: Path | None) -> Checkpoint:
     if not path.exists():
-        raise FileNotFoundError(f"no {path}: give the path of a downloaded checkpoint as ckpt_dir")
+        raise FileNotFoundError(f"no folder {path}: give the path of a downloaded checkpoint as ckpt_dir")
     if path.is_file():
         from llama.interop.gguf import open_gguf
 
@@ -61,10 +61,11 @@ def _open(path: Path, tokenizer_path: Path | None) -> Checkpoint:
         from llama.interop.huggingface import open_huggingface
 
         return open_huggingface(path, tokenizer_path)
+    params = read_params(path)
     if tokenizer_path is None and (path / "tokenizer.json").is_file():
         from llama.interop.hf_tokenizer import HFTokenizer
 
         # A converted folder: the tokenizer and the chat template are those of its origin.
-        tokenizer = HFTokenizer(path, read_params(path).get("vocab_size", 0))
+        tokenizer = HFTokenizer(path, params.get("vocab_size", 0))
         return open_native(path, tokenizer, tokenizer.formatter)
     return open_native(path, find_tokenizer(path, tokenizer_path))

@@ -1,0 +1,71 @@
+"""Tiny random checkpoints, the real demo model, and real ranks."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+DEMO = "SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="session")
+def demo_ckpt(pytestconfig: pytest.Config) -> Path:
+    """The demo model's folder: that of the repository, or one downloaded once and kept."""
+    kept = pytestconfig.cache.mkdir("demo")
+    for folder in (ROOT / DEMO, kept / DEMO):
+        if folder.is_dir():
+            return folder
+    command = ["bash", str(ROOT / "download.sh"), DEMO, "--target", str(kept)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHON": sys.executable})
+    return kept / DEMO
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer() -> Path:
+    """Llama 3's own tokenizer.model, which Meta's package carries."""
+    import llama_models
+
+    return Path(llama_models.__file__).parent / "llama3" / "tokenizer.model"
+
+
+@pytest.fixture
+def ckpt(tmp_path: Path) -> Path:
+    """A tiny random checkpoint in one shard, with its tokenizer."""
+    return tiny.write_checkpoint(tmp_path / "tiny")
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """Run a script under real ranks; returns the finished process, its output captured as text."""
+
+    def run(nproc: int, *arguments: object, timeout: float = 120, **options) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(nproc)]
+        command += options.pop("flags", ["--standalone"])
+        return subprocess.run(
+            [*command, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})},
+            **options,
+        )
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def bash() -> str:
+    return shutil.which("bash") or pytest.fail("these tests run bash scripts")

@@ -1,0 +1,91 @@
+"""What the tests of several ranks run on each of them, under torchrun."""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from llama import Llama
+from llama.launch import launch
+
+TOKENS = torch.arange(3 * 16).view(3, 16)
+PROMPTS = [[1, 2, 3], list(range(30, 45)), [9] * 7]
+
+
+def observe(llama: Llama) -> dict:
+    """Logits, and what is generated, greedily and not."""
+    tokens, logprobs = llama.generate(PROMPTS, 12, temperature=0, logprobs=True, echo=True)
+    return {
+        "logits": llama.model(TOKENS, 0),
+        "greedy": tokens,
+        "logprobs": logprobs,
+        "sampled": llama.generate(PROMPTS, 12, 1.0, 0.95, seed=5)[0],
+    }
+
+
+def every_checkpoint(folders: str, out: str) -> None:
+    """Observe each checkpoint under `folders`; rank r writes what it saw to `out`/r.pt."""
+    seen = {}
+    for folder in sorted(Path(folders).iterdir()):
+        with Llama.build(folder, max_seq_len=32, max_batch_size=3, dtype="float32") as llama:
+            seen[folder.name] = observe(llama)
+            shapes = [tuple(weight.shape) for weight in llama.model.parameters()]
+        seen[folder.name]["shapes"] = shapes
+        assert not dist.is_initialized()
+    torch.save(seen, Path(out) / f"{os.environ['RANK']}.pt")
+
+
+def two_at_once(folder: str, out: str) -> None:
+    """Two models in one process; the first to close leaves the other its process group."""
+    first = Llama.build(folder, max_seq_len=32, max_batch_size=3, dtype="float32")
+    second = Llama.build(folder, max_seq_len=32, max_batch_size=3, dtype="float32")
+    seen = observe(first)
+    first.close()
+    first.close()
+    assert observe(second)["greedy"] == seen["greedy"]
+    second.close()
+    assert not dist.is_initialized()
+    # and one more, which nobody closes
+    torch.save(
+        observe(Llama.build(folder, max_seq_len=32, max_batch_size=3, dtype="float32")),
+        f"{out}.{os.environ['RANK']}",
+    )
+    print("only rank 0 prints")
+
+
+def replicas(folder: str, out: str) -> None:
+    """Half of the ranks hold one copy of the model, half another, and each copy has work of its own."""
+    size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    with Llama.build(folder, None, 32, 3, size // 2, dtype="float32") as llama:
+        prompt = PROMPTS[rank // (size // 2)]
+        torch.save(llama.generate([prompt], 12, temperature=0)[0], f"{out}.{rank}")
+
+
+def die(folder: str, rank: int) -> None:
+    """One rank is killed in the middle of generating."""
+    llama = Llama.build(folder, max_seq_len=32, max_batch_size=3, dtype="float32")
+    llama.tokenizer.stop_tokens = []
+    requests = 0
+    step = llama.engine.step
+
+    def killed_at_the_third():
+        nonlocal requests
+        requests += 1
+        if requests == 3 and os.environ["RANK"] == str(rank):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step()
+
+    llama.engine.step = killed_at_the_third  # type: ignore[method-assign]
+    llama.generate(PROMPTS, 12)
+
+
+def one_bad_folder(folder: str) -> None:
+    """The last rank looks into a folder that is not there, as on a machine that lacks the files."""
+    last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+    Llama.build(f"{folder}-missing" if last else folder, max_seq_len=32, max_batch_size=1)
+
+
+if __name__ == "__main__":
+    launch({f.__name__: f for f in (every_checkpoint, two_at_once, replicas, die, one_bad_folder)})

@@ -1,0 +1,72 @@
+"""The example scripts, as the README starts them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.conftest import ROOT
+
+
+def test_chat_example_answers(demo_ckpt: Path, torchrun) -> None:
+    done = torchrun(
+        1,
+        "example_chat_completion.py",
+        "--ckpt_dir",
+        f"{demo_ckpt}/",
+        "--temperature",
+        0,
+        "--max_gen_len",
+        16,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        "User: What is the capital of France?\n\nAssistant: The capital of France is Paris.\n" in done.stdout
+    )
+
+
+@pytest.mark.slow
+def test_flags_of_the_deprecated_repository(ckpt: Path, torchrun) -> None:
+    flags = f"--ckpt_dir {ckpt}/ --tokenizer_path {ckpt}/tokenizer.model --max_seq_len 512 --max_batch_size 6"
+    for script in ("example_chat_completion.py", "example_text_completion.py"):
+        done = torchrun(2, script, *flags.split(), "--temperature", 0.6, "--top_p", 0.9, "--max_gen_len", 4)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("==================================") == 4  # rank 0 alone prints
+
+
+def run(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / script), *arguments]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+
+
+def test_the_demo_model_is_the_default_where_it_lies(tmp_path: Path) -> None:
+    tiny.write_checkpoint(tmp_path / "SmolLM2-135M-Instruct")
+    done = run("example_text_completion.py", "--max_gen_len", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "SmolLM2-135M-Instruct")
+    done = run("example_text_completion.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith(
+        "error: no --ckpt_dir given, and the demo model is not here. Three ways to get weights:"
+    )
+    for way in ("./download.sh SmolLM2-135M-Instruct", "signed URL", "original/"):
+        assert way in done.stderr
+
+
+def test_a_wrong_folder_is_one_line(tmp_path: Path) -> None:
+    done = run("example_chat_completion.py", "--ckpt_dir", "nowhere", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: no folder nowhere: give the path of a downloaded checkpoint as ckpt_dir\n"
+
+
+def test_help_explains_the_flags(tmp_path: Path) -> None:
+    done = run("example_chat_completion.py", "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "folder of consolidated.*.pth" in done.stdout + done.stderr

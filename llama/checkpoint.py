@@ -27,8 +27,8 @@ from llama.parallel import ModelParallel, Sharded, Span
 from llama.tokenizer import SentencePieceTokenizer, TextTokenizer, Tokenizer, load_tokenizer
 
 IGNORED = {"rope.freqs"}  # LLaMA 1 and 2 saved this table, which follows from params.json
-# Bytes read before a source lets go of its mapped files, so that they do not fill the memory.
-RELEASE_AFTER = 256 * 2**20
+# Bytes copied from mapped files before they are let go of, so that they do not fill the memory.
+RELEASE_AFTER = 2**30
 
 
 class CheckpointError(ValueError):
@@ -350,7 +350,7 @@ def load_weights(model: Transformer, source: TensorSource, dtype: torch.dtype, d
             # No copy where nothing changes.
             loaded[name] = weight.to(device, dtype).contiguous()
             bar.update(weight.numel())
-            unreleased += weight.nbytes
+            unreleased += weight.nbytes if loaded[name] is not weight else 0
             if unreleased > RELEASE_AFTER:
                 source.release()
                 unreleased = 0

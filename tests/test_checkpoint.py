@@ -16,7 +16,6 @@ from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import (
     CheckpointError,
     NativeShards,
-    Part,
     find_shards,
     load_weights,
     read_params,

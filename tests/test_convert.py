@@ -202,9 +202,6 @@ import torch, numpy
 from llama.interop import convert
 from llama.interop.convert import convert as run
 from pathlib import Path
-import llama.checkpoint
-
-llama.checkpoint.RELEASE_AFTER = llama.interop.convert.RELEASE_AFTER = 16 * 2**20
 
 def status(key):
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))

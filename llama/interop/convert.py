@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from tqdm import tqdm
 
-from llama.checkpoint import RELEASE_AFTER, Checkpoint, whole_parts
+from llama.checkpoint import Checkpoint, whole_parts
 from llama.device import parse_dtype
 from llama.interop import StrPath, open_checkpoint
 from llama.interop.hf_export import write_hf_config, write_hf_tokenizer
@@ -32,7 +32,8 @@ from llama.tokenizer import Layout, SentencePieceTokenizer, TextTokenizer, Token
 LARGEST_SHARD = 20e9  # bytes: Meta's released shards are smaller
 LARGEST_FILE = 5e9  # of safetensors, as Hugging Face's own tools cut them
 ORIGINAL_FILES = ("tokenizer.model", "format.json")  # of a native tokenizer
-CHUNK = 64 * 2**20  # bytes of a tensor that are read at a time
+CHUNK = 2**25  # bytes of a tensor that are read at a time
+RELEASE_AFTER = 2**26  # bytes read before mapped files are let go of
 
 
 def convert(

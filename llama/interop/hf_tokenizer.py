@@ -44,8 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
 class HFTokenizer:
     """The tokenizer of a Hugging Face folder; its attributes are those of `TextTokenizer`.
 
-    chat_template: jinja2 source, None where the folder has none. bos_token, eos_token: as templates
-    know them. context: tokens the model was trained for, where the tokenizer's files say it.
+    context: tokens the model was trained for, where the tokenizer's files say it.
     """
 
     chat_format = "none"
@@ -76,14 +75,14 @@ class HFTokenizer:
         config = read_json(folder / "tokenizer_config.json")
         generation = read_json(folder / "generation_config.json")
         named = read_json(folder / "special_tokens_map.json") | config
-        self.bos_token, self.eos_token, pad = (
+        bos_token, eos_token, pad = (
             _token_text(named.get(f"{kind}_token")) for kind in ("bos", "eos", "pad")
         )
         self.n_words = max(self.model.get_vocab_size(), vocab_size)
         begins = self.model.encode("", add_special_tokens=True).ids
-        bos = self.model.token_to_id(self.bos_token) if self.bos_token else None
+        bos = self.model.token_to_id(bos_token) if bos_token else None
         self.bos_id: int | None = bos if config.get("add_bos_token", bos in begins[:1]) else None
-        stops = [self.model.token_to_id(self.eos_token)] if self.eos_token else []
+        stops = [self.model.token_to_id(eos_token)] if eos_token else []
         listed = generation.get("eos_token_id")
         stops += listed if isinstance(listed, list) else [listed]
         # Models that answer in turns may end one by these, whatever their configuration names.
@@ -98,7 +97,6 @@ class HFTokenizer:
         self.pad_id: int = self.eos_id if pad_id is None else pad_id
         context = config.get("model_max_length")
         self.context: int | None = context if isinstance(context, int) and context < 10**9 else None
-        self.chat_template = _template(folder, config)
 
     def encode(self, s: str, *, bos: bool, eos: bool) -> list[int]:
         """Ids of a text, which never becomes a special token; bos, eos: put begin and end around it."""
@@ -158,23 +156,29 @@ class HFTokenizer:
     @cached_property
     def formatter(self) -> DialogFormat:
         """The chat template, or the refusal of models without."""
-        if not self.chat_template:
-            return NoChat(self)
-        return ChatTemplate(self, self.chat_template, self.folder, self.bos_token, self.eos_token)
+        return find_template(self.folder, self)
 
 
 def _token_text(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _template(folder: Path, config: dict[str, Any]) -> str | None:
-    """The default chat template: its own file goes before the configuration, which may hold several."""
-    if (path := folder / "chat_template.jinja").is_file():
-        return path.read_text("utf-8")
+def find_template(folder: Path, tokenizer: TextTokenizer) -> DialogFormat:
+    """The chat template of a Hugging Face folder for a tokenizer, or the refusal of models without.
+
+    A template's own file goes before the configuration, which may hold several.
+    """
+    config = read_json(folder / "tokenizer_config.json")
     template = config.get("chat_template")
     if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return template
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    if (path := folder / "chat_template.jinja").is_file():
+        template = path.read_text("utf-8")
+    if not template:
+        return NoChat(tokenizer)
+    named = read_json(folder / "special_tokens_map.json") | config
+    bos, eos = (_token_text(named.get(f"{kind}_token")) for kind in ("bos", "eos"))
+    return ChatTemplate(tokenizer, template, folder, bos, eos)
 
 
 class ChatTemplate:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.chat_format import chat_format
 from llama.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -26,7 +25,7 @@ from llama.checkpoint import (
     read_shard,
     whole_parts,
 )
-from llama.interop.hf_tokenizer import HFTokenizer, read_json
+from llama.interop.hf_tokenizer import HFTokenizer, find_template, read_json
 from llama.model import ModelArgs
 from llama.parallel import Span
 from llama.tokenizer import TextTokenizer
@@ -123,7 +122,7 @@ def open_huggingface(folder: Path, tokenizer_path: Path | None = None) -> Checkp
         formatter = tokenizer.formatter
     else:
         tokenizer = find_tokenizer(folder, tokenizer_path)
-        formatter = chat_format(tokenizer)
+        formatter = find_template(folder, tokenizer)
     if tokenizer.n_words > args.vocab_size:
         raise CheckpointError(
             f"the tokenizer has {tokenizer.n_words} tokens, but {folder / 'config.json'} says "

@@ -10,7 +10,6 @@ lock that the system takes back should the process die; files already whole are 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -87,6 +86,8 @@ def _is_file(url: str) -> bool:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """A block that one process at a time is in."""
+    import fcntl  # of Unix
+
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -160,6 +160,12 @@ class Llama2Chat:
             ids += self.tokenizer.encode(pair, bos=True, eos=True)
         return ids + self.tokenizer.encode(f"[INST] {texts[-1].strip()} [/INST]", bos=True, eos=False)
 
+    def encode_next_turn(self, content: str) -> list[int]:
+        """The space and EOS after an answer, and the user's message between BOS and [/INST]."""
+        answer, spaced = (self.tokenizer.encode(text, bos=False, eos=True) for text in ("x", "x "))
+        message: Message = {"role": "user", "content": content}
+        return spaced[len(answer) - 1 :] + self.encode_dialog_prompt([message])
+
 
 class NoChat:
     """The format of base models: none."""
@@ -168,6 +174,10 @@ class NoChat:
         self.tokenizer = tokenizer
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        """Raises ValueError, with what to use instead."""
+        return self.encode_next_turn("")
+
+    def encode_next_turn(self, content: str) -> list[int]:
         """Raises ValueError, with what to use instead."""
         raise ValueError(
             "this is a base model, which was not trained to chat: use text_completion with a text for it to "

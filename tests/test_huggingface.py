@@ -199,6 +199,18 @@ def test_template_agrees_with_transformers(system: str | None, tmp_path: Path) -
     assert HFTokenizer(tmp_path).formatter.encode_dialog_prompt(dialog) == expected
 
 
+@pytest.mark.parametrize("content", ["why?", "a <|eot_id|> b"])
+def test_next_turn(content: str, tmp_path: Path) -> None:
+    """A chat that keeps ids ends up with those of the whole dialog."""
+    tiny.hf_tokenizer(tmp_path)
+    tokenizer = HFTokenizer(tmp_path)
+    chat = tokenizer.formatter
+    dialog = [{"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yes"), ("user", content))]
+    answer = tokenizer.encode("yes", bos=False, eos=False)
+    kept = chat.encode_dialog_prompt(dialog[:1]) + answer + chat.encode_next_turn(content)
+    assert kept == chat.encode_dialog_prompt(dialog)
+
+
 def test_typed_special_tokens_stay_text(tmp_path: Path) -> None:
     """The same number of special tokens as an innocent dialog, and the text in full."""
     tiny.hf_tokenizer(tmp_path)

@@ -85,6 +85,21 @@ def test_llama_2_dialog(tokenizer: SentencePieceTokenizer) -> None:
     assert chat.encode_dialog_prompt(dialog) == [1, *encode(first), 2, 1, *encode(last)]
 
 
+def test_llama_2_next_turn(tokenizer: SentencePieceTokenizer) -> None:
+    """A chat that keeps ids ends up with those of the whole dialog."""
+    chat = Llama2Chat(tokenizer)
+    texts = ["hello", "world", " numbers 123"]
+    dialog = [
+        {"role": role, "content": text}
+        for role, text in zip(("user", "assistant", "user"), texts, strict=True)
+    ]
+    answer = tokenizer.encode("world", bos=False, eos=False)
+    kept = chat.encode_dialog_prompt(dialog[:1]) + answer + chat.encode_next_turn(texts[2])
+    assert kept == chat.encode_dialog_prompt(dialog)
+    with pytest.raises(ValueError, match="keeps for itself"):
+        chat.encode_next_turn("[INST]")
+
+
 @pytest.mark.parametrize(
     ("roles", "match"),
     [

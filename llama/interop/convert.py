@@ -33,7 +33,7 @@ LARGEST_SHARD = 20e9  # bytes: Meta's released shards are smaller
 LARGEST_FILE = 5e9  # of safetensors, as Hugging Face's own tools cut them
 ORIGINAL_FILES = ("tokenizer.model", "format.json")  # of a native tokenizer
 CHUNK = 2**25  # bytes of a tensor that are read at a time
-RELEASE_AFTER = 2**26  # bytes read before mapped files are let go of
+RELEASE_AFTER = 2**25  # bytes read before mapped files are let go of
 
 
 def convert(
@@ -106,7 +106,8 @@ def write_native(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype
                 # A copy, because what is mapped would be written with all that surrounds it.
                 tensors[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
                 bar.update(tensor.numel())
-                unreleased += tensor.nbytes
+                # To read some columns is to touch every page of the matrix.
+                unreleased += tensor.nbytes * (count if part.dim == 1 else 1)
                 if unreleased > RELEASE_AFTER:
                     del tensor
                     source.release()
@@ -179,6 +180,7 @@ def write_hf(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype: to
         for name, tensors in zip(names, files, strict=True):
             with (folder / name).open("wb") as file:
                 write_safetensors(file, checkpoint, tensors, args, dtype, bar)
+            checkpoint.weights.release()
     if len(files) > 1:
         where = {hf_name(tensor): name for name, held in zip(names, files, strict=True) for tensor in held}
         write_json(

@@ -100,11 +100,15 @@ def is_tied(checkpoint: Checkpoint) -> bool:
     if "output.weight" not in source.shapes:
         return True
     n = source.shapes["output.weight"][0]
-    spans = ((start, min(start + 4096, n)) for start in range(0, n, 4096))
-    return all(
-        torch.equal(source.read("output.weight", 0, s), source.read("tok_embeddings.weight", 0, s))
-        for s in spans
-    )
+    for start in range(0, n, 4096):
+        span = (start, min(start + 4096, n))
+        same = torch.equal(
+            source.read("output.weight", 0, span), source.read("tok_embeddings.weight", 0, span)
+        )
+        source.release()
+        if not same:
+            return False
+    return True
 
 
 def write_hf_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:

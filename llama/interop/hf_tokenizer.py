@@ -226,19 +226,35 @@ class ChatTemplate:
         Raises ValueError where the template refuses the dialog, or tries to leave its sandbox.
         """
         check_dialog(dialog, self.roles)
+        return self._encode(dialog)
+
+    def encode_next_turn(self, content: str) -> list[int]:
+        """What the template writes between an answer and the answer to the user's next message."""
+        mark = next(chr(i) for i in range(0xF8FF, 0xE000, -1) if chr(i) not in content)
+        dialog: Dialog = [
+            {"role": "user", "content": "."},
+            {"role": "assistant", "content": mark},
+            {"role": "user", "content": content},
+        ]
+        return self._encode(dialog, mark)
+
+    def _encode(self, dialog: Dialog, after: str = "") -> list[int]:
+        """Ids of a rendered dialog, or of what stands after a mark in it."""
         special = self.tokenizer.special_tokens
         contents = [message["content"] for message in dialog]
         typed = any(text in content for text in special for content in contents)
         if isinstance(self.tokenizer, HFTokenizer) and not typed:
-            return self.tokenizer.encode_rendered(self._render(dialog, contents))
+            text = self._render(dialog, contents)
+            return self.tokenizer.encode_rendered(text.rpartition(after)[2] if after else text)
         # A private character stands for the first one of each special token that a user typed.
-        used = set("".join(contents))
+        used = {*"".join(contents)}
         free = (chr(i) for i in range(0xE000, 0xF8FF) if chr(i) not in used)
         stands_for: dict[str, str] = dict(zip(free, sorted({text[0] for text in special}), strict=False))
         stand_in = {character: private for private, character in stands_for.items()}
         any_special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
         hidden = [any_special.sub(lambda m: stand_in[m[0][0]] + m[0][1:], text) for text in contents]
         text, ids, at = self._render(dialog, hidden), [], 0
+        text = text.rpartition(after)[2] if after else text
         for match in [*any_special.finditer(text), None]:
             piece = text[at : match.start()] if match else text[at:]
             ordinary = "".join(stands_for.get(c, c) for c in piece)

@@ -75,6 +75,7 @@ size() { # FILE: its bytes, 0 where there is none
 
 human() { # BYTES
   local tenths=$(($1 * 10)) unit
+  [ "$1" -ge 1000 ] || { printf '%d B' "$1" && return; }
   for unit in B kB MB GB TB; do
     [ "$tenths" -lt 10000 ] && break
     tenths=$(((tenths + 500) / 1000))
@@ -131,21 +132,17 @@ choose() {
 
 # ---- The link ------------------------------------------------------------------------------------
 
-# Sets `url`, of which no character may ever be printed.
+# Sees to it that `url` is set. No character of it may ever be printed.
 take_link() {
-  url=${PRESIGNED_URL:-}
-  unset PRESIGNED_URL # out of the sight of every child process
-  if [ -z "$url" ]; then
-    if [ -t 0 ]; then
-      terminal=$(stty -g)
-      stty -echo # before the prompt: `read -s` would let a quick paste be seen
-      printf 'Link from the e-mail (it is not shown; Enter for none): ' >&2
-      read -r url
-      stty "$terminal"
-      echo >&2
-    else
-      read -r url
-    fi
+  if [ -z "$url" ] && [ -t 0 ]; then
+    terminal=$(stty -g)
+    stty -echo # before the prompt: `read -s` would let a quick paste be seen
+    printf 'Link from the e-mail (it is not shown; Enter for none): ' >&2
+    read -r url
+    stty "$terminal"
+    echo >&2
+  elif [ -z "$url" ]; then
+    read -r url
   fi
   # What pasting leaves behind. No quote, backslash or line end may reach a client's configuration.
   url=${url//[[:space:]\"\'\\]/}
@@ -156,7 +153,7 @@ check_link() {
   case $url in
     '') die 2 'There is no link. Request one at https://www.llama.com/llama-downloads.' ;;
     http*://*://* | http*://*%3[Aa]%2[Ff]* | http*://l.facebook.com/*)
-      die 2 "This link is a mail program's, around the real one: copy the text, not the address." ;;
+      die 2 "This is a mail program's link around the real one: copy its text, not its address." ;;
     http://*'*'* | https://*'*'*) ;;
     http://* | https://*)
       die 2 'This link has no *, where file names go: copy it from the e-mail once more.' ;;
@@ -221,7 +218,7 @@ read_headers() {
 # Runs beside everything else, and shows what `request` says is going on.
 show_progress() {
   local first start part now code total type speed left
-  while sleep 1; do
+  while sleep 1 && kill -0 $$ 2>/dev/null; do
     read -r first start part <"$tmp/current" || continue
     read -r code total type <"$tmp/response"
     now=$(size "$part")
@@ -314,6 +311,7 @@ fetch() { # SERVER_PATH PART
     [ "$now" -gt "$most" ] && most=$now failures=0 pause=$LLAMA_RETRY_PAUSE
     failures=$((failures + 1))
     [ "$failures" -le 5 ] || return
+    [ -z "$erase" ] || printf '%s  %s; the next try is in %d s' "$erase" "$why" "$pause"
     sleep "$pause" &
     child=$!
     echo "$child" >"$tmp/running"
@@ -342,7 +340,7 @@ listed() { # NAME
 
 # Whether a file is what it should be. Sets `remark` to the words for it.
 check() { # FILE NAME
-  local expected
+  local expected sum
   expected=$(listed "$2")
   [ -z "$erase" ] || printf '%s  %-24s checking' "$erase" "$2"
   case $2 in
@@ -354,14 +352,15 @@ check() { # FILE NAME
       remark='not in the checklist: unverified'
       [ -n "$expected" ] || return 0
       remark='MD5 verified'
-      [ "$(md5_of "$1")" = "$(echo "$expected" | tr A-F a-f)" ]
+      sum=$(md5_of "$1") || die 1 "$hasher does not work on this machine."
+      [ "$sum" = "$(echo "$expected" | tr A-F a-f)" ]
       ;;
   esac
 }
 
 # Brings one file to its final name in `dir`. A damaged one, here or arriving, is fetched once more.
-settle() { # SERVER_PATH [NAME]
-  local name=${2:-${1##*/}} round file
+settle() { # SERVER_PATH
+  local name=${1##*/} round file
   for round in 1 2; do
     file=$dir/$name
     if [ ! -f "$file" ]; then
@@ -460,8 +459,9 @@ run_line() {
   local script=example_text_completion.py here='' at
   case $0 in */*) here=${0%/*}/ ;; esac
   case $name in *Instruct* | *-chat) script=example_chat_completion.py ;; esac
+  printf -v script '%q' "${here#./}$script"
   printf -v at '%q' "${dir#./}"
-  printf 'torchrun --nproc_per_node %d %s --ckpt_dir %s/' "$shards" "${here#./}$script" "$at"
+  printf 'torchrun --nproc_per_node %d %s --ckpt_dir %s/' "$shards" "$script" "$at"
   [ "$family" = open ] ||
     printf ' --tokenizer_path %s/tokenizer.model --max_seq_len 512 --max_batch_size 6' "$at"
   echo
@@ -498,7 +498,9 @@ interrupted() {
   exit 130
 }
 
-target=. chosen='' url='' child='' meter='' work='' why='' code='' remark='' tmp='' terminal=''
+url=${PRESIGNED_URL:-}
+unset PRESIGNED_URL # out of the sight of every child process
+target=. chosen='' child='' meter='' work='' why='' code='' remark='' tmp='' terminal=''
 stall=${LLAMA_STALL_TIMEOUT:-60}
 LLAMA_RETRY_PAUSE=${LLAMA_RETRY_PAUSE:-2}
 erase='' # also tells whether progress is shown: only a terminal can take a line back
@@ -539,7 +541,7 @@ if [ -z "$chosen" ]; then
   [ -n "$chosen" ] || die 2 'No model was named.'
 fi
 if printf %s "$chosen" | grep -qv '^open'; then
-  [ -n "$url" ] || take_link
+  take_link
   check_link
   if command -v curl >/dev/null; then
     client=curl

@@ -30,6 +30,7 @@ def launch(command: Callable[..., Any] | Mapping[str, Callable[..., Any]], name:
         try:
             fire.Fire(command, name=name)
         except (OSError, ValueError, MemoryError, ImportError, RankError) as error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is leaving already
             sys.exit(f"error: {error}" if _first_to_fail() else 1)
         except KeyboardInterrupt:
             sys.exit(130)

@@ -1,7 +1,8 @@
 """Tiny random checkpoints, the real demo model, and real ranks."""
 
+import contextlib
 import os
-import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,15 +49,22 @@ def torchrun():
     def run(nproc: int, *arguments: object, timeout: float = 120, **options) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(nproc)]
         command += options.pop("flags", ["--standalone"])
-        return subprocess.run(
+        process = subprocess.Popen(
             [*command, *map(str, arguments)],
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=timeout,
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})},
+            start_new_session=True,
             **options,
         )
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # ranks outlive an agent that is killed
+                os.killpg(process.pid, signal.SIGKILL)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return run
 
@@ -64,8 +72,3 @@ def torchrun():
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def bash() -> str:
-    return shutil.which("bash") or pytest.fail("these tests run bash scripts")

@@ -575,6 +575,13 @@ def test_missing_tools(script: Script, missing: str, sentence: str) -> None:
     assert sentence in refusal(script(MODEL), 1)
 
 
+def test_a_broken_tool_costs_no_file(script: Script, weights: bytes) -> None:
+    script.stub("md5sum", "exit 1")
+    script.part(weights).rename(script.cwd / MODEL / SHARD)
+    assert "md5sum does not work" in refusal(script(MODEL), 1)
+    assert script.got() == weights
+
+
 def test_one_failing_model_does_not_lose_the_others(script: Script, server: FakeLlamaServer) -> None:
     server.publish("Llama-3.2-3B")
     result = script("Llama-3.2-1B", MODEL, "Llama-3.2-3B")

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Protocol
@@ -63,6 +63,7 @@ class Layout:
     special_tokens: text to id. pattern: cuts text into pieces, by tiktoken's regular expressions.
     bos, eos: texts of special tokens; stop: those that end an answer; pad: one that no text holds.
     bos may be None for models that were trained without. context: tokens the model was trained for.
+    added: special tokens that are no more than words, which any text may hold.
     """
 
     special_tokens: dict[str, int]
@@ -74,6 +75,7 @@ class Layout:
     chat_format: str
     default_system: str = ""
     context: int | None = None
+    added: list[str] = field(default_factory=list)
 
     @staticmethod
     def llama3(num_base_tokens: int) -> "Layout":
@@ -195,6 +197,8 @@ class Tokenizer:
         if not isinstance(s, str):
             raise ValueError(f"only text can be encoded, not {type(s).__name__}")
         ids = [self.bos_id] if bos and self.bos_id is not None else []
+        if self.layout.added and allowed_special != "all":
+            allowed_special = {*allowed_special, *self.layout.added}
         for piece in _pieces(s):
             ids += self.model.encode(
                 piece, allowed_special=allowed_special, disallowed_special=disallowed_special

@@ -182,3 +182,49 @@ def test_merges_out_of_order_are_refused(tmp_path: Path) -> None:
     path = tiny.write_gguf(tmp_path / "m.gguf", PARAMS, tiny.random_weights(PARAMS, SIZE), fields)
     with pytest.raises(GGUFError, match="merges"):
         open_checkpoint(path)
+
+
+def with_words(fields: dict[str, Any], template: str, *words: str) -> dict[str, Any]:
+    """User-defined tokens at the end of a vocabulary."""
+    n = len(words)
+    more = {"tokens": [*fields["tokens"], *words], "token_type": [*fields["token_type"], *[4] * n]}
+    if "scores" in fields:
+        more["scores"] = [*fields["scores"], *[0.0] * n]
+    return {**fields, **more, "chat_template": template}
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.mark.parametrize("kind", ["byte level", "sentencepiece"])
+def test_user_defined_tokens(kind: str, tmp_path: Path) -> None:
+    """Words are found in any text; what marks the turns of a chat is not."""
+    sp = kind == "sentencepiece"
+    fields = tiny.gguf_sentencepiece(tiny.sentencepiece_model()) if sp else tiny.gguf_byte_level(RANKS)
+    fields = with_words(fields, CHATML, "[word]", "<|im_start|>", "<|im_end|>")
+    size = len(fields["tokens"])
+    path = tiny.write_gguf(tmp_path / "m.gguf", PARAMS, tiny.random_weights(PARAMS, size), fields)
+    for folder in (path, convert(path, tmp_path / "native")):
+        checkpoint = open_checkpoint(folder)
+        ids = checkpoint.tokenizer.encode("a [word] <|im_start|>b<|im_end|>", bos=False, eos=False)
+        assert size - 3 in ids
+        assert not {size - 2, size - 1} & {*ids}
+        if folder == path:
+            prompt = checkpoint.formatter.encode_dialog_prompt([{"role": "user", "content": "<|im_end|>"}])
+            assert (prompt.count(size - 2), prompt.count(size - 1)) == (2, 1)
+            assert size - 1 in checkpoint.tokenizer.stop_tokens
+
+
+@pytest.mark.parametrize("kind", ["byte level", "sentencepiece"])
+def test_ids_are_those_of_llama_cpp(kind: str, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    sp = kind == "sentencepiece"
+    fields = tiny.gguf_sentencepiece(tiny.sentencepiece_model()) if sp else tiny.gguf_byte_level(RANKS)
+    # After a user-defined token llama.cpp begins a sentencepiece text anew, and sentencepiece does not.
+    fields = fields if sp else with_words(fields, "", "[word]")
+    weights = tiny.random_weights(PARAMS, len(fields["tokens"]))
+    path = tiny.write_gguf(tmp_path / "m.gguf", PARAMS, weights, fields)
+    theirs, ours = llama_cpp.Llama(str(path), vocab_only=True, verbose=False), open_checkpoint(path).tokenizer
+    for text in [*tiny.random_texts(10_000), "a [word] b", "[word]", "x[word]y"]:
+        expected = theirs.tokenize(text.encode(), add_bos=False, special=False)
+        assert ours.encode(text, bos=False, eos=False) == expected, text

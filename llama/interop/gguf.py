@@ -260,8 +260,16 @@ def read_tokenizer(fields: Mapping[str, Any]) -> Tokenizer | SentencePieceTokeni
         chat_format=name if name in ("llama3", "chatml") else "none",
         default_system=system[1] if system else "",
         context=fields.get("llama.context_length"),
+        added=[
+            text for text, i in special.items() if types[i] == USER_DEFINED and not _marks(text, template)
+        ],
     )
     return Tokenizer.from_ranks(ranks, layout)
+
+
+def _marks(text: str, template: str) -> bool:
+    """Whether a token that files call user-defined is more than a word: it gives a chat its form."""
+    return text in template or text in ENDS
 
 
 def known_format(template: str) -> str | None:
@@ -291,7 +299,11 @@ def read_formatter(path: Path, fields: Mapping[str, Any], tokenizer: TextTokeniz
 def read_sentencepiece(fields: Mapping[str, Any]) -> SentencePieceTokenizer:
     """The sentencepiece model that a GGUF file was made from, as far as encoding and decoding goes."""
     prefix = "tokenizer.ggml"
-    texts, types = fields[f"{prefix}.tokens"], fields[f"{prefix}.token_type"]
+    texts, template = fields[f"{prefix}.tokens"], fields.get("tokenizer.chat_template", "")
+    types = [
+        CONTROL if kind == USER_DEFINED and _marks(text, template) else kind
+        for text, kind in zip(texts, fields[f"{prefix}.token_type"], strict=True)
+    ]
     if not (scores := fields.get(f"{prefix}.scores")):
         raise GGUFError("the file's tokenizer has no scores, without which its pieces cannot be merged")
     ids = {name: fields.get(f"{prefix}.{key}_token_id") for name, key in SENTENCEPIECE_IDS.items()}
@@ -321,7 +333,7 @@ def read_sentencepiece(fields: Mapping[str, Any]) -> SentencePieceTokenizer:
     stops = (fields.get(f"{prefix}.{name}_token_id") for name in ("eos", "eot", "eom"))
     named = (i for i, text in enumerate(texts) if text in ENDS)
     tokenizer.stop_tokens = list(dict.fromkeys(i for i in (*stops, *named) if i is not None))
-    tokenizer.chat_format = known_format(fields.get("tokenizer.chat_template", "")) or "none"
+    tokenizer.chat_format = known_format(template) or "none"
     return tokenizer
 
 

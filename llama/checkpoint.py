@@ -1,32 +1,80 @@
-"""Meta's native checkpoints: find, check, and load any number of shards onto any number of ranks.
+"""Checkpoints: what one is, whatever its format, and how its weights reach the ranks of a model.
 
-A checkpoint is a folder of `consolidated.NN.pth` and `params.json`. Each file holds the n-th part of
-every matrix, cut along the dimension that the parallel layer has too; norms lie whole in each file.
-Where a rank needs exactly what a file holds, the memory-mapped tensor becomes the weight itself and
-nothing is copied; otherwise files are read one after the other, so that one shard at a time is in
-memory beside the model.
+A format offers its weights as a `TensorSource`: whole tensors by their native names, of which any
+part can be read. `load_weights` fills a model from any source.
+
+Meta's native format is here; those of others are in `llama.interop`. It is a folder of
+`consolidated.NN.pth` and `params.json`. Each file holds the n-th part of every matrix, cut along the
+dimension that the parallel layer has too; norms lie whole in each file. Where a rank needs exactly
+what a file holds, the memory-mapped tensor becomes the weight itself and nothing is copied.
 """
 
 import json
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llama.chat_format import DialogFormat, chat_format
 from llama.model import ModelArgs, Transformer
-from llama.parallel import Sharded, Span
+from llama.parallel import ModelParallel, Sharded, Span
+from llama.tokenizer import SentencePieceTokenizer, TextTokenizer, Tokenizer, load_tokenizer
 
 IGNORED = {"rope.freqs"}  # LLaMA 1 and 2 saved this table, which follows from params.json
+# Bytes copied from mapped files before they are let go of, so that they do not fill the memory.
+RELEASE_AFTER = 2**30
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is incomplete, damaged, or not what its params.json says."""
+
+
+class TensorSource(Protocol):
+    """A model's weights: whole tensors by their native names, of which any part can be read.
+
+    shapes: of all tensors; `output.weight` lacks where the embeddings serve as output too.
+    dtype: what most of them are stored in; quantized ones count as what they are read as.
+    """
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def read(self, name: str, dim: int = 0, span: Span | None = None) -> Tensor:
+        """A tensor, or the half-open span of its dimension `dim`; mapped from the file where it can be."""
+        ...
+
+    def release(self) -> None:
+        """Let go of mapped files. The next `read` opens them again."""
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model as it was found.
+
+    path: its folder or file. kind: "native", "Hugging Face" or "GGUF". family: of models, as people
+    call it. params: arguments for `ModelArgs`, by the names of `params.json`. context: tokens it was
+    trained for, None where its files do not say. files: how many hold weights.
+    """
+
+    path: Path
+    kind: str
+    family: str
+    params: dict[str, Any]
+    weights: TensorSource
+    tokenizer: TextTokenizer
+    formatter: DialogFormat
+    context: int | None
+    files: int
 
 
 def read_params(ckpt_dir: Path) -> dict[str, Any]:
@@ -52,6 +100,16 @@ def read_params(ckpt_dir: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has {', '.join(unknown)}, which this model does not implement")
     # LLaMA 1 and 2 came before the key, with the original paper's theta.
     return {"rope_theta": 10000.0, **params}
+
+
+def feed_forward(dim: int, hidden_dim: int) -> dict[str, Any]:
+    """`multiple_of` and `ffn_dim_multiplier` that make `ModelArgs.hidden_dim` come out as given."""
+    plain = int(2 * 4 * dim / 3)
+    for multiple_of in (256, 1024, 4096):
+        if multiple_of * -(-plain // multiple_of) == hidden_dim:
+            return {"multiple_of": multiple_of}
+    # Half a unit more than needed, because the product is rounded down.
+    return {"multiple_of": 1, "ffn_dim_multiplier": (hidden_dim + 0.5) / plain}
 
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
@@ -91,42 +149,215 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name not in IGNORED}
 
 
-def load_weights(model: Transformer, shards: list[Path], dtype: torch.dtype, device: torch.device) -> None:
+def open_native(
+    ckpt_dir: Path, tokenizer: TextTokenizer, formatter: DialogFormat | None = None
+) -> Checkpoint:
+    """A native checkpoint, its generation told by its files.
+
+    formatter: of dialogs, where something tells it better than the generation.
+    Raises FileNotFoundError where a file lacks, CheckpointError where they do not belong together.
+    """
+    params = read_params(ckpt_dir)
+    shards = find_shards(ckpt_dir)
+    if params.get("vocab_size", -1) == -1:  # LLaMA 1 and 2 leave it to the tokenizer
+        params["vocab_size"] = tokenizer.n_words
+    if params["vocab_size"] != tokenizer.n_words:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.n_words} tokens, but {ckpt_dir / 'params.json'} says "
+            f"vocab_size={params['vocab_size']}: is it the tokenizer.model of this checkpoint?"
+        )
+    weights = NativeShards(shards, ModelArgs(**params))
+    family, context, chat = recognize(ckpt_dir, params, weights, tokenizer)
+    return Checkpoint(
+        path=ckpt_dir,
+        kind="native",
+        family=family,
+        params=params,
+        weights=weights,
+        tokenizer=tokenizer,
+        formatter=formatter or chat_format(tokenizer, chat),
+        context=context,
+        files=len(shards),
+    )
+
+
+# Folders by the names that Meta gave to base models. Their files are those of the chat models, but
+# for the weights, so that where a folder has its original name, the name is what tells them apart.
+BASE_MODEL = re.compile(r"(meta-)?llama-3(\.\d)?-\d+b(-mp\d+)?|llama-2-\d+b|(7|13|30|33|65)b", re.IGNORECASE)
+
+
+def recognize(
+    path: Path, params: Mapping[str, Any], weights: TensorSource, tokenizer: TextTokenizer
+) -> tuple[str, int | None, str]:
+    """Family, context and chat format of a native checkpoint, which no file of it names."""
+    name = path.resolve().name
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        chat = "none" if BASE_MODEL.fullmatch(name) else "llama2"
+        # Only LLaMA 1 was trained with this norm_eps, and 65B alone of it with Llama 2's; that was
+        # as wide and deep as Llama 2 70B, but without grouped key heads. (A folder that says
+        # otherwise is believed: the first release of Llama 2 7B had it too.)
+        first = params.get("norm_eps") == 1e-6 or (
+            params["dim"] == 8192 and params.get("n_kv_heads") in (None, params["n_heads"])
+        )
+        if re.fullmatch(r"\d+b", name, re.IGNORECASE) or (first and not re.search(r"2|chat", name.lower())):
+            return "LLaMA", 2048, "none"
+        return "Llama 2", 4096, chat
+    if not isinstance(tokenizer, Tokenizer):
+        return "Llama architecture", getattr(tokenizer, "context", None), tokenizer.chat_format
+    if tokenizer.chat_format != "llama3":
+        return "Llama architecture", tokenizer.layout.context, tokenizer.chat_format
+    # The headers' embeddings of base models were left as they were initialised, at zero.
+    header = tokenizer.special_tokens["<|start_header_id|>"]
+    rows = [weights.read("tok_embeddings.weight", 0, (i, i + 1)).float().norm().item() for i in (0, header)]
+    untrained = rows[0] > 1e-6 and rows[1] < 1e-9
+    chat = "none" if untrained or BASE_MODEL.fullmatch(name) else "llama3"
+    if not params.get("use_scaled_rope"):
+        return "Llama 3", tokenizer.layout.context or 8192, chat
+    small = ModelArgs(**params).rope_scaling_factor == 32
+    return "Llama 3.2" if small else "Llama 3.1 or 3.3", tokenizer.layout.context or 131072, chat
+
+
+def find_tokenizer(ckpt_dir: Path, tokenizer_path: Path | None) -> TextTokenizer:
+    """The tokenizer given, else `tokenizer.model` in the folder, or above it as Meta laid out Llama 2."""
+    if tokenizer_path is not None:
+        return load_tokenizer(tokenizer_path)
+    beside, above = ckpt_dir / "tokenizer.model", ckpt_dir.resolve().parent / "tokenizer.model"
+    return load_tokenizer(above if above.is_file() and not beside.is_file() else beside)
+
+
+class NativeShards:
+    """The weights of native shards, as a `TensorSource`.
+
+    Every file is opened at once, which costs nothing while it is only mapped, so that any fault is
+    found. Raises CheckpointError where a tensor is missing, unknown or of another shape than the model's.
+    """
+
+    def __init__(self, paths: Sequence[Path], args: ModelArgs) -> None:
+        self.paths = paths
+        self.head_dim = args.head_dim
+        parts = whole_parts(args)
+        self._mapped = {path: read_shard(path) for path in paths}
+        first = self._mapped[paths[0]]
+        if "output.weight" not in first:
+            del parts["output.weight"]
+        self.parts = parts
+        for path, tensors in self._mapped.items():
+            self._check(path, tensors)
+        self.dtype = first["tok_embeddings.weight"].dtype
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: part.shape for name, part in self.parts.items()}
+
+    def read(self, name: str, dim: int = 0, span: Span | None = None) -> Tensor:
+        part, first = self.parts[name], self._tensors(0)[name]
+        file_dim, copies = self.cut(name, first.shape)
+        start, stop = span or (0, part.shape[dim])
+        if file_dim is None:
+            return first.narrow(dim, start, stop - start)
+        width = first.shape[file_dim]
+        if file_dim != dim:
+            low, high = 0, part.shape[file_dim]
+        else:
+            low, high = start, stop
+        pieces = []
+        for number in range(low // width, -(-high // width)):
+            piece = self._tensors(number * copies)[name]
+            at = number * width
+            begin, end = max(low, at) - at, min(high, at + width) - at
+            piece = piece.narrow(file_dim, begin, end - begin)
+            pieces.append(piece if file_dim == dim else piece.narrow(dim, start, stop - start))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, file_dim)
+
+    def release(self) -> None:
+        self._mapped = {}
+
+    def cut(self, name: str, shape: Sequence[int]) -> tuple[int | None, int]:
+        """The dimension that files are cut along, None where they are not, and how many hold the same.
+
+        Raises ValueError where this is not the shape of such a part.
+        """
+        part, count = self.parts[name], len(self.paths)
+        if part.dim is None and tuple(shape) == part.shape:
+            return None, 1
+        # LLaMA 1 and 2 cut the embeddings along the other dimension than Llama 3.
+        for dim in (part.dim, 1 if name == "tok_embeddings.weight" else None):
+            if dim is None or part.shape[dim] % count:
+                continue
+            if tuple(shape) == part.resized(dim, part.shape[dim] // count):
+                return dim, 1
+        if re.search(r"attention\.w[kv]\.", name) and tuple(shape) == part.resized(0, self.head_dim):
+            # Of more files than key heads, each has one: 0, 0, 1, 1, …
+            copies, rest = divmod(count * self.head_dim, part.shape[0])
+            if rest == 0:
+                return 0, copies
+        belongs = f"{part.shape}" if part.dim is None else f"one of {count} parts of {part.shape}"
+        found = f"has the shape {tuple(shape)}, where by params.json {belongs} belongs"
+        whole = [n // m for n, m in zip(part.shape, shape, strict=False) if n != m and m and n % m == 0]
+        hint = (
+            f"is a shard missing? This looks like one of {whole[0]}"
+            if whole
+            else "do all files belong to one model?"
+        )
+        raise ValueError(f"{found}; {hint}")
+
+    def _check(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        check_names(path, tensors, self.parts)
+        for name in self.parts:
+            tensor = tensors[name]
+            if not tensor.is_floating_point() or tensor.itemsize < 2:
+                raise CheckpointError(f"{path}: {name} is {tensor.dtype}; fp32, fp16 and bf16 can be loaded")
+            try:
+                cut = self.cut(name, tensor.shape)
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {name} {error}") from None
+            if cut != self.cut(name, self._mapped[self.paths[0]][name].shape):
+                raise CheckpointError(
+                    f"{path}: {name} is cut along another dimension than in {self.paths[0].name}; "
+                    "do all files belong to one model?"
+                )
+
+    def _tensors(self, number: int) -> Mapping[str, Tensor]:
+        path = self.paths[number]
+        if path not in self._mapped:
+            self._mapped[path] = read_shard(path)
+        return self._mapped[path]
+
+
+def load_weights(model: Transformer, source: TensorSource, dtype: torch.dtype, device: torch.device) -> None:
     """Fill a model that was built on the meta device with this rank's part of every tensor.
 
-    Every rank opens every file, which costs nothing while they are only mapped, so each finds any
-    fault. Where no file has `output.weight`, the embeddings serve as output too.
+    Where the source has no `output.weight`, the embeddings serve as output too.
     Raises CheckpointError where a tensor is missing, unknown or of another shape than the model's.
     """
     parts = {name: Part.of(model, name) for name, _ in model.named_parameters()}
+    if "output.weight" not in source.shapes:
+        del parts["output.weight"]
+    check_shapes(source.shapes, parts)
     loaded: dict[str, Tensor] = {}
     total = sum(weight.numel() for weight in model.parameters())
     quiet = True if model.parallel.rank else None  # None: tqdm looks whether anybody watches
+    unreleased = 0
     with tqdm(
         total=total, desc="Loading", unit=" weights", unit_scale=True, leave=False, disable=quiet
     ) as bar:
-        for number, path in enumerate(shards):
-            tensors = read_shard(path)
-            if number == 0 and "output.weight" not in tensors:
-                del parts["output.weight"]
-            check_tensors(path, tensors, parts, len(shards))
-            for name, part in parts.items():
-                for here, there in part.overlaps(tensors[name].shape, number, len(shards)):
-                    piece = tensors[name][there]
-                    if piece.shape == part.local_shape and piece.is_contiguous():
-                        loaded[name] = piece.to(device, dtype)  # no copy where nothing changes
-                    else:
-                        if name not in loaded:
-                            loaded[name] = torch.empty(part.local_shape, dtype=dtype, device=device)
-                        loaded[name][here].copy_(piece)
-                    bar.update(piece.numel())
+        for name, part in parts.items():
+            if part.dim is None:
+                weight = source.read(name)
+            else:
+                pieces = [source.read(name, part.dim, span) for span in part.spans]
+                weight = pieces[0] if len(pieces) == 1 else torch.cat(pieces, part.dim)
+            # No copy where nothing changes.
+            loaded[name] = weight.to(device, dtype).contiguous()
+            bar.update(weight.numel())
+            unreleased += weight.nbytes if loaded[name] is not weight else 0
+            if unreleased > RELEASE_AFTER:
+                source.release()
+                unreleased = 0
     loaded.setdefault("output.weight", loaded["tok_embeddings.weight"])
     model.load_state_dict(loaded, strict=True, assign=True)
     if "output.weight" not in parts:
         model.output.weight = model.tok_embeddings.weight
-
-
-Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -136,82 +367,44 @@ class Part:
     shape: tuple[int, ...]
     dim: int | None
     spans: list[Span]
-    other_dim: int | None  # along which files may be cut instead
 
     @staticmethod
     def of(model: Transformer, name: str) -> "Part":
         layer = model.get_submodule(name.rpartition(".")[0])
         if not isinstance(layer, Sharded):
-            return Part(tuple(model.get_parameter(name).shape), None, [], None)
-        # LLaMA 1 and 2 cut the embeddings along the other dimension than Llama 3.
-        return Part(layer.shape, layer.dim, layer.spans, 1 if name == "tok_embeddings.weight" else None)
+            return Part(tuple(model.get_parameter(name).shape), None, [])
+        return Part(layer.shape, layer.dim, layer.spans)
 
-    @property
-    def local_shape(self) -> tuple[int, ...]:
-        return self.shape if self.dim is None else self._resized(self.dim, sum(b - a for a, b in self.spans))
-
-    def file_dim(self, shape: torch.Size, count: int) -> int | None:
-        """The dimension that a file's tensor of this shape is cut along, one of `count`.
-
-        None where it is not cut. Raises ValueError where the shape is not such a part's.
-        """
-        if self.dim is None:
-            if shape == self.shape:
-                return None
-        else:
-            for dim in (self.dim, self.other_dim):
-                if dim is None or self.shape[dim] % count:
-                    continue
-                if shape == self._resized(dim, self.shape[dim] // count):
-                    return dim
-        belongs = f"{self.shape}" if self.dim is None else f"one of {count} parts of {self.shape}"
-        found = f"has the shape {tuple(shape)}, where by params.json {belongs} belongs"
-        whole = [n // m for n, m in zip(self.shape, shape, strict=False) if n != m and m and n % m == 0]
-        hint = (
-            f"is a shard missing? This looks like one of {whole[0]}"
-            if whole
-            else "do all files belong to one model?"
-        )
-        raise ValueError(f"{found}; {hint}")
-
-    def overlaps(self, shape: torch.Size, number: int, count: int) -> Iterator[tuple[Index, Index]]:
-        """Where this part meets the number-th of `count` files: its index here and its index there."""
-        file_dim = self.file_dim(shape, count)
-        if file_dim is None:
-            if number == 0:
-                yield (), ()
-            return
-        width = self.shape[file_dim] // count
-        first, last = number * width, (number + 1) * width  # what the file holds of file_dim
-        at = 0
-        for start, stop in self.spans:
-            low, high = max(start, first), min(stop, last)
-            if file_dim != self.dim:
-                yield (slice(at, at + stop - start), slice(first, last)), (slice(start, stop),)
-            elif low < high:
-                before = (slice(None),) * file_dim
-                here, there = slice(at + low - start, at + high - start), slice(low - first, high - first)
-                yield (*before, here), (*before, there)
-            at += stop - start
-
-    def _resized(self, dim: int, length: int) -> tuple[int, ...]:
+    def resized(self, dim: int, length: int) -> tuple[int, ...]:
         return (*self.shape[:dim], length, *self.shape[dim + 1 :])
 
 
-def check_tensors(path: Path, tensors: Mapping[str, Tensor], parts: Mapping[str, Part], count: int) -> None:
-    """Raise CheckpointError unless a file, one of `count`, has the model's tensors and no others."""
-    if missing := [name for name in parts if name not in tensors]:
-        raise CheckpointError(f"{path} lacks {_some(missing)}; is params.json that of this model?")
-    if unknown := [name for name in tensors if name not in parts]:
-        raise CheckpointError(f"{path} has {_some(unknown)}, which the model of params.json has not")
+def whole_parts(args: ModelArgs) -> dict[str, Part]:
+    """Every tensor of a model on one rank, by its native name."""
+    with torch.device("meta"):
+        model = Transformer(args, ModelParallel())
+    return {name: Part.of(model, name) for name, _ in model.named_parameters()}
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], parts: Mapping[str, Part]) -> None:
+    """Raise CheckpointError unless a source has the model's tensors, in its shapes, and no others."""
+    check_names("the checkpoint", shapes, parts)
     for name, part in parts.items():
-        tensor = tensors[name]
-        if not tensor.is_floating_point() or tensor.itemsize < 2:
-            raise CheckpointError(f"{path}: {name} is {tensor.dtype}; fp32, fp16 and bf16 can be loaded")
-        try:
-            part.file_dim(tensor.shape, count)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {name} {error}") from None
+        if tuple(shapes[name]) != part.shape:
+            raise CheckpointError(
+                f"{name} has the shape {tuple(shapes[name])}, where by the model's parameters "
+                f"{part.shape} belongs; do weights and configuration belong to one model?"
+            )
+
+
+def check_names(
+    where: Path | str, found: Mapping[str, Any], wanted: Mapping[str, Any], config: str = "params.json"
+) -> None:
+    """Raise CheckpointError unless a file, or several, has the model's tensors and no others."""
+    if missing := [name for name in wanted if name not in found]:
+        raise CheckpointError(f"{where} lacks {_some(missing)}; is {config} that of this model?")
+    if unknown := [name for name in found if name not in wanted]:
+        raise CheckpointError(f"{where} has {_some(unknown)}, which the model of {config} has not")
 
 
 def _some(names: list[str]) -> str:

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypedDict, TypeVar
 
@@ -14,16 +13,17 @@ import torch
 from typing_extensions import Unpack
 
 from llama import parallel
-from llama.chat_format import Dialog, Message, chat_format
-from llama.checkpoint import CheckpointError, find_shards, load_weights, read_params
+from llama.chat_format import Dialog, DialogFormat, Message, chat_format
+from llama.checkpoint import Checkpoint, load_weights
 from llama.device import default_device, default_dtype, gigabytes, parse_dtype, total_memory
 from llama.engine import Engine
+from llama.interop import open_checkpoint
 from llama.model import ModelArgs, Transformer
 from llama.packing import pack
 from llama.parallel import ModelParallel
 from llama.sampling import SamplingParams, derive_seed
 from llama.streaming import Answer, StreamEvent, collect, stream
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import TextTokenizer
 
 StrPath = str | os.PathLike[str]
 T = TypeVar("T")
@@ -76,11 +76,13 @@ class Llama:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        adapter: StrPath | None = None,
         batch_invariant: bool = False,
     ) -> "Llama":
-        """Load a native checkpoint: a folder of consolidated.*.pth, params.json and tokenizer.model.
+        """Load a checkpoint: a native or a Hugging Face folder, or a GGUF file; local, or any URL
+        that blobfile reads.
 
-        tokenizer_path: by default `tokenizer.model` in ckpt_dir.
+        tokenizer_path: by default the tokenizer that lies with the weights.
         max_seq_len: tokens of prompt and answer together. max_batch_size: sequences at a time. The
         KV cache is allocated for both.
         model_parallel_size: ranks that share the model; by default all that `torchrun` started. Any
@@ -88,6 +90,7 @@ class Llama:
         seed: of all sampling, for calls that bring no seed of their own.
         device: by default the rank's CUDA device, else MPS, else the CPU.
         dtype: "bfloat16", "float16" or "float32"; by default bf16 where the device computes in it.
+        adapter: a folder with a LoRA adapter in PEFT's format, merged into the weights.
         batch_invariant: a request's logprobs are the same to the bit whatever else runs beside it, for
         some speed. Refused (ValueError) where this machine's kernels cannot keep it.
 
@@ -100,13 +103,12 @@ class Llama:
         group = parallel.connect(model_parallel_size, device)
         try:
             with group.together():
-                ckpt_dir = Path(ckpt_dir)
-                args = ModelArgs(
-                    **read_params(ckpt_dir), max_seq_len=max_seq_len, max_batch_size=max_batch_size
-                )
-                tokenizer = Tokenizer(tokenizer_path or ckpt_dir / "tokenizer.model")
-                model = load(ckpt_dir, args, tokenizer.n_words, group, device, dtype)
-                llama = Llama(model, tokenizer, seed, batch_invariant=batch_invariant)
+                checkpoint = open_checkpoint(ckpt_dir, tokenizer_path, adapter)
+                args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+                model = load(checkpoint, args, group, device, dtype)
+            llama = Llama(
+                model, checkpoint.tokenizer, seed, checkpoint.formatter, batch_invariant=batch_invariant
+            )
         except BaseException:
             parallel.disconnect()
             raise
@@ -114,11 +116,18 @@ class Llama:
         return llama
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, seed: int = 1, *, batch_invariant: bool = False
+        self,
+        model: Transformer,
+        tokenizer: TextTokenizer,
+        seed: int = 1,
+        formatter: DialogFormat | None = None,
+        *,
+        batch_invariant: bool = False,
     ) -> None:
+        """formatter: of dialogs, by default the one that goes with the tokenizer."""
         self.model = model
         self.tokenizer = tokenizer
-        self.formatter = chat_format(tokenizer)
+        self.formatter = formatter or chat_format(tokenizer)
         self.engine = Engine(model, batch_invariant=batch_invariant)
         self._seed = seed
         self._requests = 0  # made so far without a seed of their own
@@ -300,26 +309,17 @@ class Llama:
 
 
 def load(
-    ckpt_dir: Path,
+    checkpoint: Checkpoint,
     args: ModelArgs,
-    n_words: int,
     group: ModelParallel,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Transformer:
-    """This rank's part of a checkpoint's model, cache allocated, for a tokenizer of n_words tokens.
+    """This rank's part of a checkpoint's model, cache allocated.
 
     Tells on stderr of rank 0 what it does. Raises what `Llama.build` raises.
     """
     start = time.perf_counter()
-    shards = find_shards(ckpt_dir)
-    if args.vocab_size == -1:  # LLaMA 1 and 2 leave it to the tokenizer
-        args.vocab_size = n_words
-    if args.vocab_size != n_words:
-        raise CheckpointError(
-            f"the tokenizer has {n_words} tokens, but {ckpt_dir / 'params.json'} says "
-            f"vocab_size={args.vocab_size}: is it the tokenizer.model of this checkpoint?"
-        )
     with torch.device("meta"):
         model = Transformer(args, group)
     weights = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
@@ -337,12 +337,17 @@ def load(
         if group.rank == 0:
             print(text, file=sys.stderr)
 
-    load_weights(model, shards, dtype, device)
+    if checkpoint.context is not None and args.max_seq_len > checkpoint.context:
+        say(
+            f"warning: max_seq_len={args.max_seq_len} is more than the {checkpoint.context} tokens that this "
+            f"{checkpoint.family} model was trained for; answers beyond them degrade"
+        )
+    load_weights(model, checkpoint.weights, dtype, device)
     weights = sum(weight.nbytes for weight in model.parameters())  # fewer where embeddings are tied
     share = f", {group.size} ranks" if group.size > 1 else ""
     say(
-        f"Loaded {ckpt_dir.resolve().name}: {len(shards)} file(s), {gigabytes(weights)} in {str(dtype)[6:]} "
-        f"on {device}{share}, {time.perf_counter() - start:.1f} s"
+        f"Loaded {checkpoint.path.resolve().name}: {checkpoint.files} file(s), {gigabytes(weights)} "
+        f"in {str(dtype)[6:]} on {device}{share}, {time.perf_counter() - start:.1f} s"
     )
     pack(model)
     say(f"KV cache: {gigabytes(cache)} for {sequences}")

@@ -50,6 +50,11 @@ class ModelArgs:
 
     use_scaled_rope: bool = False
     rope_scaling_factor: float | None = None  # None: what the released models of this shape use
+    # Of scaled RoPE, by the names of Hugging Face's configurations. Meta's files leave them out.
+    original_max_position_embeddings: int = 8192
+    low_freq_factor: float = 1
+    high_freq_factor: float = 4
+    head_dim: int = None  # type: ignore[assignment]  # by default dim / n_heads
 
     def __post_init__(self) -> None:
         if self.n_kv_heads is None:
@@ -65,7 +70,9 @@ class ModelArgs:
         ):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, not {value!r}")
-        if self.dim % self.n_heads or self.head_dim % 2:
+        if self.head_dim is None:
+            self.head_dim = self.dim // self.n_heads if self.dim % self.n_heads == 0 else 1
+        if self.head_dim % 2:
             raise ValueError(f"dim={self.dim} does not split into n_heads={self.n_heads} heads of even size")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
@@ -73,10 +80,6 @@ class ModelArgs:
             # params.json does not carry the factor. Llama 3.2 1B and 3B were extended by 32, all
             # other released models by 8.
             self.rope_scaling_factor = 32.0 if (self.dim, self.n_layers) in {(2048, 16), (3072, 28)} else 8.0
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
 
     @property
     def hidden_dim(self) -> int:
@@ -110,8 +113,9 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
     frequencies = 1.0 / args.rope_theta ** (channels / args.head_dim)
     if not args.use_scaled_rope or args.rope_scaling_factor is None:
         return frequencies
-    original_context, low, high = 8192, 1, 4
-    rotations = original_context * frequencies / (2 * torch.pi)  # within the original context
+    low, high = args.low_freq_factor, args.high_freq_factor
+    # Turns within the original context.
+    rotations = args.original_max_position_embeddings * frequencies / (2 * torch.pi)
     keep = ((rotations - low) / (high - low)).clamp(0, 1)
     return keep * frequencies + (1 - keep) * frequencies / args.rope_scaling_factor
 
@@ -184,11 +188,11 @@ class Attention(nn.Module):
         kv_dim = args.n_kv_heads * args.head_dim
 
         self.wq = ColumnParallelLinear(
-            args.dim, args.dim, parallel, [(start * self.head_dim, stop * self.head_dim)]
+            args.dim, args.n_heads * args.head_dim, parallel, [(start * self.head_dim, stop * self.head_dim)]
         )
         self.wk = ColumnParallelLinear(args.dim, kv_dim, parallel, kv_spans)
         self.wv = ColumnParallelLinear(args.dim, kv_dim, parallel, kv_spans)
-        self.wo = RowParallelLinear(args.dim, args.dim, parallel, unit=args.head_dim)
+        self.wo = RowParallelLinear(args.n_heads * args.head_dim, args.dim, parallel, unit=args.head_dim)
         self.wqkv = Joined(self.wq, self.wk, self.wv)
 
     def forward(self, x: Tensor, cache: Tensor, step: Step) -> Tensor:

@@ -1,7 +1,7 @@
-"""Text to token ids and back, by tiktoken.
+"""Text to token ids and back, by tiktoken (Llama 3) or sentencepiece (LLaMA 1 and 2).
 
-`tokenizer.model` holds byte-pair ranks and nothing else. What surrounds them (special tokens, split
-pattern, chat format) is Llama 3's unless a `format.json` lies beside it.
+A `tokenizer.model` of tiktoken holds byte-pair ranks and nothing else. What surrounds them (special
+tokens, split pattern, chat format) is Llama 3's unless a `format.json` lies beside it.
 """
 
 import base64
@@ -11,16 +11,26 @@ import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import tiktoken
 
 from llama.chat_format import ChatFormat, Dialog, Message, Role
 
-__all__ = ["ChatFormat", "Dialog", "Layout", "Message", "Role", "Tokenizer"]
+__all__ = [
+    "ChatFormat",
+    "Dialog",
+    "Layout",
+    "Message",
+    "Role",
+    "SentencePieceTokenizer",
+    "TextTokenizer",
+    "Tokenizer",
+    "load_tokenizer",
+]
 
 # tiktoken panics on longer texts, and takes quadratic time on longer runs of spaces or of anything
 # else, so a text is cut, at the places where Meta's tokenizer cuts it.
@@ -52,7 +62,8 @@ class Layout:
 
     special_tokens: text to id. pattern: cuts text into pieces, by tiktoken's regular expressions.
     bos, eos: texts of special tokens; stop: those that end an answer; pad: one that no text holds.
-    bos may be None for models that were trained without.
+    bos may be None for models that were trained without. context: tokens the model was trained for.
+    added: special tokens that are no more than words, which any text may hold.
     """
 
     special_tokens: dict[str, int]
@@ -63,6 +74,8 @@ class Layout:
     stop: list[str]
     chat_format: str
     default_system: str = ""
+    context: int | None = None
+    added: list[str] = field(default_factory=list)
 
     @staticmethod
     def llama3(num_base_tokens: int) -> "Layout":
@@ -94,12 +107,32 @@ class Layout:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
 
 
-class Tokenizer:
-    """The tokenizer of a checkpoint.
+class TextTokenizer(Protocol):
+    """What every kind of tokenizer offers. Text never becomes a special token unless asked to.
 
-    n_words: size of the vocabulary. bos_id, eos_id, pad_id: ids. stop_tokens: ids that end an answer.
-    special_tokens: text to id.
+    n_words: size of the vocabulary. bos_id, eos_id, pad_id: ids; bos_id is None for models trained
+    without. stop_tokens: ids that end an answer. special_tokens: text to id. chat_format: the name
+    of the dialog format that goes with it. default_system: that format's own system message.
     """
+
+    n_words: int
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    stop_tokens: list[int]
+    special_tokens: dict[str, int]
+    chat_format: str
+    default_system: str
+
+    def encode(self, s: str, *, bos: bool, eos: bool) -> list[int]: ...
+
+    def decode(self, t: Sequence[int]) -> str: ...
+
+    def decode_bytes(self, t: Sequence[int]) -> bytes: ...
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint, by tiktoken; its attributes are those of `TextTokenizer`."""
 
     num_reserved_special_tokens = 256
     pat_str = LLAMA3_PATTERN
@@ -114,7 +147,20 @@ class Tokenizer:
             )
         ranks = read_ranks(path)
         beside = path.with_name("format.json")
-        self.layout = layout or (Layout.read(beside) if beside.is_file() else Layout.llama3(len(ranks)))
+        layout = layout or (Layout.read(beside) if beside.is_file() else Layout.llama3(len(ranks)))
+        self._set(ranks, layout)
+
+    @classmethod
+    def from_ranks(cls, ranks: dict[bytes, int], layout: Layout) -> "Tokenizer":
+        """A tokenizer of byte-pair ranks in memory: token to id, in the order of merging."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._set(ranks, layout)
+        return tokenizer
+
+    def _set(self, ranks: dict[bytes, int], layout: Layout) -> None:
+        self.ranks = ranks
+        self.layout = layout
+        self.chat_format, self.default_system = layout.chat_format, layout.default_system
         self.special_tokens = dict(self.layout.special_tokens)
         self.pat_str = self.layout.pattern
         self.n_words = len(ranks) + len(self.special_tokens)
@@ -123,7 +169,7 @@ class Tokenizer:
         missing = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
         self._every_byte = not missing
         self.model = tiktoken.Encoding(
-            path.name,
+            "llama",
             pat_str=self.pat_str,
             mergeable_ranks=ranks | {byte: self.n_words + i for i, byte in enumerate(missing)},
             special_tokens=self.special_tokens,
@@ -151,6 +197,8 @@ class Tokenizer:
         if not isinstance(s, str):
             raise ValueError(f"only text can be encoded, not {type(s).__name__}")
         ids = [self.bos_id] if bos and self.bos_id is not None else []
+        if self.layout.added and allowed_special != "all":
+            allowed_special = {*allowed_special, *self.layout.added}
         for piece in _pieces(s):
             ids += self.model.encode(
                 piece, allowed_special=allowed_special, disallowed_special=disallowed_special
@@ -171,6 +219,101 @@ class Tokenizer:
         return self.model.decode_bytes(t)
 
 
+class SentencePieceTokenizer:
+    """The tokenizer of LLaMA 1 and 2, by sentencepiece; its attributes are those of `TextTokenizer`.
+
+    pad_id is -1: these models were trained without padding.
+    """
+
+    chat_format = "llama2"
+    default_system = ""
+
+    def __init__(self, model: str | os.PathLike[str] | bytes) -> None:
+        """model: a sentencepiece model, or the path of one.
+
+        Raises FileNotFoundError, ImportError without the sentencepiece package, or ValueError for
+        something else than a model.
+        """
+        try:
+            import sentencepiece
+        except ImportError:
+            raise ImportError(
+                "the tokenizer of LLaMA 1 and 2 needs the sentencepiece package: pip install sentencepiece"
+            ) from None
+        if not isinstance(model, bytes):
+            path = Path(model)
+            if not path.is_file():
+                raise FileNotFoundError(f"no tokenizer at {path}: give the path of a tokenizer.model")
+            model = path.read_bytes()
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise ValueError("the tokenizer is not a sentencepiece model; is it whole?") from None
+        self.proto = model
+        self.n_words: int = self.model.vocab_size()
+        self.bos_id: int | None = self.model.bos_id() if self.model.bos_id() >= 0 else None
+        self.eos_id: int = self.model.eos_id()
+        self.pad_id: int = self.model.pad_id()
+        self.stop_tokens = [self.eos_id]
+        self.special_tokens = {
+            self.model.id_to_piece(i): i for i in range(self.n_words) if self.model.is_control(i)
+        }
+
+    def encode(self, s: str, *, bos: bool, eos: bool) -> list[int]:
+        """Ids of a text, which never becomes a control token; bos, eos: put begin and end around it."""
+        if not isinstance(s, str):
+            raise ValueError(f"only text can be encoded, not {type(s).__name__}")
+        # sentencepiece wants UTF-8, which lone surrogates have not.
+        ids = self.model.encode(s.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        begin = [self.bos_id] if bos and self.bos_id is not None else []
+        return [*begin, *ids, *([self.eos_id] if eos else [])]
+
+    def decode(self, t: Sequence[int]) -> str:
+        """Text of ids, without the space that sentencepiece puts before a text's first word."""
+        data = self.decode_bytes(t)
+        first = next((token for token in t if not self.model.is_control(token)), None)
+        if first is not None and self.model.id_to_piece(first).startswith("▁"):
+            data = data[1:]
+        return data.decode("utf-8", errors="replace")
+
+    def decode_bytes(self, t: Sequence[int]) -> bytes:
+        """Bytes of ids, each by itself: words keep the space before them, the first one too.
+
+        One token may hold a part of a character; a control token holds nothing. Raises ValueError
+        for an unknown id.
+        """
+        return b"".join(self._piece(token) for token in t)
+
+    def _piece(self, token: int) -> bytes:
+        if not 0 <= token < self.n_words:
+            raise ValueError(f"{token} is not a token id: the vocabulary has 0 to {self.n_words - 1}")
+        if self.model.is_control(token):
+            return b""
+        if self.model.is_unknown(token):
+            return " ⁇ ".encode()  # as sentencepiece itself writes it
+        piece = self.model.id_to_piece(token)
+        if self.model.is_byte(token):
+            return bytes([int(piece[3:-1], 16)])
+        return piece.replace("▁", " ").encode()
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> "Tokenizer | SentencePieceTokenizer":
+    """The tokenizer of a `tokenizer.model`, whose kind is told by its content.
+
+    Raises FileNotFoundError, or ValueError for a file of another kind.
+    """
+    path = Path(path)
+    if path.is_file() and is_sentencepiece(path):
+        return SentencePieceTokenizer(path)
+    return Tokenizer(path)
+
+
+def is_sentencepiece(path: Path) -> bool:
+    """Whether a file begins as a sentencepiece model does, with the piece for the unknown."""
+    with path.open("rb") as file:
+        return b"<unk>" in file.read(64)
+
+
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Byte-pair ranks, lines of `base64 rank`. Raises ValueError for a file that is something else."""
     data = path.read_bytes()
@@ -180,8 +323,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            # A sentencepiece model begins with its piece for the unknown.
-            kind = "it is a sentencepiece model" if b"<unk>" in data[:64] else "is it whole?"
+            kind = "it is a sentencepiece model" if is_sentencepiece(path) else "is it whole?"
             raise ValueError(
                 f"{path} is not a file of tiktoken ranks: line {number} is not `base64 rank`; {kind}"
             ) from None

@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from llama import Llama, ModelArgs, Transformer
-from llama.checkpoint import CheckpointError, Part, find_shards, load_weights, read_params, read_shard
+from llama.checkpoint import (
+    CheckpointError,
+    NativeShards,
+    find_shards,
+    load_weights,
+    read_params,
+    read_shard,
+)
 from llama.parallel import ModelParallel
 from tests import tiny
 
@@ -23,7 +30,7 @@ def load(
 ) -> Transformer:
     with torch.device("meta"):
         model = Transformer(ModelArgs(**read_params(folder)), parallel)
-    load_weights(model, find_shards(folder), dtype, torch.device("cpu"))
+    load_weights(model, NativeShards(find_shards(folder), model.params), dtype, torch.device("cpu"))
     return model
 
 
@@ -257,14 +264,17 @@ def test_reading_a_shard_never_executes_it(tmp_path: Path) -> None:
         read_shard(path)
 
 
-def test_a_part_meets_files_cut_along_either_dimension() -> None:
-    whole = torch.arange(48).view(8, 6)
-    for spans in ([(2, 6)], [(0, 2), (0, 2), (6, 8)]):
-        expected = torch.cat([whole[a:b] for a, b in spans])
-        for dim, count in ((0, 4), (1, 3), (0, 1)):
-            part = Part(tuple(whole.shape), 0, spans, 1)
-            local = torch.full(part.local_shape, -1)
-            for number, file in enumerate(whole.chunk(count, dim)):
-                for here, there in part.overlaps(file.shape, number, count):
-                    local[here] = file[there]
-            assert torch.equal(local, expected)
+@pytest.mark.parametrize("cut", [tiny.CUT, tiny.CUT | {"tok_embeddings": 1}])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_any_part_can_be_read_across_files(cut: dict[str, int], count: int, tmp_path: Path) -> None:
+    folder = tiny.write_checkpoint(tmp_path / "ckpt", count, cut=cut)
+    source = NativeShards(find_shards(folder), ModelArgs(**read_params(folder)))
+    state = tiny.random_model().state_dict()
+    for name, shape in source.shapes.items():
+        whole = state[name]
+        assert torch.equal(source.read(name), whole)
+        for dim, size in enumerate(shape):
+            for start, stop in ((0, size // 2), (3, size - 5), (size - 1, size)):
+                part = source.read(name, dim, (start, stop))
+                assert torch.equal(part, whole.narrow(dim, start, stop - start)), (name, dim, start, stop)
+        source.release()

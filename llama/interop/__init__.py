@@ -1,1 +1,71 @@
-"""Other people's formats."""
+"""Other people's checkpoint formats, and which of them a path holds."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from llama.checkpoint import Checkpoint, CheckpointError, find_tokenizer, open_native, read_params
+from llama.model import ModelArgs
+
+StrPath = str | os.PathLike[str]
+
+
+def open_checkpoint(
+    path: StrPath, tokenizer_path: StrPath | None = None, adapter: StrPath | None = None
+) -> Checkpoint:
+    """The checkpoint at a path, whatever its format: native, Hugging Face, or GGUF.
+
+    tokenizer_path: of another tokenizer than the one that lies with the weights. adapter: a folder
+    with a LoRA adapter in PEFT's format, to be merged into the weights as they are read.
+
+    Raises FileNotFoundError where there is none, or a file of it lacks, CheckpointError where it is
+    damaged, mixed, or of another architecture.
+    """
+    path = local_path(path)
+    tokenizer_path = None if tokenizer_path is None else local_path(tokenizer_path)
+    checkpoint = _open(path, tokenizer_path)
+    if adapter is not None:
+        from llama.interop.lora import Adapted
+
+        adapted = Adapted(checkpoint.weights, local_path(adapter), ModelArgs(**checkpoint.params))
+        checkpoint = replace(checkpoint, weights=adapted)
+    return checkpoint
+
+
+def local_path(path: StrPath) -> Path:
+    """A path, or that of the local copy of a URL."""
+    from llama.interop.remote import fetch, is_remote
+
+    return fetch(str(path)) if is_remote(path) else Path(path)
+
+
+def _open(path: Path, tokenizer_path: Path | None) -> Checkpoint:
+    if not path.exists():
+        raise FileNotFoundError(f"no folder {path}: give the path of a downloaded checkpoint as ckpt_dir")
+    if path.is_file():
+        from llama.interop.gguf import open_gguf
+
+        return open_gguf(path, tokenizer_path)
+    if not any(path.glob("consolidated.*.pth")) and len(files := list(path.glob("*.gguf"))) == 1:
+        return _open(files[0], tokenizer_path)
+    native = any(path.glob("consolidated.*.pth"))
+    hugging_face = (path / "config.json").is_file() or any(path.glob("*.safetensors"))
+    if native and hugging_face:
+        raise CheckpointError(
+            f"{path} mixes native files (consolidated.*.pth) with Hugging Face's (config.json, "
+            "*.safetensors): keep one model, in one format, in a folder"
+        )
+    if hugging_face:
+        from llama.interop.huggingface import open_huggingface
+
+        return open_huggingface(path, tokenizer_path)
+    params = read_params(path)
+    if tokenizer_path is None and (path / "tokenizer.json").is_file():
+        from llama.interop.hf_tokenizer import HFTokenizer
+
+        # A converted folder: the tokenizer and the chat template are those of its origin.
+        tokenizer = HFTokenizer(path, params.get("vocab_size", 0))
+        return open_native(path, tokenizer, tokenizer.formatter)
+    return open_native(path, find_tokenizer(path, tokenizer_path))

@@ -1,25 +1,35 @@
-"""GGUF files of the `llama` architecture to native checkpoints, by the `gguf` package.
+"""GGUF files of the `llama` architecture, read in place by the `gguf` package.
 
-GGUF keeps the query and key channels of this architecture in the native order already, so a
-conversion is new names, plain numbers for blocks of quantized ones, and the tokenizer.
+GGUF keeps the query and key channels of this architecture in the native order already, so reading
+one is new names, plain numbers for blocks of quantized ones, and the tokenizer.
 """
 
-import base64
-import json
+from __future__ import annotations
+
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+import struct
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from llama.chat_format import DialogFormat, chat_format
+from llama.checkpoint import Checkpoint, CheckpointError, check_names, feed_forward, whole_parts
 from llama.model import ModelArgs, rope_frequencies
-from llama.tokenizer import LLAMA3_PATTERN, Layout
+from llama.parallel import Span
+from llama.tokenizer import (
+    LLAMA3_PATTERN,
+    Layout,
+    SentencePieceTokenizer,
+    TextTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
 
 NAMES = {
     "token_embd": "tok_embeddings",
@@ -35,45 +45,58 @@ NAMES = {
     "attn_norm": "attention_norm",
     "ffn_norm": "ffn_norm",
 }
-# How each byte-level tokenizer cuts text before merging, by the name that GGUF gives it.
+# How each byte-level tokenizer cuts text before merging, by the names that GGUF gives it.
+_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 PATTERNS = {
-    "llama-bpe": LLAMA3_PATTERN,
-    "smollm": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "dbrx", "falcon3"), LLAMA3_PATTERN),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b"), _DIGITS),
+    **dict.fromkeys(("gpt-2", "mpt", "olmo"), _GPT2),
+    **dict.fromkeys(("qwen2", "stablelm2"), LLAMA3_PATTERN.replace("{1,3}", "")),
+    "tekken": _TEKKEN,
 }
-CONTROL, USER_DEFINED = 3, 4  # of gguf.TokenType
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # of gguf.TokenType
+ENDS = ("<|end_of_text|>", "<|endoftext|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>")
 
 
-class GGUFError(ValueError):
+class GGUFError(CheckpointError):
     """A GGUF file that holds something other than a Llama model, or more than this package reads."""
 
 
-def convert(source: str | Path, destination: str | Path) -> None:
-    """Write the model of a GGUF file as a native checkpoint folder, in bf16.
+def open_gguf(path: Path, tokenizer_path: Path | None = None) -> Checkpoint:
+    """The model of a GGUF file, read in place.
 
-    The folder appears under its name when it is complete. Raises FileNotFoundError without a file,
-    FileExistsError where the destination exists, GGUFError for a file that cannot be converted.
+    tokenizer_path: of another tokenizer than the file's own.
+    Raises FileNotFoundError without a file, ImportError without the gguf package, GGUFError for a
+    file that cannot be read.
     """
-    source, destination = Path(source), Path(destination)
-    if not source.is_file():
-        raise FileNotFoundError(f"no file {source}")
-    if destination.exists():
-        raise FileExistsError(f"{destination} exists already; remove it or name another folder")
-    reader = read(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    reader = read(path)
+    if (parts := reader.fields.get("split.count")) and parts.contents() > 1:
+        raise GGUFError(
+            f"{path} is one of {parts.contents()} parts; merge them first (llama-gguf-split --merge)"
+        )
     fields = {name: field.contents() for name, field in reader.fields.items()}
     params = read_params(fields, {tensor.name: tensor for tensor in reader.tensors})
-    ranks, layout = read_tokenizer(fields)
-
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as scratch:
-        folder = Path(scratch) / "checkpoint"
-        folder.mkdir()
-        weights = {name: weight.bfloat16() for name, weight in read_weights(reader)}
-        torch.save(weights, folder / "consolidated.00.pth")
-        (folder / "params.json").write_text(json.dumps(params, indent=2) + "\n", "utf-8")
-        lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items())
-        (folder / "tokenizer.model").write_bytes(b"".join(lines))
-        layout.write(folder / "format.json")
-        shutil.move(folder, destination)
+    weights = GGUFWeights(path, reader.tensors, ModelArgs(**params))
+    tokenizer = read_tokenizer(fields) if tokenizer_path is None else load_tokenizer(tokenizer_path)
+    return Checkpoint(
+        path=path,
+        kind="GGUF",
+        family=fields.get("general.name") or "Llama architecture",
+        params=params,
+        weights=weights,
+        tokenizer=tokenizer,
+        formatter=read_formatter(path, fields, tokenizer),
+        context=fields.get("llama.context_length"),
+        files=1,
+    )
 
 
 def read(path: Path) -> Any:
@@ -84,20 +107,66 @@ def read(path: Path) -> Any:
         raise ImportError("GGUF files need the gguf package: pip install -e '.[demo]'") from None
     try:
         reader = gguf.GGUFReader(path)
-    except ValueError as error:
+    except (ValueError, IndexError, KeyError) as error:
         raise GGUFError(f"{path} is not a GGUF file, or not whole: {error}") from None
     return reader
 
 
-def read_weights(reader: Any) -> Iterator[tuple[str, Tensor]]:
-    """Native names and fp32 tensors, with progress. Raises GGUFError for a tensor that Llama has not."""
-    import gguf
+class GGUFWeights:
+    """The weights of a GGUF file, as a `TensorSource`; all are read as fp32.
 
-    for tensor in tqdm(reader.tensors, desc="Converting", unit=" tensors", leave=False, disable=None):
-        if tensor.name == "rope_freqs.weight":  # checked with the parameters
-            continue
-        values = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
-        yield native_name(tensor.name), values.view([int(n) for n in reversed(tensor.shape)])
+    Raises GGUFError for tensors that Llama has not, lacks, or has in another shape or encoding.
+    """
+
+    def __init__(self, path: Path, tensors: Sequence[Any], args: ModelArgs) -> None:
+        import gguf
+
+        self.path = path
+        # Where each tensor lies, instead of the reader, which would keep the whole file mapped.
+        self._where = {
+            native_name(tensor.name): (
+                tensor.tensor_type,
+                tensor.data.dtype,
+                int(tensor.data_offset),
+                tensor.data.shape,
+                tuple(int(n) for n in reversed(tensor.shape)),
+            )
+            for tensor in tensors
+            if tensor.name != "rope_freqs.weight"  # checked with the parameters
+        }
+        parts = whole_parts(args)
+        if "output.weight" not in self._where:
+            del parts["output.weight"]
+        check_names(path, self._where, parts, "the file's metadata")
+        for name, part in parts.items():
+            kind, *_, shape = self._where[name]
+            if shape != part.shape:
+                raise GGUFError(
+                    f"{path}: {name} has the shape {shape}, where by the file's metadata {part.shape} belongs"
+                )
+            if kind not in DTYPES and kind not in gguf.quants._type_traits:
+                raise GGUFError(f"{path}: {name} is {kind.name}, which the gguf package cannot dequantize")
+        self.shapes = {name: part.shape for name, part in parts.items()}
+        # Quantized numbers have no more than bf16's bits.
+        kind = Counter(kind for kind, *_ in self._where.values() if kind != gguf.GGMLQuantizationType.F32)
+        common = kind.most_common(1)[0][0] if kind else gguf.GGMLQuantizationType.F32
+        self.dtype = DTYPES.get(common, torch.bfloat16)
+
+    def read(self, name: str, dim: int = 0, span: Span | None = None) -> Tensor:
+        import gguf
+
+        kind, dtype, offset, stored_shape, shape = self._where[name]
+        data: np.ndarray = np.memmap(self.path, dtype, "r", offset, stored_shape)
+        if dim == 0 and span is not None:
+            data, shape = data[slice(*span)], (span[1] - span[0], *shape[1:])
+        values = torch.from_numpy(np.array(gguf.dequantize(data, kind), np.float32)).view(shape)
+        return values if dim == 0 or span is None else values[:, slice(*span)]
+
+    def release(self) -> None:
+        """Nothing: each read maps what it needs."""
+
+
+DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # by gguf.GGMLQuantizationType
 
 
 def native_name(name: str) -> str:
@@ -128,11 +197,12 @@ def read_params(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[s
         }
     except KeyError as error:
         raise GGUFError(f"the file lacks {error.args[0]}") from None
-    for key in ("llama.rope.dimension_count", "llama.attention.key_length"):
-        if fields.get(key, params["dim"] // params["n_heads"]) != params["dim"] // params["n_heads"]:
-            raise GGUFError(
-                f"the file has {key}={fields[key]}, other than dim / n_heads, which cannot be read"
-            )
+    head_dim = fields.get("llama.attention.key_length") or params["dim"] // params["n_heads"]
+    if head_dim * params["n_heads"] != params["dim"]:
+        params["head_dim"] = head_dim
+    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+        if fields.get(key, head_dim) != head_dim:
+            raise GGUFError(f"the file has {key}={fields[key]}, other than {head_dim}, which cannot be read")
     if "rope_freqs.weight" in tensors:
         # What each frequency is divided by. The largest divisor is the factor; the rest must follow.
         divisors = torch.from_numpy(tensors["rope_freqs.weight"].data.copy())
@@ -147,53 +217,152 @@ def read_params(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[s
     return params
 
 
-def feed_forward(dim: int, hidden_dim: int) -> dict[str, Any]:
-    """`multiple_of` and `ffn_dim_multiplier` that make `ModelArgs.hidden_dim` come out as given."""
-    plain = int(2 * 4 * dim / 3)
-    for multiple_of in (256, 1024, 4096):
-        if multiple_of * -(-plain // multiple_of) == hidden_dim:
-            return {"multiple_of": multiple_of}
-    # Half a unit more than needed, because the product is rounded down.
-    return {"multiple_of": 1, "ffn_dim_multiplier": (hidden_dim + 0.5) / plain}
-
-
-def read_tokenizer(fields: Mapping[str, Any]) -> tuple[dict[bytes, int], Layout]:
-    """Byte-pair ranks and layout of a file's tokenizer. Raises GGUFError for a kind that isn't read."""
+def read_tokenizer(fields: Mapping[str, Any]) -> Tokenizer | SentencePieceTokenizer:
+    """A file's tokenizer. Raises GGUFError for a kind that isn't read."""
     kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if kind == "llama":
+        return read_sentencepiece(fields)
     if kind != "gpt2" or pre not in PATTERNS:
         raise GGUFError(
-            f"the file's tokenizer is {kind!r} with {pre!r}; of 'gpt2', {', '.join(PATTERNS)} can be read"
+            f"the file's tokenizer is {kind!r} with {pre!r}; 'llama' can be read, and 'gpt2' with "
+            f"{', '.join(PATTERNS)}"
         )
     texts, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     special = {text: i for i, text in enumerate(texts) if types[i] in (CONTROL, USER_DEFINED)}
     to_byte = byte_alphabet()
-    ranks = {
-        bytes(to_byte[character] for character in text): i
-        for i, text in enumerate(texts)
-        if text not in special
-    }
+    try:
+        ranks = {
+            bytes(to_byte[character] for character in text): i
+            for i, text in enumerate(texts)
+            if text not in special
+        }
+    except KeyError as error:
+        raise GGUFError(
+            f"the file's tokenizer has a character {error}, which is no byte of a token"
+        ) from None
     # tiktoken merges the pair whose result has the lowest id first: that must be the merges' order.
     number = {text: i for i, text in enumerate(texts)}
     merged = [number["".join(merge.split(" "))] for merge in fields["tokenizer.ggml.merges"]]
-    if any(a >= b for a, b in pairwise(merged)):
+    if any(a > b for a, b in pairwise(merged)):
         raise GGUFError("the file's merges are not in the order of their ids, which tiktoken cannot express")
 
     template = fields.get("tokenizer.chat_template", "")
     eos = texts[fields["tokenizer.ggml.eos_token_id"]]
-    ends = [eos, "<|end_of_text|>", "<|endoftext|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>"]
     system = re.search(r"<\|im_start\|>system(?:\n|\\n)(.+?)<\|im_end\|>", template, re.DOTALL)
-    return ranks, Layout(
+    name, bos = known_format(template), fields.get("tokenizer.ggml.bos_token_id")
+    layout = Layout(
         special_tokens=special,
         pattern=PATTERNS[pre],
-        bos=texts[fields["tokenizer.ggml.bos_token_id"]]
-        if fields.get("tokenizer.ggml.add_bos_token", True)
-        else None,
+        bos=texts[bos] if bos is not None and fields.get("tokenizer.ggml.add_bos_token", True) else None,
         eos=eos,
         pad=texts[fields.get("tokenizer.ggml.padding_token_id", fields["tokenizer.ggml.eos_token_id"])],
-        stop=[text for text in dict.fromkeys(ends) if text in special],
-        chat_format="chatml" if "<|im_start|>" in template else "llama3",
+        stop=[text for text in dict.fromkeys((eos, *ENDS)) if text in special],
+        chat_format=name if name in ("llama3", "chatml") else "none",
         default_system=system[1] if system else "",
+        context=fields.get("llama.context_length"),
+        added=[
+            text for text, i in special.items() if types[i] == USER_DEFINED and not _marks(text, template)
+        ],
     )
+    return Tokenizer.from_ranks(ranks, layout)
+
+
+def _marks(text: str, template: str) -> bool:
+    """Whether a token that files call user-defined is more than a word: it gives a chat its form."""
+    return text in template or text in ENDS
+
+
+def known_format(template: str) -> str | None:
+    """The name of a chat format of this package that a template writes; None for others."""
+    marks = {"chatml": "<|im_start|>", "llama3": "<|start_header_id|>", "llama2": "<<SYS>>", "none": ""}
+    return next((name for name, mark in marks.items() if mark in template and (mark or not template)), None)
+
+
+def read_formatter(path: Path, fields: Mapping[str, Any], tokenizer: TextTokenizer) -> DialogFormat:
+    """The chat format that a file's template writes, else the template itself."""
+    template = fields.get("tokenizer.chat_template", "")
+    if name := known_format(template):
+        return chat_format(tokenizer, name)
+    from llama.interop.hf_tokenizer import ChatTemplate
+
+    texts = fields["tokenizer.ggml.tokens"]
+    bos, eos = (fields.get(f"tokenizer.ggml.{which}_token_id") for which in ("bos", "eos"))
+    return ChatTemplate(
+        tokenizer,
+        template,
+        path,
+        None if bos is None else texts[bos],
+        None if eos is None else texts[eos],
+    )
+
+
+def read_sentencepiece(fields: Mapping[str, Any]) -> SentencePieceTokenizer:
+    """The sentencepiece model that a GGUF file was made from, as far as encoding and decoding goes."""
+    prefix = "tokenizer.ggml"
+    texts, template = fields[f"{prefix}.tokens"], fields.get("tokenizer.chat_template", "")
+    types = [
+        CONTROL if kind == USER_DEFINED and _marks(text, template) else kind
+        for text, kind in zip(texts, fields[f"{prefix}.token_type"], strict=True)
+    ]
+    if not (scores := fields.get(f"{prefix}.scores")):
+        raise GGUFError("the file's tokenizer has no scores, without which its pieces cannot be merged")
+    ids = {name: fields.get(f"{prefix}.{key}_token_id") for name, key in SENTENCEPIECE_IDS.items()}
+    unk = ids["unk"] if ids["unk"] is not None else types.index(UNKNOWN) if UNKNOWN in types else 0
+    # Field numbers are those of sentencepiece_model.proto.
+    pieces = b"".join(
+        _message(1, _text(1, text) + _float(2, score) + _int(3, UNKNOWN if i == unk else kind))
+        for i, (text, score, kind) in enumerate(zip(texts, scores, types, strict=True))
+    )
+    trainer = (
+        _int(3, 2) + _int(4, len(texts)) + _int(35, BYTE in types) + _int(40, unk) + _text(45, texts[unk])
+    )
+    for number, name in enumerate(("bos", "eos", "pad")):
+        id_ = ids[name]
+        # The package finds these by their pieces; a name that no piece has means that there is none.
+        trainer += _int(41 + number, -1 if id_ is None else id_)
+        trainer += _text(46 + number, f"<no {name}>" if id_ is None else texts[id_])
+    normalizer = (
+        _text(1, "identity")
+        + _int(3, fields.get(f"{prefix}.add_space_prefix", True))
+        + _int(4, fields.get(f"{prefix}.remove_extra_whitespaces", False))
+        + _int(5, True)
+    )
+    tokenizer = SentencePieceTokenizer(pieces + _message(2, trainer) + _message(3, normalizer))
+    if not fields.get(f"{prefix}.add_bos_token", True):
+        tokenizer.bos_id = None
+    stops = (fields.get(f"{prefix}.{name}_token_id") for name in ("eos", "eot", "eom"))
+    named = (i for i, text in enumerate(texts) if text in ENDS)
+    tokenizer.stop_tokens = list(dict.fromkeys(i for i in (*stops, *named) if i is not None))
+    tokenizer.chat_format = known_format(template) or "none"
+    return tokenizer
+
+
+SENTENCEPIECE_IDS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+
+
+def _message(number: int, content: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _text(number: int, text: str) -> bytes:
+    return _message(number, text.encode())
+
+
+def _float(number: int, value: float) -> bytes:
+    return _varint(number << 3 | 5) + struct.pack("<f", value)
+
+
+def _int(number: int, value: int) -> bytes:
+    return _varint(number << 3) + _varint(value & (1 << 64) - 1)
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first, the highest bit set while more follow (Protocol Buffers)."""
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
 
 
 def byte_alphabet() -> dict[str, int]:

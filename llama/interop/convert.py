@@ -1,0 +1,260 @@
+"""One checkpoint format into another, a part at a time.
+
+Any source that `open_checkpoint` knows becomes native shards or a Hugging Face folder. A native
+shard is put together in memory and written; safetensors are written as they are read. So the memory
+that a conversion takes does not depend on the size of the model.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from tqdm import tqdm
+
+from llama.checkpoint import Checkpoint, whole_parts
+from llama.device import parse_dtype
+from llama.interop import StrPath, open_checkpoint
+from llama.interop.hf_export import write_hf_config, write_hf_tokenizer
+from llama.interop.hf_tokenizer import TOKENIZER_FILES, HFTokenizer
+from llama.interop.huggingface import hf_name, rotary_heads, to_hf_rows, write_json
+from llama.model import ModelArgs
+from llama.tokenizer import Layout, SentencePieceTokenizer, TextTokenizer, Tokenizer, is_sentencepiece
+
+LARGEST_SHARD = 20e9  # bytes: Meta's released shards are smaller
+LARGEST_FILE = 5e9  # of safetensors, as Hugging Face's own tools cut them
+ORIGINAL_FILES = ("tokenizer.model", "format.json")  # of a native tokenizer
+CHUNK = 2**25  # bytes of a tensor that are read at a time
+RELEASE_AFTER = 2**25  # bytes read before mapped files are let go of
+
+
+def convert(
+    source: StrPath,
+    destination: StrPath,
+    to: str = "native",
+    shards: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    tokenizer_path: StrPath | None = None,
+    adapter: StrPath | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a checkpoint in another format, or with other files, as a new folder. Returns its path.
+
+    to: "native" or "hf". shards: files to cut the weights into; by default as many as a native
+    source has, else as few as keep them at a usual size. dtype: by default the source's own.
+    tokenizer_path, adapter: as for `open_checkpoint`. overwrite: replace a folder that is there.
+
+    The folder appears under its name when it is complete, and not before.
+    Raises FileExistsError where it exists, ValueError for arguments that do not fit the model, and
+    what `open_checkpoint` raises.
+    """
+    destination = Path(destination)
+    if to not in ("native", "hf"):
+        raise ValueError(f"--to must be native or hf, not {to!r}")
+    if shards is not None and (isinstance(shards, bool) or not isinstance(shards, int) or shards < 1):
+        raise ValueError(f"--shards must be a whole number, 1 or more, not {shards!r}")
+    if destination.exists() and not overwrite:
+        raise FileExistsError(f"{destination} exists already; remove it, name another folder, or --overwrite")
+    wanted = parse_dtype(dtype) if dtype is not None else None
+    checkpoint = open_checkpoint(source, tokenizer_path, adapter)
+    if destination.exists() and destination.resolve() == checkpoint.path.resolve():
+        raise ValueError(f"{destination} is the source itself; name another folder")
+    wanted = wanted or checkpoint.weights.dtype
+    write = write_native if to == "native" else write_hf
+
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as scratch:
+        folder = Path(scratch) / "checkpoint"
+        folder.mkdir()
+        write(checkpoint, folder, shards, wanted)
+        if destination.exists():
+            destination.rename(Path(scratch) / "replaced")
+        folder.rename(destination)
+    return destination
+
+
+def write_native(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype: torch.dtype) -> None:
+    """Native shards, params.json and tokenizer. Raises ValueError where `shards` cannot divide the model."""
+    source, args = checkpoint.weights, ModelArgs(**checkpoint.params)
+    parts = {name: part for name, part in whole_parts(args).items() if name in source.shapes}
+    if has_sentencepiece(checkpoint.tokenizer):  # as LLaMA 1 and 2 are cut
+        parts["tok_embeddings.weight"] = replace(parts["tok_embeddings.weight"], dim=1)
+    count = shards or default_shards(checkpoint, dtype)
+    for name, part in parts.items():
+        if part.dim is not None and part.shape[part.dim] % count:
+            raise ValueError(
+                f"{count} shards do not divide {name} {part.shape}; use a divisor of {part.shape[part.dim]}"
+            )
+    total = sum(prod(part.shape) // (count if part.dim is not None else 1) for part in parts.values())
+    with _progress(total * count) as bar:
+        for number in range(count):
+            tensors, unreleased = {}, 0
+            for name, part in parts.items():
+                if part.dim is None:
+                    tensor = source.read(name)
+                else:
+                    width = part.shape[part.dim] // count
+                    tensor = source.read(name, part.dim, (number * width, (number + 1) * width))
+                # A copy, because what is mapped would be written with all that surrounds it.
+                tensors[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+                bar.update(tensor.numel())
+                # To read some columns is to touch every page of the matrix.
+                unreleased += tensor.nbytes * (count if part.dim == 1 else 1)
+                if unreleased > RELEASE_AFTER:
+                    del tensor
+                    source.release()
+                    unreleased = 0
+            torch.save(tensors, folder / f"consolidated.{number:02d}.pth")
+            del tensors
+            source.release()
+    write_json(folder / "params.json", native_params(checkpoint.params))
+    write_tokenizer(checkpoint.tokenizer, folder)
+
+
+def native_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """params.json, with the keys that Meta's files have, and others only where the model needs them."""
+    out = dict(params)
+    factor = out.pop("rope_scaling_factor", None)
+    if factor is not None and ModelArgs(**out).rope_scaling_factor != factor:
+        out["rope_scaling_factor"] = factor
+    return out
+
+
+def default_shards(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """As many as a native source has, else a power of two that leaves a key head to each."""
+    if checkpoint.kind == "native":
+        return checkpoint.files
+    size = sum(prod(shape) for shape in checkpoint.weights.shapes.values()) * dtype.itemsize
+    heads, count = ModelArgs(**checkpoint.params).n_kv_heads, 1
+    while size / count > LARGEST_SHARD and heads % (2 * count) == 0:
+        count *= 2
+    return count
+
+
+def has_sentencepiece(tokenizer: TextTokenizer) -> bool:
+    """Whether a tokenizer is LLaMA 1's and 2's, or has that beside it."""
+    if isinstance(tokenizer, HFTokenizer):
+        return (path := tokenizer.folder / "tokenizer.model").is_file() and is_sentencepiece(path)
+    return isinstance(tokenizer, SentencePieceTokenizer)
+
+
+def write_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
+    """The files of a native checkpoint's tokenizer; one of Hugging Face's stays what it is."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        (folder / "tokenizer.model").write_bytes(tokenizer.proto)
+    elif isinstance(tokenizer, Tokenizer):
+        lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in tokenizer.ranks.items())
+        (folder / "tokenizer.model").write_bytes(b"".join(lines))
+        if tokenizer.layout != Layout.llama3(len(tokenizer.ranks)):
+            tokenizer.layout.write(folder / "format.json")
+    elif isinstance(tokenizer, HFTokenizer):
+        # Where Meta's own files came along, they lie in original/, and for Llama 2 beside the others.
+        for source in (tokenizer.folder, tokenizer.folder / "original"):
+            copy_files(source, folder, (*TOKENIZER_FILES, *ORIGINAL_FILES))
+
+
+def copy_files(source: Path, folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            folder.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+
+
+def write_hf(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype: torch.dtype) -> None:
+    """A folder that `transformers` loads: weights, configurations, tokenizer and chat template."""
+    args = ModelArgs(**checkpoint.params)
+    files = spread(checkpoint.weights.shapes, shards, dtype.itemsize)
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    if len(files) == 1:
+        names = ["model.safetensors"]
+    total = sum(prod(shape) for shape in checkpoint.weights.shapes.values())
+    with _progress(total) as bar:
+        for name, tensors in zip(names, files, strict=True):
+            with (folder / name).open("wb") as file:
+                write_safetensors(file, checkpoint, tensors, args, dtype, bar)
+            checkpoint.weights.release()
+    if len(files) > 1:
+        where = {hf_name(tensor): name for name, held in zip(names, files, strict=True) for tensor in held}
+        write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": total * dtype.itemsize}, "weight_map": where},
+        )
+    write_hf_config(checkpoint, folder, dtype)
+    if isinstance(checkpoint.tokenizer, HFTokenizer):
+        copy_files(checkpoint.tokenizer.folder, folder, (*TOKENIZER_FILES, *ORIGINAL_FILES))
+        copy_files(checkpoint.tokenizer.folder / "original", folder / "original", ORIGINAL_FILES)
+    else:
+        write_hf_tokenizer(checkpoint, folder)
+        if isinstance(checkpoint.tokenizer, Tokenizer):
+            (folder / "original").mkdir()
+            write_tokenizer(checkpoint.tokenizer, folder / "original")
+
+
+def spread(shapes: Mapping[str, tuple[int, ...]], count: int | None, itemsize: int) -> list[list[str]]:
+    """Names of tensors, file by file: in `count` files of about one size, or in files of a usual size."""
+    size = sum(prod(shape) for shape in shapes.values()) * itemsize
+    if count is not None and count > len(shapes):
+        raise ValueError(f"{count} shards are more than the {len(shapes)} tensors; use fewer")
+    limit = size / count if count else LARGEST_FILE
+    files: list[list[str]] = [[]]
+    written, left = 0, len(shapes)
+    for name, shape in shapes.items():
+        # A file ends where the sum passes its share, and where each left over needs one of its own.
+        full = (
+            written >= limit * len(files) if count else files[-1] and written + prod(shape) * itemsize > limit
+        )
+        if files[-1] and (full or (count and left == count - len(files))):
+            files.append([])
+            written = written if count else 0
+        files[-1].append(name)
+        written += prod(shape) * itemsize
+        left -= 1
+    return files
+
+
+def write_safetensors(
+    file: BinaryIO,
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    args: ModelArgs,
+    dtype: torch.dtype,
+    bar: tqdm[Any],
+) -> None:
+    """The named tensors in safetensors' format: length of a header, header, and the bytes of each."""
+    source, header, at = checkpoint.weights, {}, 0
+    kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    for name in names:
+        shape = source.shapes[name]
+        end = at + prod(shape) * dtype.itemsize
+        header[hf_name(name)] = {"dtype": kind, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    head = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    file.write(len(head).to_bytes(8, "little") + head)
+    unreleased = 0
+    for name in names:
+        shape = source.shapes[name]
+        rows = max(1, CHUNK // (prod(shape[1:]) * 4) // args.head_dim) * args.head_dim  # whole heads
+        for start in range(0, shape[0], rows):
+            tensor = source.read(name, 0, (start, min(start + rows, shape[0])))
+            if rotary_heads(name, args) is not None:
+                tensor = to_hf_rows(tensor, args.head_dim)
+            tensor.to(dtype).contiguous().view(torch.uint8).numpy().tofile(file)
+            bar.update(tensor.numel())
+            unreleased += tensor.nbytes
+        if unreleased > RELEASE_AFTER:
+            del tensor
+            source.release()
+            unreleased = 0
+
+
+def _progress(total: int) -> tqdm[Any]:
+    return tqdm(total=total, desc="Converting", unit=" weights", unit_scale=True, leave=False, disable=None)

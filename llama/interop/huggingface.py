@@ -1,0 +1,345 @@
+"""Hugging Face folders of Llama models: config.json, *.safetensors, tokenizer.json.
+
+Their weights are read in place, by slices. Query and key rows are stored there for a rotary
+embedding that turns the two halves of a head; the native one turns adjacent pairs, so the rows of
+each head change places on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    check_names,
+    feed_forward,
+    find_tokenizer,
+    read_shard,
+    whole_parts,
+)
+from llama.interop.hf_tokenizer import HFTokenizer, find_template, read_json
+from llama.model import ModelArgs
+from llama.parallel import Span
+from llama.tokenizer import TextTokenizer
+
+NAMES = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+HF_NAMES = {native: hf for hf, native in NAMES.items()}
+
+# Model types that are Llama in all but name, where their config says nothing that it lacks.
+MODEL_TYPES = ("llama", "mistral", "Yi", "aquila")
+# What a config may say beside the model's shape, whatever the value: it is about training, about
+# files, or read elsewhere.
+HARMLESS = {
+    "architectures", "attention_dropout", "auto_map", "bos_token_id", "cache_implementation", "dtype",
+    "eos_token_id", "id2label", "initializer_range", "label2id", "model_type", "pad_token_id",
+    "pretraining_tp", "return_dict", "rope_parameters", "rope_scaling", "task_specific_params",
+    "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "unsloth_fixed",
+    "unsloth_version", "use_cache", "output_attentions", "output_hidden_states", "chunk_size_feed_forward",
+    "is_encoder_decoder", "problem_type",
+}  # fmt: skip
+# What must have this value where it is there at all.
+REQUIRED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "is_llama_config": True, "num_experts": 1}
+SHAPE = {
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+    "vocab_size", "rms_norm_eps", "rope_theta", "head_dim", "max_position_embeddings", "tie_word_embeddings",
+    "layer_types",
+}  # fmt: skip
+
+
+def native_name(name: str) -> str | None:
+    """model.layers.0.self_attn.q_proj.weight to layers.0.attention.wq.weight; None for other names."""
+    match = re.fullmatch(r"(?:model\.(layers\.\d+\.))?(\S+)\.weight", name)
+    if not match or match[2] not in NAMES:
+        return None
+    return f"{match[1] or ''}{NAMES[match[2]]}.weight"
+
+
+def hf_name(name: str) -> str:
+    """layers.0.attention.wq.weight to model.layers.0.self_attn.q_proj.weight."""
+    match = re.fullmatch(r"(layers\.\d+\.)?(\S+)\.weight", name)
+    if not match:
+        raise ValueError(f"{name} is not a native tensor's name")
+    return f"{'model.' + match[1] if match[1] else ''}{HF_NAMES[match[2]]}.weight"
+
+
+def rotary_heads(name: str, args: ModelArgs) -> int | None:
+    """How many heads the rows of a query or key matrix belong to; None for other matrices."""
+    if name.endswith("attention.wq.weight"):
+        return args.n_heads
+    return args.n_kv_heads if name.endswith("attention.wk.weight") else None
+
+
+def to_native_rows(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows (heads · head_dim, …) of query or key heads, from two halves a head to adjacent pairs."""
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def to_hf_rows(weight: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `to_native_rows`."""
+    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def open_huggingface(folder: Path, tokenizer_path: Path | None = None) -> Checkpoint:
+    """A Hugging Face folder, read in place.
+
+    tokenizer_path: of a native tokenizer to use instead of the folder's.
+    Raises FileNotFoundError where a file lacks, ImportError where a package does, CheckpointError
+    where the model is none of this package's, or files do not belong together.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no config.json in {folder}: is the download complete?")
+    config = read_json(folder / "config.json")
+    params = read_config(folder / "config.json", config)
+    args = ModelArgs(**params)
+    weights = HFWeights(folder, args, tied=bool(config.get("tie_word_embeddings")))
+    eos = config.get("eos_token_id")
+    tokenizer: TextTokenizer
+    if tokenizer_path is None and (folder / "tokenizer.json").is_file():
+        tokenizer = HFTokenizer(
+            folder, args.vocab_size, eos if isinstance(eos, list) else [eos] if eos is not None else []
+        )
+        formatter = tokenizer.formatter
+    else:
+        tokenizer = find_tokenizer(folder, tokenizer_path)
+        formatter = find_template(folder, tokenizer)
+    if tokenizer.n_words > args.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.n_words} tokens, but {folder / 'config.json'} says "
+            f"vocab_size={args.vocab_size}: is it the tokenizer of this model?"
+        )
+    return Checkpoint(
+        path=folder,
+        kind="Hugging Face",
+        family=(config.get("architectures") or [config.get("model_type", "llama")])[0],
+        params=params,
+        weights=weights,
+        tokenizer=tokenizer,
+        formatter=formatter,
+        context=config.get("max_position_embeddings"),
+        files=len(weights.paths),
+    )
+
+
+def read_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json as arguments for `ModelArgs`. Raises CheckpointError naming what this model lacks."""
+    if config.get("model_type", "llama") not in MODEL_TYPES:
+        raise CheckpointError(
+            f"{path} has model_type={config['model_type']!r}; of {', '.join(MODEL_TYPES)} this model can be"
+        )
+    for key, value in config.items():
+        if key in HARMLESS or key in SHAPE or key.startswith("_") or value is None or value is False:
+            continue
+        if key not in REQUIRED or value != REQUIRED[key]:
+            raise CheckpointError(f"{path} has {key}={value!r}, which this model does not implement")
+    if {*(config.get("layer_types") or ())} - {"full_attention"}:
+        raise CheckpointError(f"{path} has layer_types other than full_attention, which this model lacks")
+    try:
+        dim, heads = config["hidden_size"], config["num_attention_heads"]
+        params = {
+            "dim": dim,
+            "n_layers": config["num_hidden_layers"],
+            "n_heads": heads,
+            "n_kv_heads": config.get("num_key_value_heads") or heads,
+            "vocab_size": config["vocab_size"],
+            **feed_forward(dim, config["intermediate_size"]),
+            "norm_eps": config["rms_norm_eps"],
+        }
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error.args[0]}; download it again") from None
+    if config.get("head_dim") and config["head_dim"] * heads != dim:
+        params["head_dim"] = config["head_dim"]
+    return params | read_rope(path, config)
+
+
+def read_rope(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary embedding of a config.json, in its old form (rope_scaling) or its new (rope_parameters)."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    rope.pop("type", None)
+    if rope.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise CheckpointError(f"{path} has partial_rotary_factor, which this model does not implement")
+    if kind == "default":
+        return {"rope_theta": theta}
+    if kind != "llama3":
+        raise CheckpointError(f"{path} has rope_type={kind!r}; this model implements default and llama3")
+    try:
+        params = {
+            "rope_theta": theta,
+            "use_scaled_rope": True,
+            "rope_scaling_factor": float(rope.pop("factor")),
+        }
+        optional = {
+            "original_max_position_embeddings": 8192,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        }
+        for key, default in optional.items():
+            if (value := rope.pop(key)) != default:
+                params[key] = value
+    except KeyError as error:
+        raise CheckpointError(f"{path} has rope_type='llama3' without {error.args[0]}") from None
+    if rope:
+        raise CheckpointError(
+            f"{path} has {next(iter(rope))} for its RoPE, which this model does not implement"
+        )
+    return params
+
+
+class HFWeights:
+    """The weights of a Hugging Face folder, as a `TensorSource`.
+
+    Raises FileNotFoundError where a file lacks, CheckpointError where a tensor is missing, unknown,
+    or of another shape than the model's.
+    """
+
+    def __init__(self, folder: Path, args: ModelArgs, tied: bool) -> None:
+        self.args = args
+        where = find_weights(folder)
+        self.paths = sorted({*where.values()})
+        self._opened: dict[Path, Any] = {}
+        parts = whole_parts(args)
+        if tied and hf_name("output.weight") not in where:
+            del parts["output.weight"]
+        check_names(folder, where, {hf_name(name): part for name, part in parts.items()}, "config.json")
+        self._where = {name: where[hf_name(name)] for name in parts}
+        self.shapes = {name: part.shape for name, part in parts.items()}
+        for name, part in parts.items():
+            shape, dtype = self._describe(name)
+            if shape != part.shape:
+                raise CheckpointError(
+                    f"{self._where[name]}: {hf_name(name)} has the shape {shape}, where by config.json "
+                    f"{part.shape} belongs"
+                )
+            if dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{self._where[name]}: {hf_name(name)} is {dtype}; fp32, fp16 and bf16 can be loaded"
+                )
+        self.dtype = DTYPES[self._describe("tok_embeddings.weight")[1]]
+
+    def read(self, name: str, dim: int = 0, span: Span | None = None) -> Tensor:
+        stored = self._stored(name)
+        if rotary_heads(name, self.args) is None:
+            return _slice(stored, dim, span)
+        head_dim = self.args.head_dim
+        if span is None or dim == 1:
+            return to_native_rows(_slice(stored, dim, span), head_dim)
+        # Rows change places within their head, so whole heads are read.
+        first, last = span[0] // head_dim, -(-span[1] // head_dim)
+        rows = to_native_rows(_slice(stored, 0, (first * head_dim, last * head_dim)), head_dim)
+        return rows[span[0] - first * head_dim : span[1] - first * head_dim]
+
+    def release(self) -> None:
+        self._opened = {}
+
+    def _stored(self, name: str) -> Any:
+        path = self._where[name]
+        if path not in self._opened:
+            self._opened[path] = open_weights(path)
+        opened = self._opened[path]
+        return opened[hf_name(name)] if isinstance(opened, dict) else opened.get_slice(hf_name(name))
+
+    def _describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        stored = self._stored(name)
+        if isinstance(stored, Tensor):
+            return tuple(stored.shape), str(stored.dtype)
+        return tuple(stored.get_shape()), stored.get_dtype()
+
+
+DTYPES = {
+    **{"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)},
+}
+
+
+def _slice(stored: Any, dim: int, span: Span | None) -> Tensor:
+    part = slice(*span) if span else slice(None)
+    tensor: Tensor = stored[part] if dim == 0 else stored[:, part]
+    return tensor
+
+
+def open_weights(path: Path) -> Any:
+    """A safetensors handle, or for a .bin file its tensors by name, mapped, pickles refused."""
+    if path.suffix == ".bin":
+        return read_shard(path)
+    try:
+        import safetensors
+    except ImportError:
+        raise ImportError(
+            "Hugging Face folders need the safetensors package: pip install -e '.[hf]'"
+        ) from None
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read, it may be truncated ({path.stat().st_size:,} bytes): {error}"
+        ) from None
+
+
+def find_weights(folder: Path) -> dict[str, Path]:
+    """Which file of a folder holds each tensor, by Hugging Face's names.
+
+    Raises FileNotFoundError where there are no weights, or one of the files that an index names
+    lacks; CheckpointError where a file lacks a tensor that the index expects in it.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{suffix}.index.json"
+        if index.is_file():
+            listed: Mapping[str, str] = read_json(index).get("weight_map") or {}
+            if not listed:
+                raise CheckpointError(f"{index} has no weight_map; download it again")
+            where = {name: folder / Path(file).name for name, file in listed.items()}
+            paths = sorted({*where.values()})
+            if missing := [path.name for path in paths if not path.is_file()]:
+                raise FileNotFoundError(
+                    f"{folder} lacks {', '.join(missing)}, which {index.name} names; download it again"
+                )
+            held = {path: {*tensor_names(path)} for path in paths}
+            if absent := [name for name, path in where.items() if name not in held[path]]:
+                raise CheckpointError(
+                    f"{index} expects {absent[0]} in {where[absent[0]].name}, which does not hold it"
+                )
+            break
+        if paths := sorted(folder.glob(f"{stem}*.{suffix}")) or sorted(folder.glob(f"*.{suffix}")):
+            if parts := [m for path in paths if (m := re.search(r"-(\d+)-of-(\d+)\.", path.name))]:
+                numbers, count = {int(m[1]) for m in parts}, int(parts[0][2])
+                if missing := sorted({*range(1, count + 1)} - numbers):
+                    raise FileNotFoundError(
+                        f"{folder} lacks part {missing[0]} of {count} of its weights, and {index.name}; "
+                        "download them again"
+                    )
+            where = {name: path for path in paths for name in tensor_names(path)}
+            break
+    else:
+        raise FileNotFoundError(f"no *.safetensors in {folder}: is the download complete?")
+    # Older files carry tables of the rotary embedding, which follow from the config.
+    return {name: path for name, path in where.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def tensor_names(path: Path) -> Sequence[str]:
+    return list(open_weights(path).keys())
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,0 +1,100 @@
+"""What a checkpoint is, and what it takes to run it."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+
+from llama.chat_format import ChatFormat, ChatML, DialogFormat, Llama2Chat, NoChat
+from llama.device import gigabytes, parse_dtype
+from llama.interop import StrPath, open_checkpoint
+from llama.model import ModelArgs, Transformer
+from llama.parallel import Linear, ModelParallel
+from llama.tokenizer import SentencePieceTokenizer, TextTokenizer, Tokenizer
+
+# Bytes of a quantized weight, with a scale of two bytes to each row, or to each group of 128.
+QUANTIZED = {"int8": 1.0, "int4": 0.5 + 2 * 2 / 128}
+
+
+def describe(
+    path: StrPath,
+    max_seq_len: int = 512,
+    max_batch_size: int = 8,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    tokenizer_path: StrPath | None = None,
+    adapter: StrPath | None = None,
+) -> str:
+    """A checkpoint's family, shapes, files and tokenizer, and the memory it takes, as lines of text.
+
+    max_seq_len, max_batch_size: of the KV cache. dtype: weights and cache are loaded in, by default
+    the files' own. quantization: of the weights, "int8" or "int4".
+    Raises ValueError for other arguments, and what `open_checkpoint` raises.
+    """
+    if quantization is not None and quantization not in QUANTIZED:
+        raise ValueError(f"--quantization must be one of {', '.join(QUANTIZED)}, not {quantization!r}")
+    checkpoint = open_checkpoint(path, tokenizer_path, adapter)
+    stored = checkpoint.weights.dtype
+    loaded = parse_dtype(dtype) if dtype is not None else stored
+    args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    tied = "output.weight" not in checkpoint.weights.shapes
+    parameters = sum(prod(shape) for shape in checkpoint.weights.shapes.values())
+    scaling = f", scaled by {args.rope_scaling_factor:g}" if args.use_scaled_rope else ""
+    context = f"{checkpoint.context:,} tokens" if checkpoint.context else "not in the files"
+    rows = [
+        ("family", f"{checkpoint.family}, {checkpoint.kind} format"),
+        ("parameters", f"{parameters:,}"),
+        ("shape", f"dim {args.dim}, {args.n_layers} layers, feed-forward {args.hidden_dim}"),
+        ("heads", f"{args.n_heads}, key/value heads {args.n_kv_heads}, head_dim {args.head_dim}"),
+        ("vocabulary", f"{args.vocab_size:,}{', output tied to the embeddings' if tied else ''}"),
+        ("rope", f"theta {args.rope_theta:g}{scaling}"),
+        ("files", f"{checkpoint.files}, {str(stored).removeprefix('torch.')}"),
+        ("tokenizer", describe_tokenizer(checkpoint.tokenizer)),
+        ("chat format", describe_format(checkpoint.formatter)),
+        ("context", context),
+        ("world sizes", ", ".join(map(str, world_sizes(args)))),
+    ]
+    lines = [f"{name:<12} {value}" for name, value in rows]
+    how = str(loaded).removeprefix("torch.") + (f", weights {quantization}" if quantization else "")
+    lines.append(
+        f"\nMemory per rank in {how}, at max_seq_len {max_seq_len}, max_batch_size {max_batch_size}:"
+    )
+    lines.append(f"{'ranks':>7} {'weights':>12} {'KV cache':>12} {'together':>12}")
+    for size in world_sizes(args):
+        weights, cache = memory(args, size, loaded, tied, quantization)
+        sizes = (gigabytes(n) for n in (weights, cache, weights + cache))
+        lines.append(f"{size:>7} " + " ".join(f"{text:>12}" for text in sizes))
+    return "\n".join(lines)
+
+
+def world_sizes(args: ModelArgs) -> list[int]:
+    """The numbers of ranks that a model can be cut across."""
+    return [size for size in range(1, args.n_heads + 1) if args.n_heads % size == 0]
+
+
+def memory(
+    args: ModelArgs, size: int, dtype: torch.dtype, tied: bool, quantization: str | None = None
+) -> tuple[float, int]:
+    """Bytes of weights and of KV cache on the first of `size` ranks."""
+    with torch.device("meta"):
+        model = Transformer(args, ModelParallel(0, size))
+    weights = 0.0
+    for name, layer in model.named_modules():
+        if name == "output" and tied and not quantization:
+            continue
+        numel = sum(weight.numel() for weight in layer.parameters(recurse=False))
+        quantized = quantization is not None and isinstance(layer, Linear)
+        weights += numel * (QUANTIZED[quantization] if quantized and quantization else dtype.itemsize)
+    return weights, prod(model.cache_shape()) * dtype.itemsize
+
+
+def describe_tokenizer(tokenizer: TextTokenizer) -> str:
+    kinds = {Tokenizer: "tiktoken", SentencePieceTokenizer: "sentencepiece"}
+    kind = kinds.get(type(tokenizer), "tokenizer.json")
+    return f"{kind}, {tokenizer.n_words:,} tokens, bos {tokenizer.bos_id}, stops at {tokenizer.stop_tokens}"
+
+
+def describe_format(formatter: DialogFormat) -> str:
+    names = {ChatFormat: "llama3", Llama2Chat: "llama2", ChatML: "chatml", NoChat: "none (a base model)"}
+    return names.get(type(formatter), "its own template")

@@ -1,0 +1,81 @@
+"""Every format on several ranks, by real torchrun processes over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama.interop.convert import convert
+from tests import formats_fixtures as tiny
+from tests.test_lora import train
+
+PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}
+OLD = {**PARAMS, "vocab_size": -1}
+
+SCRIPT = """
+import json, os, sys
+import torch
+from llama import Llama
+
+jobs, tokens, out = json.loads(sys.argv[1]), torch.load(sys.argv[2]), sys.argv[3]
+logits = {}
+for name, (path, adapter) in jobs.items():
+    options = dict(max_seq_len=64, max_batch_size=2, dtype="float32", device="cpu", adapter=adapter)
+    llama = Llama.build(path, **options)
+    logits[name] = llama.model.forward(tokens, 0)
+    assert llama.text_completion(["hello"], max_gen_len=2)
+if os.environ["RANK"] == "0":
+    torch.save(logits, out)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_logits_on_ranks(world_size: int, tmp_path: Path) -> None:
+    weights = tiny.random_weights(OLD, 400)
+    model = tiny.sentencepiece_model()
+    native = tiny.write_native(tmp_path / "native", OLD, weights, model, 2)
+    gguf = tiny.write_gguf(tmp_path / "m.gguf", PARAMS, weights, tiny.gguf_sentencepiece(model))
+    hf = convert(native, tmp_path / "hf", "hf", shards=3)
+    merged = train(tmp_path / "adapter", tiny.oracle(weights, OLD))
+    adapter = str(tmp_path / "adapter")
+    tokens = torch.randint(0, 400, (2, 32))
+    torch.save(tokens, tmp_path / "tokens")
+    plain, adapted = (tiny.logits_of(m, tokens) for m in (tiny.oracle(weights, OLD), merged))
+    jobs = {
+        "native": (str(native), None),
+        "hf": (str(hf), None),
+        "gguf": (str(gguf), None),
+        "native adapted": (str(native), adapter),
+        "hf adapted": (str(hf), adapter),
+        "gguf adapted": (str(gguf), adapter),
+    }
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(world_size),
+    ]
+    command += [
+        str(tmp_path / "script.py"),
+        json.dumps(jobs),
+        str(tmp_path / "tokens"),
+        str(tmp_path / "out"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name, logits in torch.load(tmp_path / "out").items():
+        expected = adapted if "adapted" in name else plain
+        torch.testing.assert_close(
+            logits, expected, atol=1e-4, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
+        )

@@ -1,0 +1,76 @@
+"""What `python -m llama info` tells."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama import Llama
+from llama.interop.info import describe, memory
+from llama.model import ModelArgs
+from tests import formats_fixtures as tiny
+
+PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}
+PARAMS |= {"rope_theta": 500000.0, "use_scaled_rope": True, "vocab_size": 640}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    weights = tiny.random_weights(PARAMS, 640, dtype=torch.bfloat16)
+    return tiny.write_native(tmp_path / "mine", PARAMS, weights, tiny.tiktoken_ranks(), 2)
+
+
+def test_says_all(folder: Path) -> None:
+    text = describe(folder, max_seq_len=64, max_batch_size=2, dtype="fp32")
+    parameters = sum(w.numel() for w in tiny.random_weights(PARAMS, 640).values())
+    for part in (
+        "Llama 3.1 or 3.3, native format",
+        f"{parameters:,}",
+        "dim 64, 2 layers, feed-forward 192",
+        "theta 500000, scaled by 8",
+        "2, bfloat16",
+        "tiktoken, 640 tokens",
+        "llama3",
+        "131,072 tokens",
+        "1, 2, 4",
+        "max_seq_len 64, max_batch_size 2",
+    ):
+        assert part in text, part
+
+
+def test_memory_is_what_a_build_allocates(folder: Path) -> None:
+    model = Llama.build(folder, max_seq_len=64, max_batch_size=2, dtype="float32", device="cpu").model
+    weights, cache = memory(model.params, 1, torch.float32, tied=False)
+    assert weights == sum(weight.nbytes for weight in model.parameters())
+    assert cache == model.cache.nbytes
+
+
+def test_key_heads_that_repeat_count(folder: Path) -> None:
+    args = ModelArgs(**PARAMS, max_seq_len=64, max_batch_size=1)
+    caches = [memory(args, size, torch.bfloat16, False)[1] for size in (1, 2, 4)]
+    assert caches[0] == 2 * caches[1]
+    assert caches[1] == caches[2]  # two key heads on four ranks
+
+
+def test_quantization(folder: Path) -> None:
+    args = ModelArgs(**PARAMS)
+    sizes = [memory(args, 1, torch.bfloat16, False, kind)[0] for kind in (None, "int8", "int4")]
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert "weights int8" in describe(folder, quantization="int8")
+    with pytest.raises(ValueError, match="int8, int4"):
+        describe(folder, quantization="int3")
+
+
+@pytest.mark.slow
+def test_command_line(folder: Path) -> None:
+    command = [sys.executable, "-m", "llama", "info", str(folder), "--max_seq_len", "1024"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "max_seq_len 1024" in result.stdout
+    missing = subprocess.run([*command[:4], str(folder / "no")], capture_output=True, text=True)
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("error: no ")

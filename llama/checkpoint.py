@@ -167,7 +167,7 @@ def open_native(
             f"vocab_size={params['vocab_size']}: is it the tokenizer.model of this checkpoint?"
         )
     weights = NativeShards(shards, ModelArgs(**params))
-    family, context, chat = recognize(ckpt_dir, params, weights, tokenizer)
+    family, context, chat = recognize(params, weights, tokenizer)
     return Checkpoint(
         path=ckpt_dir,
         kind="native",
@@ -181,36 +181,30 @@ def open_native(
     )
 
 
-# Folders by the names that Meta gave to base models. Their files are those of the chat models, but
-# for the weights, so that where a folder has its original name, the name is what tells them apart.
-BASE_MODEL = re.compile(r"(meta-)?llama-3(\.\d)?-\d+b(-mp\d+)?|llama-2-\d+b|(7|13|30|33|65)b", re.IGNORECASE)
-
-
 def recognize(
-    path: Path, params: Mapping[str, Any], weights: TensorSource, tokenizer: TextTokenizer
+    params: Mapping[str, Any], weights: TensorSource, tokenizer: TextTokenizer
 ) -> tuple[str, int | None, str]:
-    """Family, context and chat format of a native checkpoint, which no file of it names."""
-    name = path.resolve().name
+    """Family, context and chat format of a native checkpoint, as its files tell them.
+
+    Base and chat models of a generation have the same files, but for the numbers in them. What
+    `format.json` says goes before what is seen in the weights.
+    """
     if isinstance(tokenizer, SentencePieceTokenizer):
-        chat = "none" if BASE_MODEL.fullmatch(name) else "llama2"
-        # Only LLaMA 1 was trained with this norm_eps, and 65B alone of it with Llama 2's; that was
-        # as wide and deep as Llama 2 70B, but without grouped key heads. (A folder that says
-        # otherwise is believed: the first release of Llama 2 7B had it too.)
-        first = params.get("norm_eps") == 1e-6 or (
-            params["dim"] == 8192 and params.get("n_kv_heads") in (None, params["n_heads"])
+        # LLaMA 1 came in fp16 and Llama 2 in bf16. Of LLaMA 1, 65B alone has the later norm_eps, and
+        # is told from Llama 2 70B by its key heads.
+        first = weights.dtype == torch.float16 and (
+            params.get("norm_eps") == 1e-6
+            or (params["dim"] == 8192 and params.get("n_kv_heads") in (None, params["n_heads"]))
         )
-        if re.fullmatch(r"\d+b", name, re.IGNORECASE) or (first and not re.search(r"2|chat", name.lower())):
-            return "LLaMA", 2048, "none"
-        return "Llama 2", 4096, chat
+        return ("LLaMA", 2048, "none") if first else ("Llama 2", 4096, tokenizer.chat_format)
     if not isinstance(tokenizer, Tokenizer):
         return "Llama architecture", getattr(tokenizer, "context", None), tokenizer.chat_format
-    if tokenizer.chat_format != "llama3":
+    if "<|start_header_id|>" not in tokenizer.special_tokens:
         return "Llama architecture", tokenizer.layout.context, tokenizer.chat_format
     # The headers' embeddings of base models were left as they were initialised, at zero.
     header = tokenizer.special_tokens["<|start_header_id|>"]
     rows = [weights.read("tok_embeddings.weight", 0, (i, i + 1)).float().norm().item() for i in (0, header)]
-    untrained = rows[0] > 1e-6 and rows[1] < 1e-9
-    chat = "none" if untrained or BASE_MODEL.fullmatch(name) else "llama3"
+    chat = "none" if rows[0] > 1e-6 and rows[1] < 1e-9 else tokenizer.chat_format
     if not params.get("use_scaled_rope"):
         return "Llama 3", tokenizer.layout.context or 8192, chat
     small = ModelArgs(**params).rope_scaling_factor == 32

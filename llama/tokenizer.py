@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Protocol
@@ -58,7 +58,8 @@ LLAMA3_SPECIAL_TOKENS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """What a `tokenizer.model` of byte-pair ranks does not say; as `format.json` beside it.
+    """What a `tokenizer.model` of byte-pair ranks does not say; as `format.json` beside it, which may
+    leave out what is as in Llama 3. (Beside a sentencepiece model it may have a chat_format only.)
 
     special_tokens: text to id. pattern: cuts text into pieces, by tiktoken's regular expressions.
     bos, eos: texts of special tokens; stop: those that end an answer; pad: one that no text holds.
@@ -92,10 +93,10 @@ class Layout:
         )
 
     @staticmethod
-    def read(path: Path) -> "Layout":
-        """Raises ValueError where the file is not a layout."""
+    def read(path: Path, default: "Layout") -> "Layout":
+        """A layout file; what it leaves out is as in `default`. Raises ValueError for another file."""
         try:
-            layout = Layout(**json.loads(path.read_text("utf-8")))
+            layout = replace(default, **json.loads(path.read_text("utf-8")))
             named = [layout.eos, layout.pad, *layout.stop, *([layout.bos] if layout.bos else [])]
             if unknown := [name for name in named if name not in layout.special_tokens]:
                 raise ValueError(f"{unknown[0]!r} is not among its special_tokens")
@@ -147,7 +148,9 @@ class Tokenizer:
             )
         ranks = read_ranks(path)
         beside = path.with_name("format.json")
-        layout = layout or (Layout.read(beside) if beside.is_file() else Layout.llama3(len(ranks)))
+        if layout is None:
+            layout = Layout.llama3(len(ranks))
+            layout = Layout.read(beside, layout) if beside.is_file() else layout
         self._set(ranks, layout)
 
     @classmethod
@@ -245,6 +248,11 @@ class SentencePieceTokenizer:
             if not path.is_file():
                 raise FileNotFoundError(f"no tokenizer at {path}: give the path of a tokenizer.model")
             model = path.read_bytes()
+            if (beside := path.with_name("format.json")).is_file():
+                try:
+                    self.chat_format = json.loads(beside.read_text("utf-8"))["chat_format"]
+                except (ValueError, TypeError, KeyError):
+                    raise ValueError(f"{beside} does not name a chat_format") from None
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:

@@ -23,40 +23,54 @@ NEW = {**BASE, "n_kv_heads": 2, "norm_eps": 1e-5, "rope_theta": 500000.0, "ffn_d
 SIXTEEN = {"dim": 128, "n_layers": 1, "n_heads": 16, "n_kv_heads": 8, "multiple_of": 32, "norm_eps": 1e-5}
 SCALED = {**NEW, "use_scaled_rope": True}
 
-# name of the folder, params.json, shards, further arguments of write_native, family, context, chats
+BASE_MODEL = {"chat_format": "none"}  # what a download of a base model says in format.json
+
+# params.json, shards, further arguments of write_native, dtype, format.json, family, context, chats
 FAMILIES = {
-    "LLaMA 7B": ("7B", {**OLD, "norm_eps": 1e-6}, 1, {}, "LLaMA", 2048, False),
-    "LLaMA 13B": ("llama-13b", {**OLD, "norm_eps": 1e-6}, 2, {}, "LLaMA", 2048, False),
-    "Llama 2 7B chat": ("llama-2-7b-chat", {**OLD, "norm_eps": 1e-6}, 1, {}, "Llama 2", 4096, True),
-    "Llama 2 13B": ("llama-2-13b", {**OLD, "norm_eps": 1e-5}, 2, {}, "Llama 2", 4096, False),
+    "LLaMA 7B": ({**OLD, "norm_eps": 1e-6}, 1, {}, torch.float16, None, "LLaMA", 2048, False),
+    "LLaMA 13B": ({**OLD, "norm_eps": 1e-6}, 2, {}, torch.float16, None, "LLaMA", 2048, False),
+    "Llama 2 7B chat": ({**OLD, "norm_eps": 1e-6}, 1, {}, torch.bfloat16, None, "Llama 2", 4096, True),
+    "Llama 2 13B": ({**OLD, "norm_eps": 1e-5}, 2, {}, torch.bfloat16, BASE_MODEL, "Llama 2", 4096, False),
     "Llama 2 70B chat": (
-        "mine",
         {**OLD, "norm_eps": 1e-5, "n_kv_heads": 2, "ffn_dim_multiplier": 1.3},
         2,
         {},
+        torch.bfloat16,
+        None,
         "Llama 2",
         4096,
         True,
     ),
-    "Llama 3 8B": ("Meta-Llama-3-8B", NEW, 1, {}, "Llama 3", 8192, False),
-    "Llama 3 8B Instruct": ("Meta-Llama-3-8B-Instruct", NEW, 1, {}, "Llama 3", 8192, True),
-    "Llama 3 70B": ("seventy", NEW, 4, {"kv_copies": 2}, "Llama 3", 8192, True),
-    "Llama 3.1": ("Llama-3.1-8B-Instruct", SCALED, 2, {}, "Llama 3.1 or 3.3", 131072, True),
-    "405B MP8": ("mp8", {**SIXTEEN, "use_scaled_rope": True}, 8, {}, "Llama 3.1 or 3.3", 131072, True),
+    "Llama 3 8B": (NEW, 1, {}, torch.bfloat16, BASE_MODEL, "Llama 3", 8192, False),
+    "Llama 3 8B Instruct": (NEW, 1, {}, torch.bfloat16, None, "Llama 3", 8192, True),
+    "Llama 3 70B": (NEW, 4, {"kv_copies": 2}, torch.bfloat16, None, "Llama 3", 8192, True),
+    "Llama 3.1": (SCALED, 2, {}, torch.bfloat16, None, "Llama 3.1 or 3.3", 131072, True),
+    "405B MP8": (
+        {**SIXTEEN, "use_scaled_rope": True},
+        8,
+        {},
+        torch.bfloat16,
+        None,
+        "Llama 3.1 or 3.3",
+        131072,
+        True,
+    ),
     "405B MP16": (
-        "mp16",
         {**SIXTEEN, "use_scaled_rope": True},
         16,
         {"kv_copies": 2},
+        torch.bfloat16,
+        None,
         "Llama 3.1 or 3.3",
         131072,
         True,
     ),
     "Llama 3.2 (factor written)": (
-        "32",
         {**SCALED, "rope_scaling_factor": 32.0},
         1,
         {},
+        torch.bfloat16,
+        None,
         "Llama 3.2",
         131072,
         True,
@@ -65,17 +79,16 @@ FAMILIES = {
 
 
 def make(folder: Path, name: str) -> tuple[Path, dict[str, Any], dict[str, torch.Tensor]]:
-    directory, params, shards, options, *_ = FAMILIES[name]
+    params, shards, options, dtype, form, *_ = FAMILIES[name]
     tokenizer = tiny.sentencepiece_model() if params.get("vocab_size") == -1 else tiny.tiktoken_ranks()
     vocab_size = 400 if isinstance(tokenizer, bytes) else len(tokenizer) + 256
     if params.get("vocab_size") != -1:
         params = {**params, "vocab_size": vocab_size}
-    weights = tiny.random_weights(params, vocab_size, tied=name.startswith("Llama 3.2"))
-    return (
-        tiny.write_native(folder / directory, params, weights, tokenizer, shards, **options),
-        params,
-        weights,
-    )
+    weights = tiny.random_weights(params, vocab_size, tied=name.startswith("Llama 3.2"), dtype=dtype)
+    path = tiny.write_native(folder / "mine", params, weights, tokenizer, shards, **options)
+    if form:
+        (path / "format.json").write_text(json.dumps(form))
+    return path, params, weights
 
 
 @pytest.mark.parametrize("name", FAMILIES)

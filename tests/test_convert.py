@@ -133,6 +133,14 @@ def test_foreign_hugging_face_model_becomes_native(tmp_path: Path) -> None:
     assert llama.formatter.encode_dialog_prompt(dialog) == expected_ids
 
 
+def test_base_model_stays_one_under_another_name(tmp_path: Path) -> None:
+    source, _ = native(tmp_path / "Meta-Llama-3-8B", "llama3")
+    hf = convert(source, tmp_path / "hf", "hf")
+    for folder in (source, hf, convert(source, tmp_path / "mine"), convert(hf, tmp_path / "again")):
+        with pytest.raises(ValueError, match="base model"):
+            open_checkpoint(folder).formatter.encode_dialog_prompt([{"role": "user", "content": "hi"}])
+
+
 def test_dtype(tmp_path: Path) -> None:
     source, weights = native(tmp_path / "source", "llama3", dtype=torch.float32)
     folder = convert(source, tmp_path / "bf16", dtype="bf16")

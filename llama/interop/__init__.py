@@ -61,11 +61,13 @@ def _open(path: Path, tokenizer_path: Path | None) -> Checkpoint:
         from llama.interop.huggingface import open_huggingface
 
         return open_huggingface(path, tokenizer_path)
-    params = read_params(path)
-    if tokenizer_path is None and (path / "tokenizer.json").is_file():
-        from llama.interop.hf_tokenizer import HFTokenizer
+    params, tokenizer = read_params(path), None
+    if (path / "tokenizer_config.json").is_file():
+        from llama.interop.hf_tokenizer import HFTokenizer, find_template
 
         # A converted folder: the tokenizer and the chat template are those of its origin.
-        tokenizer = HFTokenizer(path, params.get("vocab_size", 0))
-        return open_native(path, tokenizer, tokenizer.formatter)
+        if tokenizer_path is None and (path / "tokenizer.json").is_file():
+            tokenizer = HFTokenizer(path, params.get("vocab_size", 0))
+        found = tokenizer or find_tokenizer(path, tokenizer_path)
+        return open_native(path, found, find_template(path, found))
     return open_native(path, find_tokenizer(path, tokenizer_path))

@@ -20,11 +20,12 @@ from typing import Any, BinaryIO
 import torch
 from tqdm import tqdm
 
+from llama.chat_format import chat_format
 from llama.checkpoint import Checkpoint, whole_parts
 from llama.device import parse_dtype
 from llama.interop import StrPath, open_checkpoint
-from llama.interop.hf_export import write_hf_config, write_hf_tokenizer
-from llama.interop.hf_tokenizer import TOKENIZER_FILES, HFTokenizer
+from llama.interop.hf_export import template_of, write_hf_config, write_hf_tokenizer
+from llama.interop.hf_tokenizer import TOKENIZER_FILES, ChatTemplate, HFTokenizer
 from llama.interop.huggingface import hf_name, rotary_heads, to_hf_rows, write_json
 from llama.model import ModelArgs
 from llama.tokenizer import Layout, SentencePieceTokenizer, TextTokenizer, Tokenizer, is_sentencepiece
@@ -117,6 +118,12 @@ def write_native(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype
             source.release()
     write_json(folder / "params.json", native_params(checkpoint.params))
     write_tokenizer(checkpoint.tokenizer, folder)
+    tokenizer, formatter = checkpoint.tokenizer, checkpoint.formatter
+    usual = chat_format(tokenizer, "llama2" if isinstance(tokenizer, SentencePieceTokenizer) else None)
+    if not isinstance(tokenizer, HFTokenizer) and type(usual) is not type(formatter):
+        # The tokenizer alone would be taken for that of a model with another format.
+        names = formatter.names if isinstance(formatter, ChatTemplate) else {}
+        write_json(folder / "tokenizer_config.json", {"chat_template": template_of(formatter), **names})
 
 
 def native_params(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from llama.chat_format import ChatFormat, ChatML, Llama2Chat
+from llama.chat_format import ChatFormat, ChatML, DialogFormat, Llama2Chat
 from llama.checkpoint import Checkpoint
 from llama.interop.gguf import byte_alphabet
+from llama.interop.hf_tokenizer import ChatTemplate
 from llama.interop.huggingface import write_json
 from llama.model import ModelArgs
 from llama.tokenizer import SentencePieceTokenizer, Tokenizer
@@ -133,18 +134,22 @@ def write_hf_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
         "model_max_length": checkpoint.context or 8192,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    # In a chat an answer ends with its turn, which is what tools look for.
-    formatter = checkpoint.formatter
-    if isinstance(formatter, ChatFormat):
-        config |= {"chat_template": LLAMA3_TEMPLATE, "eos_token": "<|eot_id|>"}
-    elif isinstance(formatter, Llama2Chat):
-        config["chat_template"] = LLAMA2_TEMPLATE
-    elif isinstance(formatter, ChatML):
-        system = json.dumps(formatter.default_system, ensure_ascii=False)
-        config["chat_template"] = CHATML_TEMPLATE.replace("DEFAULT", system)
-    elif template := getattr(formatter, "source", None):
+    if template := template_of(checkpoint.formatter):
         config["chat_template"] = template
+    if isinstance(checkpoint.formatter, ChatFormat):
+        config["eos_token"] = "<|eot_id|>"  # in a chat an answer ends with its turn
     write_json(folder / "tokenizer_config.json", {k: v for k, v in config.items() if v is not None})
+
+
+def template_of(formatter: DialogFormat) -> str | None:
+    """A chat format as a jinja2 template; None for models without."""
+    if isinstance(formatter, ChatFormat):
+        return LLAMA3_TEMPLATE
+    if isinstance(formatter, Llama2Chat):
+        return LLAMA2_TEMPLATE
+    if isinstance(formatter, ChatML):
+        return CHATML_TEMPLATE.replace("DEFAULT", json.dumps(formatter.default_system, ensure_ascii=False))
+    return formatter.source if isinstance(formatter, ChatTemplate) else None
 
 
 def tiktoken_json(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -5,6 +5,7 @@ LLAMA_TEST_BASH names another bash to run the script with, for one as old as mac
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -188,6 +189,11 @@ def test_every_family_with_its_layout_and_its_run_line(script: Script, server: F
         for i in range(shards):
             shard = f"consolidated.{i:02d}.pth"
             assert script.got(shard, here) == server.files[f"{folder}/{shard}"]
+        # Base models have the files of chat models, so the runtime is told which they are.
+        told = script.cwd / here / "format.json"
+        assert (json.loads(told.read_text()) if told.exists() else None) == (
+            {"chat_format": "none"} if kind == "text" else None
+        )
         assert (
             f"torchrun --nproc_per_node {shards} example_{kind}_completion.py"
             f" --ckpt_dir {here}/ --tokenizer_path {here}/tokenizer.model"

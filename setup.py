@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 demo = ["gguf"]
 hf = ["safetensors", "tokenizers", "jinja2"]
 formats = [*demo, *hf, "sentencepiece"]
-test = [*formats, "pytest", "llama-models==0.3.0", "transformers", "accelerate", "peft"]
+test = [*formats, "pytest", "llama-models==0.3.0", "transformers", "accelerate", "peft", "pexpect"]
 
 setup(
     name="llama",
@@ -16,7 +16,7 @@ setup(
     license="MIT",
     packages=find_packages(include=["llama", "llama.*"]),
     python_requires=">=3.10",
-    install_requires=["torch>=2.6", "fairscale", "tiktoken", "fire", "blobfile", "tqdm", "numpy"],
+    install_requires=["torch>=2.6", "fairscale", "tiktoken", "fire", "blobfile", "tqdm", "numpy", "typing_extensions"],
     extras_require={
         "demo": demo,
         "hf": hf,

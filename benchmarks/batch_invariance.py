@@ -37,7 +37,7 @@ def main(ckpt_dir: str, dtype: str | None = None, rounds: int = 5) -> None:
     ) as llama:
         plain, invariant = Engine(llama.model), llama.engine
         print(f"{llama.model.dtype}, {SLOTS} slots, prompts of {PROMPT}, {NEW} new tokens each")
-        for live in (SLOTS, SLOTS // 2, 1):
+        for live in (SLOTS, 1):
             pairs = []
             for _ in range(rounds):
                 prompts = [[generator.randrange(1000, 5000) for _ in range(PROMPT)] for _ in range(live)]

@@ -311,12 +311,14 @@ def test_the_same_prompt_again_still_has_its_logprobs():
 def test_two_engines_may_take_turns_over_one_model(invariant):
     """Each finds the cache overwritten by the other, and reads again what it needs."""
     model = tiny_model(max_batch_size=2)
-    params = SamplingParams(max_tokens=6, logprobs=True, prompt_logprobs=True, seed=1)
+    params = SamplingParams(max_tokens=20, logprobs=True, prompt_logprobs=True, seed=1)
     engines = [Engine(model, prefill_chunk=8, batch_invariant=invariant) for _ in range(2)]
     requests = [engine.add(prompt_of(11 + i, i), params) for i, engine in enumerate(engines)]
-    for _ in range(6):
+    for steps in (5, 5, 1, 5):  # two for the prompt, and some tokens
         for engine in engines:
-            engine.step()
+            for _ in range(steps):
+                engine.step()
+    assert all(2 < len(request.tokens) < 20 for request in requests)
     for engine, request in zip(engines, requests, strict=True):
         while engine.has_work():
             engine.step()
@@ -432,11 +434,11 @@ def test_batch_invariance_is_bitwise(dtype):
         temperature=1.2, max_tokens=9, logprobs=True, prompt_logprobs=False, top_logprobs=2, seed=5
     )
 
+    # Wide enough that products, and sums over the vocabulary, of one row and of eight do run other kernels.
+    shape = dict(dim=128, n_heads=8, n_kv_heads=4, vocab_size=50_000, max_batch_size=8)
+    model = tiny_model(std=0.1, dtype=dtype, **shape)
+
     def engine_of():
-        # Wide enough that products of one row and of eight do run other kernels.
-        model = tiny_model(
-            std=0.1, dtype=dtype, dim=128, n_heads=8, n_kv_heads=4, vocab_size=512, max_batch_size=8
-        )
         return Engine(model, prefill_chunk=16, batch_invariant=True)
 
     prompts = [prompt_of(n, n) for n in (3, 16, 17, 40, 1, 33, 32, 20, 9, 5)]

@@ -133,8 +133,10 @@ def test_foreign_hugging_face_model_becomes_native(tmp_path: Path) -> None:
     assert llama.formatter.encode_dialog_prompt(dialog) == expected_ids
 
 
-def test_base_model_stays_one_under_another_name(tmp_path: Path) -> None:
-    source, _ = native(tmp_path / "Meta-Llama-3-8B", "llama3")
+def test_base_model_stays_one(tmp_path: Path) -> None:
+    source, weights = native(tmp_path / "source", "llama3")
+    weights["tok_embeddings.weight"][384 + 6] = 0  # <|start_header_id|>, never trained
+    torch.save(weights, source / "consolidated.00.pth")
     hf = convert(source, tmp_path / "hf", "hf")
     for folder in (source, hf, convert(source, tmp_path / "mine"), convert(hf, tmp_path / "again")):
         with pytest.raises(ValueError, match="base model"):

@@ -16,7 +16,16 @@ setup(
     license="MIT",
     packages=find_packages(include=["llama", "llama.*"]),
     python_requires=">=3.10",
-    install_requires=["torch>=2.6", "fairscale", "tiktoken", "fire", "blobfile", "tqdm", "numpy", "typing_extensions"],
+    install_requires=[
+        "torch>=2.6",
+        "fairscale",
+        "tiktoken",
+        "fire",
+        "blobfile",
+        "tqdm",
+        "numpy",
+        "typing_extensions",
+    ],
     extras_require={
         "demo": demo,
         "hf": hf,

@@ -427,6 +427,7 @@ def test_no_global_side_effects():
 # Batch invariance.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_batch_invariance_is_bitwise(dtype):
     """Rows, slots, chunks, company, order of arrival, reuse: none of it shows in any bit."""

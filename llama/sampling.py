@@ -122,7 +122,7 @@ def _mix(x: int) -> int:
 
 def derive_seed(seed: int, n: int) -> int:
     """The seed of the n-th request of a program whose own seed is `seed`."""
-    return _mix(_mix(seed + 0x632BE59BD9B4E019) + n)
+    return _mix(_mix(seed + 0x94D049BB133111EB) + n)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:

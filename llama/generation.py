@@ -19,6 +19,7 @@ from llama.engine import Engine, PromptError, Request
 from llama.model import ModelArgs, Transformer
 from llama.packing import pack
 from llama.parallel import ModelParallel
+from llama.quantization import check_quantize, quantize, weight_bytes
 from llama.sampling import SamplingParams, derive_seed
 from llama.tokenizer import Tokenizer
 
@@ -57,6 +58,7 @@ class Llama:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        quantize: str | None = None,
     ) -> "Llama":
         """Load a native checkpoint: a folder of consolidated.*.pth, params.json and tokenizer.model.
 
@@ -68,6 +70,7 @@ class Llama:
         seed: of all sampling, for calls that bring no seed of their own.
         device: by default the rank's CUDA device, else MPS, else the CPU.
         dtype: "bfloat16", "float16" or "float32"; by default bf16 where the device computes in it.
+        quantize: "int8" or "int4" weights, on x86 CPUs; by default they stay in dtype.
 
         Raises FileNotFoundError where a file lacks, ValueError (CheckpointError where the files are
         to blame) where they, the arguments and the ranks do not fit, MemoryError where weights and
@@ -75,6 +78,7 @@ class Llama:
         """
         device = torch.device(device) if device is not None else default_device()
         dtype = parse_dtype(dtype) if dtype is not None else default_dtype(device)
+        check_quantize(quantize, device)
         group = parallel.connect(model_parallel_size, device)
         try:
             with group.together():
@@ -83,7 +87,7 @@ class Llama:
                     **read_params(ckpt_dir), max_seq_len=max_seq_len, max_batch_size=max_batch_size
                 )
                 tokenizer = Tokenizer(tokenizer_path or ckpt_dir / "tokenizer.model")
-                model = load(ckpt_dir, args, tokenizer.n_words, group, device, dtype)
+                model = load(ckpt_dir, args, tokenizer.n_words, group, device, dtype, quantize)
                 llama = Llama(model, tokenizer, seed)
         except BaseException:
             parallel.disconnect()
@@ -229,6 +233,7 @@ def load(
     group: ModelParallel,
     device: torch.device,
     dtype: torch.dtype,
+    scheme: str | None = None,
 ) -> Transformer:
     """This rank's part of a checkpoint's model, cache allocated, for a tokenizer of n_words tokens.
 
@@ -245,13 +250,13 @@ def load(
         )
     with torch.device("meta"):
         model = Transformer(args, group)
-    weights = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+    resident = weight_bytes(model, dtype, scheme)
     cache = math.prod(model.cache_shape()) * dtype.itemsize
     sequences = f"max_batch_size={args.max_batch_size}, max_seq_len={args.max_seq_len}"
     memory = total_memory(device)
-    if memory is not None and weights + cache > memory:
+    if memory is not None and resident + cache > memory:
         raise MemoryError(
-            f"weights of {gigabytes(weights)} and a KV cache of {gigabytes(cache)} ({sequences}) do not "
+            f"weights of {gigabytes(resident)} and a KV cache of {gigabytes(cache)} ({sequences}) do not "
             f"fit into the {gigabytes(memory)} of {device}: lower max_seq_len or max_batch_size, "
             "or use more ranks"
         )
@@ -267,7 +272,11 @@ def load(
         f"Loaded {ckpt_dir.resolve().name}: {len(shards)} file(s), {gigabytes(weights)} in {str(dtype)[6:]} "
         f"on {device}{share}, {time.perf_counter() - start:.1f} s"
     )
-    pack(model)
+    if scheme is None:
+        pack(model)
+    else:
+        quantize(model, scheme)
+        say(f"Quantized to {scheme}: {gigabytes(resident)}, {time.perf_counter() - start:.1f} s")
     say(f"KV cache: {gigabytes(cache)} for {sequences}")
     model.allocate_cache()
     return model

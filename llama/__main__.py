@@ -1,6 +1,7 @@
 """python -m llama: the commands, each also under `torchrun -m llama`."""
 
 from llama.launch import launch
+from llama.perplexity import perplexity
 
 
 def convert(source: str, destination: str) -> None:
@@ -17,4 +18,4 @@ def convert(source: str, destination: str) -> None:
 
 
 if __name__ == "__main__":
-    launch({"convert": convert}, name="python -m llama")
+    launch({"convert": convert, "perplexity": perplexity}, name="python -m llama")

@@ -1,5 +1,6 @@
 """python -m llama: the commands, each also under `torchrun -m llama`."""
 
+from llama.bench import bench
 from llama.launch import launch
 from llama.perplexity import perplexity
 
@@ -18,4 +19,4 @@ def convert(source: str, destination: str) -> None:
 
 
 if __name__ == "__main__":
-    launch({"convert": convert, "perplexity": perplexity}, name="python -m llama")
+    launch({"bench": bench, "convert": convert, "perplexity": perplexity}, name="python -m llama")

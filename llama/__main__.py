@@ -3,8 +3,10 @@
 import signal
 import sys
 
+from llama.bench import bench
 from llama.chat import chat, complete
 from llama.launch import launch
+from llama.perplexity import perplexity
 
 
 def convert(
@@ -64,6 +66,13 @@ def info(
 
 if __name__ == "__main__":
     launch(
-        {"chat": chat, "complete": complete, "convert": convert, "info": info},
+        {
+            "bench": bench,
+            "chat": chat,
+            "complete": complete,
+            "convert": convert,
+            "info": info,
+            "perplexity": perplexity,
+        },
         name="python -m llama",
     )

@@ -21,6 +21,7 @@ from llama.interop import open_checkpoint
 from llama.model import ModelArgs, Transformer
 from llama.packing import pack
 from llama.parallel import ModelParallel
+from llama.quantization import check_quantize, quantize, weight_bytes
 from llama.sampling import SamplingParams, derive_seed
 from llama.streaming import Answer, StreamEvent, collect, stream
 from llama.tokenizer import TextTokenizer
@@ -78,6 +79,7 @@ class Llama:
         dtype: str | torch.dtype | None = None,
         adapter: StrPath | None = None,
         batch_invariant: bool = False,
+        quantize: str | None = None,
     ) -> "Llama":
         """Load a checkpoint: a native or a Hugging Face folder, or a GGUF file; local, or any URL
         that blobfile reads.
@@ -93,6 +95,7 @@ class Llama:
         adapter: a folder with a LoRA adapter in PEFT's format, merged into the weights.
         batch_invariant: a request's logprobs are the same to the bit whatever else runs beside it, for
         some speed. Refused (ValueError) where this machine's kernels cannot keep it.
+        quantize: "int8" or "int4" weights, on x86 CPUs; by default they stay in dtype.
 
         Raises FileNotFoundError where a file lacks, ValueError (CheckpointError where the files are
         to blame) where they, the arguments and the ranks do not fit, MemoryError where weights and
@@ -100,12 +103,13 @@ class Llama:
         """
         device = torch.device(device) if device is not None else default_device()
         dtype = parse_dtype(dtype) if dtype is not None else default_dtype(device)
+        check_quantize(quantize, device)
         group = parallel.connect(model_parallel_size, device)
         try:
             with group.together():
                 checkpoint = open_checkpoint(ckpt_dir, tokenizer_path, adapter)
                 args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-                model = load(checkpoint, args, group, device, dtype)
+                model = load(checkpoint, args, group, device, dtype, quantize)
             llama = Llama(
                 model, checkpoint.tokenizer, seed, checkpoint.formatter, batch_invariant=batch_invariant
             )
@@ -314,6 +318,7 @@ def load(
     group: ModelParallel,
     device: torch.device,
     dtype: torch.dtype,
+    scheme: str | None = None,
 ) -> Transformer:
     """This rank's part of a checkpoint's model, cache allocated.
 
@@ -322,13 +327,13 @@ def load(
     start = time.perf_counter()
     with torch.device("meta"):
         model = Transformer(args, group)
-    weights = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+    resident = weight_bytes(model, dtype, scheme)
     cache = math.prod(model.cache_shape()) * dtype.itemsize
     sequences = f"max_batch_size={args.max_batch_size}, max_seq_len={args.max_seq_len}"
     memory = total_memory(device)
-    if memory is not None and weights + cache > memory:
+    if memory is not None and resident + cache > memory:
         raise MemoryError(
-            f"weights of {gigabytes(weights)} and a KV cache of {gigabytes(cache)} ({sequences}) do not "
+            f"weights of {gigabytes(resident)} and a KV cache of {gigabytes(cache)} ({sequences}) do not "
             f"fit into the {gigabytes(memory)} of {device}: lower max_seq_len or max_batch_size, "
             "or use more ranks"
         )
@@ -349,7 +354,11 @@ def load(
         f"Loaded {checkpoint.path.resolve().name}: {checkpoint.files} file(s), {gigabytes(weights)} "
         f"in {str(dtype)[6:]} on {device}{share}, {time.perf_counter() - start:.1f} s"
     )
-    pack(model)
+    if scheme is None:
+        pack(model)
+    else:
+        quantize(model, scheme)
+        say(f"Quantized to {scheme}: {gigabytes(resident)}, {time.perf_counter() - start:.1f} s")
     say(f"KV cache: {gigabytes(cache)} for {sequences}")
     model.allocate_cache()
     return model

@@ -120,10 +120,10 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
     return keep * frequencies + (1 - keep) * frequencies / args.rope_scaling_factor
 
 
-def apply_rotary(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each adjacent pair of channels of x (N, heads, head_dim) by rotation (N, 1, head_dim / 2)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
+def apply_rotary(x: Tensor, rotation: Tensor) -> None:
+    """Turn adjacent channels of x (N, heads, head_dim) by rotation (N, 1, head_dim / 2), in place."""
+    pairs = x.unflatten(-1, (-1, 2))
+    pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * rotation))
 
 
 class Row(NamedTuple):
@@ -198,17 +198,16 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cache: Tensor, step: Step) -> Tensor:
         """x (N, dim) to (N, dim). cache (2, max_batch_size, n_kv_heads, max_seq_len, head_dim)."""
         qkv = self.wqkv(x).view(len(x), -1, self.head_dim)  # (N, n_heads + 2 n_kv_heads, head_dim)
-        qk = apply_rotary(qkv[:, : -self.n_kv_heads], step.rotation)
-        values = qkv[:, -self.n_kv_heads :]
-        queries, keys = qk.split((self.n_heads, self.n_kv_heads), 1)
+        apply_rotary(qkv[:, : -self.n_kv_heads], step.rotation)
+        queries, kv = qkv.split((self.n_heads, 2 * self.n_kv_heads), 1)
+        kv = kv.unflatten(1, (2, -1)).permute(1, 2, 0, 3)  # (2, n_kv_heads, N, head_dim)
 
         outputs, first = [], 0  # (length, n_heads, head_dim) of each row
         for row, mask in zip(step.rows, step.masks, strict=True):
             new = slice(first, first := first + row.length)
-            cached_keys, cached_values = cache[:, row.slot, :, : row.stop]  # only what is alive
-            cached_keys[:, row.start :] = keys[new].transpose(0, 1)
-            cached_values[:, row.start :] = values[new].transpose(0, 1)
-            outputs.append(attend(queries[new], cached_keys, cached_values, mask))
+            cached = cache[:, row.slot, :, : row.stop]  # only what is alive
+            cached[:, :, row.start :] = kv[:, :, new]
+            outputs.append(attend(queries[new], cached[0], cached[1], mask))
         outputs.append(queries[first:])  # padding attends to nothing
         return self.wo(torch.cat(outputs).flatten(1))
 
@@ -237,7 +236,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, -1)
-        return self.w2(F.silu(gate) * up)
+        return self.w2(F.silu(gate).mul_(up))
 
 
 class TransformerBlock(nn.Module):
@@ -251,8 +250,9 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(self, x: Tensor, cache: Tensor, step: Step) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cache, step)
-        return x + self.feed_forward(self.ffn_norm(x))
+        x += self.attention(self.attention_norm(x), cache, step)
+        x += self.feed_forward(self.ffn_norm(x))
+        return x
 
 
 class Transformer(nn.Module):

@@ -5,6 +5,8 @@ bf16 `F.linear` reaches a quarter of it. The operators are private to PyTorch (I
 they are tried first, and where they are missing nothing changes.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,18 +35,26 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def pack(model: torch.nn.Module) -> None:
-    """Pack every linear of a loaded model where that is possible, one after the other.
+    """Pack every linear of a loaded model where that is possible."""
+    weight = next((module.weight for module in model.modules() if isinstance(module, Linear)), None)
+    if weight is not None and can_pack(weight):
+        replace_weights(model, lambda _, weight: Packed(weight))
 
-    The plain weights are given up on the way, so a packed model has no state dict.
+
+def replace_weights(
+    model: torch.nn.Module, backend: Callable[[str, Tensor], Callable[[Tensor], Tensor]]
+) -> None:
+    """Give every linear of a loaded model the backend made of its name and its weight, (out, in).
+
+    One after the other, and the plain weights are given up on the way, so that the model has no
+    state dict afterwards.
     """
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
-    if not linears or not can_pack(linears[0].weight):
-        return
-    for joined in [module for module in model.modules() if isinstance(module, Joined)]:
-        joined.backend = Packed(torch.cat([part.weight for part in joined.parts]))
-        for part in joined.parts:
-            linears.remove(part)
-            del part.weight
-    for linear in linears:
-        linear.backend = Packed(linear.weight)
+    linears = {module: name for name, module in model.named_modules() if isinstance(module, Linear)}
+    for name, joined in model.named_modules():
+        if isinstance(joined, Joined):
+            joined.backend = backend(name, torch.cat([part.weight for part in joined.parts]))
+            for part in joined.parts:
+                del linears[part], part.weight
+    for linear, name in linears.items():
+        linear.backend = backend(name, linear.weight)
         del linear.weight

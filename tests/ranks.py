@@ -87,5 +87,11 @@ def one_bad_folder(folder: str) -> None:
     Llama.build(f"{folder}-missing" if last else folder, max_seq_len=32, max_batch_size=1)
 
 
+def quantized(folder: str, scheme: str, out: str) -> None:
+    """Logits of a quantized model."""
+    with Llama.build(folder, max_seq_len=32, max_batch_size=3, dtype="float32", quantize=scheme) as llama:
+        torch.save(llama.model(TOKENS, 0), f"{out}.{os.environ['RANK']}")
+
+
 if __name__ == "__main__":
-    launch({f.__name__: f for f in (every_checkpoint, two_at_once, replicas, die, one_bad_folder)})
+    launch({f.__name__: f for f in (every_checkpoint, two_at_once, replicas, die, one_bad_folder, quantized)})

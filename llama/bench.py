@@ -1,0 +1,161 @@
+"""How fast a model runs here, beside what this machine can do."""
+
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama.device import gigabytes
+from llama.generation import Llama
+from llama.model import Transformer
+from llama.quantization import weight_bytes
+from llama.sampling import SamplingParams
+
+
+def bench(
+    ckpt_dir: str,
+    tokenizer_path: str | None = None,
+    quantize: str | None = None,
+    dtype: str | None = None,
+    batch: int = 1,
+    prompt: int = 128,
+    new: int = 32,
+    runs: int = 5,
+    profile: str | None = None,
+) -> None:
+    """Print the speed of prefill and decode, memory, and the share of this machine's limits reached.
+
+    Args:
+        ckpt_dir: folder of consolidated.*.pth and params.json.
+        tokenizer_path: by default tokenizer.model in ckpt_dir.
+        quantize: int8 or int4; by default the weights as they are.
+        dtype: bfloat16, float16 or float32; by default bf16 where the device computes in it.
+        batch: sequences at a time.
+        prompt: tokens of each prompt, which are random.
+        new: tokens generated after each.
+        runs: of which the medians are printed; one more goes before them.
+        profile: a file to write a trace of one more run to, for https://ui.perfetto.dev
+    """
+    if min(batch, prompt, runs) < 1 or new < 2:
+        raise ValueError("batch, prompt and runs must be 1 or more, and new 2 or more")
+    if profile is not None and not Path(profile).absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder {Path(profile).parent} to write {profile} to")
+    start = time.perf_counter()
+    with Llama.build(ckpt_dir, tokenizer_path, prompt + new, batch, dtype=dtype, quantize=quantize) as llama:
+        loaded = time.perf_counter() - start
+        lengths = [prompt] * batch
+        generate(llama, lengths, new)
+        # The limits are probed between the runs, so that all see the same machine.
+        timings, bandwidths, rates = [], [], []
+        for _ in range(runs):
+            timings.append(generate(llama, lengths, new))
+            bandwidths.append(memory_bandwidth(llama.model.device))
+            rates.append(matrix_rate(llama.model.device, llama.model.dtype))
+        first = statistics.median(timing.first_token for timing in timings)
+        step = statistics.median(timing.step for timing in timings)
+        read = bytes_per_step(llama.model, quantize, batch, prompt + new // 2) / step
+        work = prefill_flops(llama.model, batch, prompt) / first
+        if profile is not None:
+            with torch.profiler.profile() as profiler:
+                generate(llama, lengths, new)
+            profiler.export_chrome_trace(profile)
+        cache = llama.model.cache.nbytes
+    bandwidth, rate = max(bandwidths), max(rates)
+    print(f"batch {batch}, prompts of {prompt} tokens, {new} new; medians of {runs} runs")
+    print(f"load                 {loaded:10.2f} s")
+    print(f"time to first token  {first * 1e3:10.1f} ms")
+    print(f"prefill              {batch * prompt / first:10.1f} tokens/s")
+    print(f"decode               {batch / step:10.1f} tokens/s")
+    print(f"memory               {gigabytes(peak_memory()):>10} at most, {gigabytes(cache)} of it KV cache")
+    print(f"bandwidth, decode    {read / 1e9:10.1f} GB/s, {read / bandwidth:.0%} of {bandwidth / 1e9:.1f}")
+    print(f"matrices, prefill    {work / 1e12:10.3f} TFLOP/s, {work / rate:.0%} of {rate / 1e12:.3f}")
+    if profile is not None:
+        print(f"Wrote {profile}")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds until every prompt has its first token, and the median of the steps after that."""
+
+    first_token: float
+    step: float
+
+
+def generate(llama: Llama, lengths: list[int], new: int) -> Timing:
+    """Generate `new` tokens greedily after random prompts of these lengths, all at once."""
+    vocab_size = llama.model.params.vocab_size
+    params = SamplingParams(temperature=0, max_tokens=new)
+    prompts = [torch.randint(vocab_size, (length,)).tolist() for length in lengths]
+    start = time.perf_counter()
+    requests = [llama.engine.add(prompt, params) for prompt in prompts]
+    while not all(request.tokens for request in requests):
+        llama.engine.step()
+    first, steps = time.perf_counter(), []
+    before = first
+    while llama.engine.has_work():
+        llama.engine.step()
+        steps.append(-before + (before := time.perf_counter()))
+    return Timing(first - start, statistics.median(steps))
+
+
+def bytes_per_step(model: Transformer, scheme: str | None, batch: int, context: int) -> int:
+    """What one decode step reads: every weight but the embeddings, and the live cache."""
+    with torch.device("meta"):  # for packed weights have no shape of their own any more
+        shapes = Transformer(model.params, model.parallel)
+    weights = weight_bytes(shapes, model.dtype, scheme) - model.tok_embeddings.weight.nbytes
+    return weights + model.cache[:, :, :batch, :, :context].nbytes
+
+
+def prefill_flops(model: Transformer, batch: int, prompt: int) -> int:
+    """Of the matrices for all tokens, the last one's logits, and causal attention (two products)."""
+    args = model.params
+    with torch.device("meta"):
+        layers = Transformer(args, model.parallel).layers
+    matrices = sum(weight.numel() for weight in layers.parameters() if weight.dim() == 2)
+    attention = args.n_layers * prompt**2 * args.dim // model.parallel.size
+    return batch * (
+        2 * matrices * prompt + 2 * args.vocab_size * args.dim // model.parallel.size + 2 * attention
+    )
+
+
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes per second read by a sum on the CPU, or read and written by a copy on another device."""
+    buffer = torch.ones(2**26, device=device)  # 268 MB, more than any cache
+    if device.type == "cpu":
+        return buffer.nbytes / best(device, buffer.sum)
+    other = torch.empty_like(buffer)
+    return 2 * buffer.nbytes / best(device, lambda: other.copy_(buffer))
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating point operations per second of a product of large square matrices."""
+    n = 2048 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    return 2 * n**3 / best(device, lambda: a @ b)
+
+
+def best(device: torch.device, call: Callable[[], Any], times: int = 5) -> float:
+    """Seconds that a call takes at least."""
+    seconds = math.inf
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+        seconds = min(seconds, time.perf_counter() - start)
+    return seconds
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process, or its CUDA device, held at most."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,72 @@
+"""How well a model predicts a text, which tells what fewer bits cost."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llama.generation import Llama
+
+
+def perplexity(
+    ckpt_dir: str,
+    file: str,
+    tokenizer_path: str | None = None,
+    quantize: str | None = None,
+    max_seq_len: int = 1024,
+    stride: int | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Print the mean negative log-likelihood (NLL) of a text's tokens, and their perplexity.
+
+    Args:
+        ckpt_dir: folder of consolidated.*.pth and params.json.
+        file: a text in UTF-8.
+        tokenizer_path: by default tokenizer.model in ckpt_dir.
+        quantize: int8 or int4; by default the weights as they are.
+        max_seq_len: tokens of a window.
+        stride: tokens from one window to the next; by default half of max_seq_len.
+        dtype: bfloat16, float16 or float32; by default bf16 where the CPU computes in it.
+    """
+    text = Path(file).read_text("utf-8")
+    with Llama.build(
+        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, dtype=dtype, quantize=quantize
+    ) as llama:
+        tokens = llama.tokenizer.encode(text, bos=True, eos=False)
+        scores = negative_log_likelihoods(llama, tokens, stride or max(1, max_seq_len // 2))
+    nll = math.fsum(scores) / len(scores)
+    print(
+        f"NLL {nll:.4f} nats per token, perplexity {math.exp(nll):.3f}, {len(scores):,} tokens scored in "
+        f"windows of {max_seq_len}"
+    )
+
+
+def negative_log_likelihoods(llama: Llama, tokens: Sequence[int], stride: int) -> list[float]:
+    """-log p of every token but the first, each scored once, by what stands before it in its window.
+
+    The windows are max_seq_len long and start `stride` apart, so that from the second one on a token
+    has at least max_seq_len - stride others before it. Raises ValueError where there is nothing to score.
+    """
+    length = llama.model.params.max_seq_len
+    if len(tokens) < 2:
+        raise ValueError(f"the text has {len(tokens)} token(s): to score one, two are needed")
+    if not 1 <= stride < length:
+        raise ValueError(f"stride={stride} must be 1 or more, and less than max_seq_len={length}")
+    scores: list[float] = []
+    for start, stop, scored in tqdm(
+        list(windows(len(tokens), length, stride)), "Scoring", leave=False, disable=None
+    ):
+        logprobs = llama.generate([tokens[start:stop]], 0, logprobs=True, echo=True)[1]
+        assert logprobs is not None
+        scores += [-logprob for logprob in logprobs[0][scored - start :]]
+    return scores
+
+
+def windows(n: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, first that is scored) of the windows that score tokens 1 … n - 1 once each."""
+    scored, start = 1, 0
+    while scored < n:
+        stop = min(start + length, n)
+        yield start, stop, scored
+        scored, start = stop, start + stride

@@ -7,6 +7,8 @@ import torch
 
 from llama.engine import Engine, PromptError, Request
 from llama.invariance import check_batch_invariance
+from llama.packing import pack
+from llama.quantization import quantize
 from llama.sampling import SamplingParams
 from tests.small import tiny_model
 
@@ -428,8 +430,8 @@ def test_no_global_side_effects():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_batch_invariance_is_bitwise(dtype):
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "packed", "int8", "int4"])
+def test_batch_invariance_is_bitwise(weights):
     """Rows, slots, chunks, company, order of arrival, reuse: none of it shows in any bit."""
     params = SamplingParams(
         temperature=1.2, max_tokens=9, logprobs=True, prompt_logprobs=False, top_logprobs=2, seed=5
@@ -437,7 +439,11 @@ def test_batch_invariance_is_bitwise(dtype):
 
     # Wide enough that products, and sums over the vocabulary, of one row and of eight do run other kernels.
     shape = dict(dim=128, n_heads=8, n_kv_heads=4, vocab_size=50_000, max_batch_size=8)
-    model = tiny_model(std=0.1, dtype=dtype, **shape)
+    model = tiny_model(std=0.1, dtype=torch.float32 if weights == "fp32" else torch.bfloat16, **shape)
+    if weights == "packed":
+        pack(model)
+    elif weights.startswith("int"):
+        quantize(model, weights)
 
     def engine_of():
         return Engine(model, prefill_chunk=16, batch_invariant=True)

@@ -44,7 +44,7 @@ def info(
     max_seq_len: int = 512,
     max_batch_size: int = 8,
     dtype: str | None = None,
-    quantization: str | None = None,
+    quantize: str | None = None,
     tokenizer_path: str | None = None,
     adapter: str | None = None,
 ) -> None:
@@ -55,13 +55,13 @@ def info(
         max_seq_len: tokens of the KV cache per sequence.
         max_batch_size: sequences of the KV cache.
         dtype: bf16, fp16 or fp32; by default that of the files.
-        quantization: of the weights, int8 or int4.
+        quantize: of the weights, int8 or int4.
         tokenizer_path: of another tokenizer than the checkpoint's own.
         adapter: a folder with a LoRA adapter in PEFT's format.
     """
     from llama.interop.info import describe
 
-    print(describe(ckpt_dir, max_seq_len, max_batch_size, dtype, quantization, tokenizer_path, adapter))
+    print(describe(ckpt_dir, max_seq_len, max_batch_size, dtype, quantize, tokenizer_path, adapter))
 
 
 if __name__ == "__main__":

@@ -60,9 +60,9 @@ def test_quantization(folder: Path) -> None:
     args = ModelArgs(**PARAMS)
     sizes = [memory(args, 1, torch.bfloat16, False, kind)[0] for kind in (None, "int8", "int4")]
     assert sizes[0] > sizes[1] > sizes[2]
-    assert "weights int8" in describe(folder, quantization="int8")
+    assert "weights int8" in describe(folder, quantize="int8")
     with pytest.raises(ValueError, match="int8, int4"):
-        describe(folder, quantization="int3")
+        describe(folder, quantize="int3")
 
 
 @pytest.mark.slow

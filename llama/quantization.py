@@ -78,11 +78,7 @@ def quantize(model: Transformer, scheme: str) -> None:
 
 
 class Rotation:
-    """x (…, dim) times an orthogonal matrix.
-
-    It is a Kronecker product of two small random ones, a permutation, and the product again, which
-    spreads a channel nearly as a full random matrix does, for a fraction of the work.
-    """
+    """x (…, dim) times an orthogonal matrix, the Kronecker product of two small random ones."""
 
     def __init__(self, dim: int) -> None:
         rows = max(n for n in range(1, math.isqrt(dim) + 1) if dim % n == 0)
@@ -91,12 +87,8 @@ class Rotation:
             torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0].float()
             for n in (rows, dim // rows)
         )
-        self.order = torch.randperm(dim, generator=generator)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._mix(self._mix(x)[..., self.order])
-
-    def _mix(self, x: Tensor) -> Tensor:
         return (self.left.T @ x.unflatten(-1, (len(self.left), len(self.right))) @ self.right).flatten(-2)
 
 

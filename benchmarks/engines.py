@@ -1,0 +1,161 @@
+"""The engines that are compared. Each opens one model and returns a function to be timed.
+
+That function takes prompts of token ids, of any lengths, and a number of tokens, and generates so many
+after each prompt, greedily, all prompts at once. It calls `tick` whenever each prompt has one more.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Prompts = list[list[int]]
+Generate = Callable[[Prompts, int, Callable[[], None]], None]
+
+
+def ours(folder: Path, context: int, batch: int, quantize: str | None = None) -> Generate:
+    from llama import Llama
+    from llama.sampling import SamplingParams
+
+    native = folder / "native"
+    llama = Llama.build(native, max_seq_len=context, max_batch_size=batch, quantize=quantize)
+
+    def generate(prompts: Prompts, new: int, tick: Callable[[], None]) -> None:
+        params = SamplingParams(temperature=0, max_tokens=new)
+        requests = [llama.engine.add(prompt, params) for prompt in prompts]
+        while llama.engine.has_work():
+            llama.engine.step()
+            if all(request.tokens for request in requests):
+                tick()
+
+    return generate
+
+
+def meta(folder: Path, context: int, batch: int) -> Generate:
+    """Meta's model, in the loop of its own generation: the shortest prompt at once, then by token."""
+    import torch.distributed as dist
+    from fairscale.nn.model_parallel import initialize as topology
+    from llama_models.llama3.args import ModelArgs
+    from llama_models.llama3.model import Transformer
+
+    from llama.checkpoint import read_params, read_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    topology.initialize_model_parallel(1)
+    torch.set_default_dtype(torch.bfloat16)
+    native = folder / "native"
+    model = Transformer(ModelArgs(**read_params(native), max_seq_len=context, max_batch_size=batch))
+    weights = read_shard(native / "consolidated.00.pth")
+    weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+    model.load_state_dict(weights)
+
+    @torch.inference_mode()
+    def generate(prompts: Prompts, new: int, tick: Callable[[], None]) -> None:
+        shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+        tokens = torch.zeros(len(prompts), longest + new, dtype=torch.int64)
+        given = torch.zeros(tokens.shape, dtype=torch.bool)
+        for i, prompt in enumerate(prompts):
+            tokens[i, : len(prompt)] = torch.tensor(prompt)
+            given[i, : len(prompt)] = True
+        before = 0
+        for at in range(shortest, longest + new):
+            chosen = model(tokens[:, before:at], before)[:, -1].argmax(-1)
+            tokens[:, at] = torch.where(given[:, at], tokens[:, at], chosen)
+            before = at
+            if at >= longest:
+                tick()
+
+    return generate
+
+
+def transformers(folder: Path, context: int, batch: int) -> Generate:
+    """Eager, with scaled dot product attention; prompts padded on the left."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "hf", dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
+
+    @torch.inference_mode()
+    def generate(prompts: Prompts, new: int, tick: Callable[[], None]) -> None:
+        longest = max(map(len, prompts))
+        padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+        def tick_and_go_on(ids: torch.Tensor, scores: object) -> torch.Tensor:
+            tick()
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        model.generate(
+            padded,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            pad_token_id=0,
+            stopping_criteria=[tick_and_go_on],
+        )
+
+    return generate
+
+
+def llama_cpp(folder: Path, context: int, batch: int, file: str = "bf16") -> Generate:
+    """llama.cpp by its C interface: prompts in batches of 512 tokens, then one token for each."""
+    import llama_cpp as cpp
+    import numpy as np
+
+    silence(cpp)
+    cpp.llama_backend_init()
+    model = cpp.llama_model_load_from_file(bytes(folder / f"{file}.gguf"), cpp.llama_model_default_params())
+    params = cpp.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_seq_max = context * batch, 512, batch
+    params.n_threads = params.n_threads_batch = torch.get_num_threads()
+    cache = cpp.llama_init_from_model(model, params)
+    vocab_size = cpp.llama_vocab_n_tokens(cpp.llama_model_get_vocab(model))
+    tokens = cpp.llama_batch_init(512, 0, 1)
+
+    def decode(part: list[tuple[int, int, int, bool]]) -> list[int]:
+        """Run tokens (id, position, sequence, whether its logits are wanted); the next of those wanted."""
+        tokens.n_tokens = len(part)
+        for i, (token, position, sequence, wanted) in enumerate(part):
+            tokens.token[i], tokens.pos[i], tokens.logits[i] = token, position, wanted
+            tokens.n_seq_id[i], tokens.seq_id[i][0] = 1, sequence
+        if cpp.llama_decode(cache, tokens):
+            raise RuntimeError("llama.cpp could not decode")
+        rows = [cpp.llama_get_logits_ith(cache, i) for i, item in enumerate(part) if item[3]]
+        return [int(np.ctypeslib.as_array(row, (vocab_size,)).argmax()) for row in rows]
+
+    def generate(prompts: Prompts, new: int, tick: Callable[[], None]) -> None:
+        cpp.llama_memory_clear(cpp.llama_get_memory(cache), True)
+        queue = [
+            (token, position, sequence, position == len(prompt) - 1)
+            for sequence, prompt in enumerate(prompts)
+            for position, token in enumerate(prompt)
+        ]
+        last = [t for first in range(0, len(queue), 512) for t in decode(queue[first : first + 512])]
+        tick()
+        for n in range(new - 1):
+            last = decode([(t, len(prompts[i]) + n, i, True) for i, t in enumerate(last)])
+            tick()
+
+    return generate
+
+
+def silence(cpp: Any) -> None:
+    """llama.cpp tells a page about every file it opens."""
+    cpp.silent = cpp.llama_log_callback(lambda *_: None)  # kept there, for C does not keep it alive
+    cpp.llama_log_set(cpp.silent, None)
+
+
+# By the names in the table: what opens it, and the package it wants besides this one.
+ENGINES: dict[str, tuple[Callable[..., Generate], str | None, dict[str, object]]] = {
+    "this runtime, bf16": (ours, None, {}),
+    "this runtime, int8": (ours, None, {"quantize": "int8"}),
+    "this runtime, int4": (ours, None, {"quantize": "int4"}),
+    "Meta's llama-models, bf16": (meta, "llama_models", {}),
+    "transformers, bf16": (transformers, "transformers", {}),
+    "llama.cpp, bf16": (llama_cpp, "llama_cpp", {"file": "bf16"}),
+    "llama.cpp, Q8_0": (llama_cpp, "llama_cpp", {"file": "Q8_0"}),
+    "llama.cpp, Q4_0": (llama_cpp, "llama_cpp", {"file": "Q4_0"}),
+}

@@ -1,0 +1,173 @@
+"""The same weights as a native folder, a Hugging Face folder and GGUF files, for each engine its own.
+
+A random model of Llama 3.2 1B's shape stands in for weights that may not be shared: speed depends on
+shapes alone. Peers need no tokenizer, for the benchmark hands out token ids.
+"""
+
+import json
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint import find_shards, read_params, read_shard
+from llama.interop.gguf import NAMES
+from llama.model import ModelArgs, Transformer
+
+RANDOM_1B = {
+    "dim": 2048,
+    "n_layers": 16,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "vocab_size": 128256,
+    "multiple_of": 256,
+    "ffn_dim_multiplier": 1.5,
+    "norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+}
+HF_NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def random_model(folder: Path, seed: int = 0) -> None:
+    """Write a native folder with random bf16 weights, embeddings tied, and Llama 3's tokenizer."""
+    import llama_models
+
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**RANDOM_1B))
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}
+    del shapes["output.weight"]
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        name: torch.ones(shape, dtype=torch.bfloat16)
+        if "norm" in name
+        else torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
+        for name, shape in shapes.items()
+    }
+    folder.mkdir(parents=True)
+    torch.save(weights, folder / "consolidated.00.pth")
+    (folder / "params.json").write_text(json.dumps(RANDOM_1B))
+    shutil.copy(Path(llama_models.__file__).parent / "llama3" / "tokenizer.model", folder / "tokenizer.model")
+
+
+def read(folder: Path) -> tuple[ModelArgs, dict[str, Tensor]]:
+    (shard,) = find_shards(folder)  # a ValueError here: only models of one file are compared
+    return ModelArgs(**read_params(folder)), read_shard(shard)
+
+
+def renamed(name: str, names: dict[str, str], layer: str) -> str:
+    """The native name of a tensor in another format's words."""
+    stem = name.removesuffix(".weight")
+    if not stem.startswith("layers."):
+        return f"{names[stem]}.weight"
+    _, number, kind = stem.split(".", 2)
+    return f"{layer}.{number}.{names[kind]}.weight"
+
+
+def write_hf(native: Path, folder: Path) -> None:
+    """config.json and safetensors, query and key channels in the half-split order."""
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    args, tensors = read(native)
+    out = {}
+    for name, weight in tensors.items():
+        if name.endswith(("wq.weight", "wk.weight")):
+            pairs = weight.view(-1, args.head_dim // 2, 2, args.dim)
+            weight = pairs.transpose(1, 2).reshape(weight.shape)
+        out[renamed(name, HF_NAMES, "model.layers")] = weight.contiguous()
+    folder.mkdir(parents=True)
+    save_file(out, folder / "model.safetensors", {"format": "pt"})
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=args.dim,
+        intermediate_size=args.hidden_dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads,
+        vocab_size=args.vocab_size,
+        rms_norm_eps=args.norm_eps,
+        rope_theta=args.rope_theta,
+        max_position_embeddings=8192,
+        tie_word_embeddings="output.weight" not in tensors,
+        dtype="bfloat16",
+    ).save_pretrained(folder)
+
+
+def write_gguf(native: Path, path: Path) -> None:
+    """A bf16 GGUF file without a vocabulary."""
+    import gguf
+
+    args, tensors = read(native)
+    names = {ours: theirs for theirs, ours in NAMES.items()}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_block_count(args.n_layers)
+    writer.add_context_length(8192)
+    writer.add_embedding_length(args.dim)
+    writer.add_feed_forward_length(args.hidden_dim)
+    writer.add_head_count(args.n_heads)
+    writer.add_head_count_kv(args.n_kv_heads)
+    writer.add_layer_norm_rms_eps(args.norm_eps)
+    writer.add_rope_freq_base(args.rope_theta)
+    writer.add_rope_dimension_count(args.head_dim)
+    writer.add_vocab_size(args.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    for name, weight in tensors.items():
+        name = renamed(name, names, "blk")
+        if weight.dim() == 1:
+            writer.add_tensor(name, weight.float().numpy())
+        else:
+            data = weight.bfloat16().contiguous().view(torch.int16).numpy()
+            writer.add_tensor(name, data.view("uint8"), raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def quantize_gguf(source: Path, path: Path, kind: str) -> None:
+    """A copy of a GGUF file as llama.cpp's own `kind`: Q8_0, Q4_0 or Q4_1."""
+    import llama_cpp
+    from engines import silence
+
+    silence(llama_cpp)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    if llama_cpp.llama_model_quantize(bytes(source), bytes(path), params):
+        raise RuntimeError(f"llama.cpp could not quantize {source} to {kind}")
+
+
+def prepare(folder: Path, native: Path | None, ggufs: Collection[str]) -> None:
+    """Write what lacks of folder/native, folder/hf and of folder/….gguf: bf16, Q8_0, Q4_0.
+
+    native: a checkpoint to take instead of a random one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "native").is_dir():
+        if native is None:
+            random_model(folder / "native")
+        else:
+            (folder / "native").symlink_to(native.resolve())
+    if not (folder / "hf").is_dir():
+        write_hf(folder / "native", folder / "hf")
+    bf16 = folder / "bf16.gguf"
+    for kind in sorted(set(filter(None, ggufs)), reverse=True):
+        if not bf16.is_file():
+            write_gguf(folder / "native", bf16)
+        if not (folder / f"{kind}.gguf").is_file():
+            quantize_gguf(bf16, folder / f"{kind}.gguf", kind)

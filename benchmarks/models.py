@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint import find_shards, read_params, read_shard
+from llama.interop.convert import convert
 from llama.interop.gguf import NAMES
 from llama.model import ModelArgs, Transformer
 
@@ -26,20 +27,6 @@ RANDOM_1B = {
     "ffn_dim_multiplier": 1.5,
     "norm_eps": 1e-5,
     "rope_theta": 500000.0,
-}
-HF_NAMES = {
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
-    "output": "lm_head",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
 }
 
 
@@ -79,33 +66,8 @@ def renamed(name: str, names: dict[str, str], layer: str) -> str:
 
 
 def write_hf(native: Path, folder: Path) -> None:
-    """config.json and safetensors, query and key channels in the half-split order."""
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig
-
-    args, tensors = read(native)
-    out = {}
-    for name, weight in tensors.items():
-        if name.endswith(("wq.weight", "wk.weight")):
-            pairs = weight.view(-1, args.head_dim // 2, 2, args.dim)
-            weight = pairs.transpose(1, 2).reshape(weight.shape)
-        out[renamed(name, HF_NAMES, "model.layers")] = weight.contiguous()
-    folder.mkdir(parents=True)
-    save_file(out, folder / "model.safetensors", {"format": "pt"})
-    LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        hidden_size=args.dim,
-        intermediate_size=args.hidden_dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads,
-        vocab_size=args.vocab_size,
-        rms_norm_eps=args.norm_eps,
-        rope_theta=args.rope_theta,
-        max_position_embeddings=8192,
-        tie_word_embeddings="output.weight" not in tensors,
-        dtype="bfloat16",
-    ).save_pretrained(folder)
+    """A Hugging Face folder, as `python -m llama convert --to hf` writes it."""
+    convert(native, folder, to="hf")
 
 
 def write_gguf(native: Path, path: Path) -> None:

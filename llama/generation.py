@@ -138,7 +138,7 @@ class Llama:
         self._connected = False
 
     def close(self) -> None:
-        """Free the weights and the cache, and leave the process group if `build` made it."""
+        """Leave the process group that `build` joined; the last to leave takes it down."""
         if self._connected:
             self._connected = False
             parallel.disconnect()

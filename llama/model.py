@@ -11,7 +11,7 @@ chunked prefill and decode are the same call with other lengths, and may share a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -121,9 +121,18 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
 
 
 def apply_rotary(x: Tensor, rotation: Tensor) -> None:
-    """Turn adjacent channels of x (N, heads, head_dim) by rotation (N, 1, head_dim / 2), in place."""
+    """Turn adjacent channels of x (N, heads, head_dim) by rotation (N, 1, head_dim / 2, 2), in place.
+
+    rotation: fp32, the cosine and the sine of each pair's angle.
+    """
     pairs = x.unflatten(-1, (-1, 2))
-    pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * rotation))
+    if torch.compiler.is_compiling():  # the compiler has no complex numbers, and fuses what is long here
+        a, b = pairs.float().unbind(-1)
+        cos, sin = rotation.unbind(-1)
+        pairs.copy_(torch.stack((a * cos - b * sin, a * sin + b * cos), -1))
+    else:
+        turned = torch.view_as_complex(pairs.float()) * torch.view_as_complex(rotation)
+        pairs.copy_(torch.view_as_real(turned))
 
 
 class Row(NamedTuple):
@@ -138,12 +147,17 @@ class Row(NamedTuple):
         return self.start + self.length
 
 
-class Step(NamedTuple):
+class Step(Protocol):
     """What every layer needs to know of a step, computed once."""
 
-    rows: Sequence[Row]
-    rotation: Tensor  # (N, 1, head_dim / 2), complex
-    masks: list[Tensor | None]  # per row (length, stop), True where a query may look
+    rotation: Tensor  # (N, 1, head_dim / 2, 2), fp32
+
+    def attend(self, queries: Tensor, kv: Tensor, cache: Tensor) -> Tensor:
+        """Write the new keys and values to the cache, and let the queries look at it.
+
+        queries (N, n_heads, head_dim); kv (N, 2, n_kv_heads, head_dim); cache (2, max_batch_size,
+        n_kv_heads, max_seq_len, head_dim). Returns as queries.
+        """
 
 
 def causal_mask(row: Row, device: torch.device) -> Tensor | None:
@@ -174,6 +188,26 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tens
     return out[0].transpose(0, 1)
 
 
+class RaggedStep:
+    """Rows of any lengths, in any slots, one behind the other."""
+
+    def __init__(self, rows: Sequence[Row], rotation: Tensor) -> None:
+        self.rows, self.rotation = rows, rotation
+        self.masks = [causal_mask(row, rotation.device) for row in rows]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # every step has other lengths
+    def attend(self, queries: Tensor, kv: Tensor, cache: Tensor) -> Tensor:
+        kv = kv.permute(1, 2, 0, 3)  # (2, n_kv_heads, N, head_dim)
+        outputs, first = [], 0  # (length, n_heads, head_dim) of each row
+        for row, mask in zip(self.rows, self.masks, strict=True):
+            new = slice(first, first := first + row.length)
+            cached = cache[:, row.slot, :, : row.stop]  # only what is alive
+            cached[:, :, row.start :] = kv[:, :, new]
+            outputs.append(attend(queries[new], cached[0], cached[1], mask))
+        outputs.append(queries[first:])  # padding attends to nothing
+        return torch.cat(outputs)
+
+
 class Attention(nn.Module):
     """Self-attention of this rank's heads over this rank's part of the cache."""
 
@@ -200,16 +234,7 @@ class Attention(nn.Module):
         qkv = self.wqkv(x).view(len(x), -1, self.head_dim)  # (N, n_heads + 2 n_kv_heads, head_dim)
         apply_rotary(qkv[:, : -self.n_kv_heads], step.rotation)
         queries, kv = qkv.split((self.n_heads, 2 * self.n_kv_heads), 1)
-        kv = kv.unflatten(1, (2, -1)).permute(1, 2, 0, 3)  # (2, n_kv_heads, N, head_dim)
-
-        outputs, first = [], 0  # (length, n_heads, head_dim) of each row
-        for row, mask in zip(step.rows, step.masks, strict=True):
-            new = slice(first, first := first + row.length)
-            cached = cache[:, row.slot, :, : row.stop]  # only what is alive
-            cached[:, :, row.start :] = kv[:, :, new]
-            outputs.append(attend(queries[new], cached[0], cached[1], mask))
-        outputs.append(queries[first:])  # padding attends to nothing
-        return self.wo(torch.cat(outputs).flatten(1))
+        return self.wo(step.attend(queries, kv.unflatten(1, (2, -1)), cache).flatten(1))
 
 
 def local_kv_heads(args: ModelArgs, parallel: ModelParallel) -> list[int]:
@@ -263,8 +288,9 @@ class Transformer(nn.Module):
     """
 
     cache: Tensor  # (n_layers, 2, max_batch_size, n_kv_heads, max_seq_len, head_dim)
-    rotations: Tensor  # (max_seq_len, 1, head_dim / 2), complex64
+    rotations: Tensor  # (max_seq_len, 1, head_dim / 2, 2), fp32: cosines and sines
     cache_owner: object = None  # who can rely on what the cache holds: whoever wrote to it last
+    least_rows = 1  # that the linear layers get; a backend may be faster with a few more than there are
 
     def __init__(self, params: ModelArgs, parallel: ModelParallel | None = None) -> None:
         super().__init__()
@@ -302,7 +328,7 @@ class Transformer(nn.Module):
         angles = torch.outer(
             torch.arange(self.params.max_seq_len, device="cpu"), rope_frequencies(self.params)
         )
-        self.rotations = torch.polar(torch.ones_like(angles), angles)[:, None].to(self.device)
+        self.rotations = torch.stack((angles.cos(), angles.sin()), -1)[:, None].to(self.device)
 
     @torch.inference_mode()
     def copy_cache(self, source: int, target: int, length: int) -> None:
@@ -343,10 +369,15 @@ class Transformer(nn.Module):
                     f"slot {row.slot}, positions {row.start} to {row.stop} do not fit into a cache of "
                     f"max_batch_size={self.params.max_batch_size}, max_seq_len={self.params.max_seq_len}"
                 )
+        n = len(tokens)
+        tokens = F.pad(tokens, (0, max(0, self.least_rows - n)))
         padding = len(tokens) - sum(row.length for row in rows)
         rotation = torch.cat([self.rotations[row.start : row.stop] for row in rows])
-        rotation = F.pad(rotation, (0, 0, 0, 0, 0, padding))
-        step = Step(rows, rotation, [causal_mask(row, self.device) for row in rows])
+        step = RaggedStep(rows, F.pad(rotation, (0, 0, 0, 0, 0, 0, 0, padding)))
+        return self.run(tokens, step)[:n]
+
+    def run(self, tokens: Tensor, step: Step) -> Tensor:
+        """The last layer's normed output (N, dim) for int64 (N) tokens."""
         x = self.tok_embeddings(tokens)
         for layer, cache in zip(self.layers, self.cache, strict=True):
             x = layer(x, cache, step)
@@ -354,5 +385,7 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Normed hidden states (…, dim) to fp32 logits (…, vocab_size), the same on every rank."""
-        return self.parallel.all_gather(self.output(hidden), self.params.vocab_size).float()
+        """Normed hidden states (N, dim) to fp32 logits (N, vocab_size), the same on every rank."""
+        n = len(hidden)
+        hidden = F.pad(hidden, (0, 0, 0, max(0, self.least_rows - n)))
+        return self.parallel.all_gather(self.output(hidden)[:n], self.params.vocab_size).float()

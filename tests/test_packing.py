@@ -40,6 +40,22 @@ def test_a_packed_model_has_every_linear_packed_once_and_says_the_same() -> None
     assert not any("attention.w" in name or "output" in name for name in model.state_dict())
 
 
+@packable
+def test_a_single_token_goes_through_the_linears_in_four_rows_that_change_nothing() -> None:
+    model = tiny.random_model(std=0.1).bfloat16()
+    pack(model)
+    tokens = torch.randint(0, tiny.VOCAB, (1, 6))
+    heights: list[int] = []
+    for module in model.modules():
+        if isinstance(module, Linear | Joined) and module.backend:
+            module.register_forward_pre_hook(lambda _, x: heights.append(len(x[0])))
+    whole = model(tokens, 0)[0]
+    single = torch.stack([model(tokens[:, i : i + 1], i)[0, 0] for i in range(6)])
+    assert set(heights) == {6, 4}
+    assert single.shape == whole.shape
+    assert (single - whole).abs().max() < 0.05 * whole.abs().max()
+
+
 def test_other_dtypes_and_devices_are_left_alone() -> None:
     model = tiny.random_model()
     before = list(model.state_dict())

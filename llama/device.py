@@ -1,8 +1,10 @@
 """Which device, which dtype, and whether a model fits."""
 
 import os
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def default_device() -> torch.device:
@@ -52,6 +54,12 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if found is None or found not in names.values():
         raise ValueError(f"dtype must be bfloat16, float16 or float32, not {dtype!r}")
     return found
+
+
+def to_device(values: Any, device: torch.device) -> Tensor:
+    """A tensor of the host's values on a device, which the host does not wait for."""
+    tensor = torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def total_memory(device: torch.device) -> int | None:

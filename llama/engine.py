@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llama.decode import BROKEN, Decoder, Flight, launch
 from llama.invariance import check_batch_invariance
 from llama.model import Row, Transformer
 from llama.parallel import lost_rank_as_error
@@ -28,7 +29,6 @@ from llama.sampling import SamplingParams, sample, token_logprobs, top_logprobs
 # Prompt positions projected to the vocabulary at once when a prompt's own logprobs are asked for:
 # at 128,256 entries of fp32 each, 256 of them take 131 MB where a prompt of 8192 would take 4.2 GB.
 LOGPROB_ROWS = 256
-BROKEN = -1  # in place of a token, where the logits are not finite
 
 
 class Choice(NamedTuple):
@@ -71,10 +71,17 @@ class Engine:
     batch_invariant: run every matrix product at a shape that depends on the request alone, so that
     its logprobs are the same to the bit whatever company it has. Raises ValueError where the model's
     kernels give a row other bits at another place in the batch or beside other rows.
+    static: decode at shapes that stay the same, for a compiled model, and one step ahead of the tokens
+    that are read. Not with batch_invariant, whose shapes are its own.
     """
 
     def __init__(
-        self, model: Transformer, *, prefill_chunk: int = 512, batch_invariant: bool = False
+        self,
+        model: Transformer,
+        *,
+        prefill_chunk: int = 512,
+        batch_invariant: bool = False,
+        static: bool = False,
     ) -> None:
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be 1 or more, not {prefill_chunk}")
@@ -83,6 +90,8 @@ class Engine:
         self.batch_invariant = batch_invariant
         self.waiting: deque[Request] = deque()
         self.slots = [Slot(index) for index in range(model.params.max_batch_size)]
+        self.decoder = Decoder(model) if static and not batch_invariant else None
+        self.flight: Flight | None = None  # a step whose tokens have not been read yet
         self.steps = 0
         # Kernels work in blocks of rows, so a power of two has no odd rows at its end.
         self.width = 1 << (len(self.slots) - 1).bit_length()
@@ -162,9 +171,18 @@ class Engine:
             self.model.cache_owner = self
             for slot in self.slots:
                 slot.tokens, slot.sound = [], 0
+            self.flight = None
+        if self.flight and not self._flies_on(self.flight):
+            return self._land()
         self._admit()
         work = self._schedule()
         self.steps += 1
+        if self.decoder and work and all(_can_fly(item) for item in work):
+            requests = {item.slot.index: item.request for item in work}
+            # A token that is still in the air follows the last one known.
+            positions = {item.slot.index: item.row.start + bool(self.flight) for item in work}
+            next_flight = launch(self.decoder, requests, positions, self.flight)
+            return self._land(next_flight)
         if not self.batch_invariant:
             return self._forward(work) if work else []
         # Every shape depends on one request alone: a chunk of a prompt goes by itself, and the new
@@ -174,6 +192,38 @@ class Engine:
         for item in work:
             if item.reads:
                 events += self._forward([item])
+        return events
+
+    def _flies_on(self, flight: Flight) -> bool:
+        """Whether the next step is one more token for the same requests, whatever this one brings."""
+        running = {slot.index: slot.request for slot in self.slots if slot.request}
+        return (
+            running == flight.requests
+            and not (self.waiting and len(running) < len(self.slots))
+            and all(len(r.tokens) + 1 < r.max_tokens for r in flight.requests.values())
+        )
+
+    def _land(self, following: Flight | None = None) -> list[Event]:
+        """Take what comes of the step in the air into its requests; `following` is then the one that is."""
+        flight, self.flight = self.flight, None
+        events: list[Event] = []
+        if not flight:
+            self.flight = following
+            return events
+        with lost_rank_as_error(self.model.parallel):
+            landed = flight.land(self.model)
+        for index, (token, logprob, redone) in landed.items():
+            request, slot = flight.requests[index], self.slots[index]
+            if request.finish_reason:  # by its last token, or cancelled since
+                continue
+            if redone:
+                following = None  # it began with another token
+            tokens = request.tokens[-1:]
+            item = Work(slot, request, tokens, Row(index, len(slot.tokens), 1))
+            slot.tokens += tokens
+            slot.used = self.steps
+            events += self._take(item, Choice(token, logprob, None))
+        self.flight = following
         return events
 
     def _admit(self) -> None:
@@ -258,11 +308,9 @@ class Engine:
             item.request.prompt_logprobs += logprobs
             item.request.prompt_top_logprobs += top
             choice = choices.get(item.request)
-            if (choice and choice.token == BROKEN) or any(map(math.isnan, logprobs)):
-                error = "the model's logits are not finite; is the checkpoint damaged?"
-                events.append(self._finish(item.request, "error", error))
-            else:
-                events += self._take(item, choice)
+            if any(map(math.isnan, logprobs)):
+                choice = Choice(BROKEN, None, None)
+            events += self._take(item, choice)
         return events
 
     def _score_prompt(self, item: Work, states: Tensor) -> tuple[list[float], list[TopLogprobs]]:
@@ -317,6 +365,9 @@ class Engine:
     def _take(self, item: Work, choice: Choice | None) -> list[Event]:
         """Take a sampled token, if it has come to that, into a request, or end it."""
         request, events = item.request, list[Event]()
+        if choice and choice.token == BROKEN:
+            error = "the model's logits are not finite; is the checkpoint damaged?"
+            return [self._finish(request, "error", error)]
         if choice:
             # Finite logits vouch for all keys and values before them. And bitwise, only whole chunks of
             # a prompt are what they would be in another request.
@@ -342,3 +393,9 @@ class Engine:
             request.slot = None
         request.finish_reason, request.error = reason, error
         return Event(request, finish_reason=reason, error=error)
+
+
+def _can_fly(item: Work) -> bool:
+    """Whether a part of a step is one token, and the next can be chosen without a look at the last."""
+    params = item.request.params
+    return not item.reads and item.row.length == 1 and not params.adjusts and not params.top_logprobs

@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from llama import parallel
 from llama.chat_format import Dialog, DialogFormat, Message, chat_format
 from llama.checkpoint import Checkpoint, load_weights
+from llama.decode import check_compile, compile_blocks
 from llama.device import default_device, default_dtype, gigabytes, parse_dtype, total_memory
 from llama.engine import Engine
 from llama.interop import open_checkpoint
@@ -80,6 +81,7 @@ class Llama:
         adapter: StrPath | None = None,
         batch_invariant: bool = False,
         quantize: str | None = None,
+        compile: bool | str = "auto",
     ) -> "Llama":
         """Load a checkpoint: a native or a Hugging Face folder, or a GGUF file; local, or any URL
         that blobfile reads.
@@ -96,6 +98,8 @@ class Llama:
         batch_invariant: a request's logprobs are the same to the bit whatever else runs beside it, for
         some speed. Refused (ValueError) where this machine's kernels cannot keep it.
         quantize: "int8" or "int4" weights, on x86 CPUs; by default they stay in dtype.
+        compile: whether to compile the model, and to decode at fixed shapes, on CUDA as a captured graph;
+        "auto" does on CUDA, where it pays. Takes its time at build. Not with batch_invariant.
 
         Raises FileNotFoundError where a file lacks, ValueError (CheckpointError where the files are
         to blame) where they, the arguments and the ranks do not fit, MemoryError where weights and
@@ -104,6 +108,9 @@ class Llama:
         device = torch.device(device) if device is not None else default_device()
         dtype = parse_dtype(dtype) if dtype is not None else default_dtype(device)
         check_quantize(quantize, device)
+        if compile is True and batch_invariant:
+            raise ValueError("batch_invariant=True has shapes of its own: leave compile=True out")
+        compiles = check_compile(compile, device) and not batch_invariant
         group = parallel.connect(model_parallel_size, device)
         try:
             with group.together():
@@ -111,8 +118,15 @@ class Llama:
                 args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
                 model = load(checkpoint, args, group, device, dtype, quantize)
             llama = Llama(
-                model, checkpoint.tokenizer, seed, checkpoint.formatter, batch_invariant=batch_invariant
+                model,
+                checkpoint.tokenizer,
+                seed,
+                checkpoint.formatter,
+                batch_invariant=batch_invariant,
+                static=compiles,
             )
+            if compiles:
+                warm_up(llama.engine)
         except BaseException:
             parallel.disconnect()
             raise
@@ -127,12 +141,13 @@ class Llama:
         formatter: DialogFormat | None = None,
         *,
         batch_invariant: bool = False,
+        static: bool = False,
     ) -> None:
-        """formatter: of dialogs, by default the one that goes with the tokenizer."""
+        """formatter: of dialogs, by default the one that goes with the tokenizer. Others: see `Engine`."""
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = formatter or chat_format(tokenizer)
-        self.engine = Engine(model, batch_invariant=batch_invariant)
+        self.engine = Engine(model, batch_invariant=batch_invariant, static=static)
         self._seed = seed
         self._requests = 0  # made so far without a seed of their own
         self._connected = False
@@ -362,6 +377,17 @@ def load(
     say(f"KV cache: {gigabytes(cache)} for {sequences}")
     model.allocate_cache()
     return model
+
+
+def warm_up(engine: Engine) -> None:
+    """Compile the model's blocks and let the engine decode a little, so that nobody waits for it later."""
+    start = time.perf_counter()
+    compile_blocks(engine.model)
+    for _ in engine.run([engine.add([0] * n, SamplingParams(max_tokens=3)) for n in (1, 2)]):
+        pass
+    engine.model.cache_owner = None  # nothing in the cache is worth reusing
+    if engine.model.parallel.rank == 0:
+        print(f"Compiled: {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 
 def _list_of(values: Sequence[T], what: str) -> Sequence[T]:

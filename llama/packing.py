@@ -20,6 +20,7 @@ class Packed:
     def __init__(self, weight: Tensor) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the compiler knows no packed tensors
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 
@@ -36,7 +37,12 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def pack(model: Transformer) -> None:
-    """Pack every linear of a loaded model where that is possible."""
+    """Lay out every linear of a loaded model for its kernels: packed on a CPU where that is possible; on
+    other devices, whatever reads the same input as one matrix."""
+    if model.device.type not in ("cpu", "meta"):
+        for module in model.modules():
+            if isinstance(module, Joined):
+                module.join()
     if can_pack(model.output.weight):
         replace_weights(model, lambda _, weight: Packed(weight))
         # oneDNN 3.12 takes 1.3 times as long for one to three rows as for four.

@@ -284,10 +284,22 @@ class Joined(nn.Module):
     """
 
     backend: Callable[[Tensor], Tensor] | None = None
+    weight: Tensor | None = None
 
     def __init__(self, *parts: Linear) -> None:
         super().__init__()
         self.parts = parts  # a tuple, which does not register them here a second time
 
+    def join(self) -> None:
+        """Put the weights of the parts into one matrix, of which they become views."""
+        self.weight = torch.cat([part.weight for part in self.parts])
+        sizes = [len(part.weight) for part in self.parts]
+        for part, rows in zip(self.parts, self.weight.split(sizes), strict=True):
+            part.weight = nn.Parameter(rows, requires_grad=False)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.backend(x) if self.backend else torch.cat([part(x) for part in self.parts], -1)
+        if self.backend:
+            return self.backend(x)
+        if self.weight is not None:
+            return F.linear(x, self.weight)
+        return torch.cat([part(x) for part in self.parts], -1)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from llama.device import to_device
+
 # A nucleus is looked for among this many most likely tokens first: to sort a whole vocabulary of
 # 128,256 costs 20 times as much. Where it does not fit, all are sorted.
 NUCLEUS_SHORTCUT = 1024
@@ -153,16 +155,26 @@ def sample(
             adjust(logits[i], params[i], prompts[i], answers[i])
     tokens = logits.argmax(-1)
     if sampled := [i for i, p in enumerate(params) if p.temperature > 0]:
-        columns = [
-            # A temperature below 1e-30 might be 0 in fp32.
-            (max(p.temperature, 1e-30), p.top_p, p.top_k or logits.shape[-1], p.min_p, uniform(p.seed, n))
-            for p, n in ((params[i], len(answers[i])) for i in sampled)
-        ]
-        # One copy to the device, not five.
-        temperature, top_p, top_k, min_p, u = torch.tensor(columns, device=logits.device).T[..., None]
-        rows = slice(None) if len(sampled) == len(params) else torch.tensor(sampled, device=logits.device)
-        tokens[rows] = draw(logits[rows], temperature, top_p, top_k, min_p, u)
+        drawn = [params[i] for i in sampled]
+        numbers = settings(drawn, [len(answers[i]) for i in sampled], logits.shape[-1], logits.device)
+        rows = slice(None) if len(sampled) == len(params) else to_device(sampled, logits.device)
+        tokens[rows] = draw(logits[rows], numbers)
     return tokens
+
+
+def settings(
+    params: Sequence[SamplingParams], counts: Sequence[int], vocab_size: int, device: torch.device
+) -> Tensor:
+    """What `draw` wants to know of each row, which has so many tokens already: fp32 (5, N, 1).
+
+    In order: temperature, top_p, top_k, min_p, and the row's uniform number.
+    """
+    columns = [
+        # A temperature below 1e-30 might be 0 in fp32.
+        (max(p.temperature, 1e-30), p.top_p, p.top_k or vocab_size, p.min_p, uniform(p.seed, n))
+        for p, n in zip(params, counts, strict=True)
+    ]
+    return to_device(columns, device).T[..., None]
 
 
 def adjust(logits: Tensor, params: SamplingParams, prompt: Sequence[int], answer: Sequence[int]) -> None:
@@ -182,22 +194,22 @@ def adjust(logits: Tensor, params: SamplingParams, prompt: Sequence[int], answer
         logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
 
 
-def draw(
-    logits: Tensor,
-    temperature: Tensor,
-    top_p: Tensor,
-    top_k: Tensor,
-    min_p: Tensor,
-    u: Tensor,
-    look: int = NUCLEUS_SHORTCUT,
-) -> Tensor:
+def draw(logits: Tensor, settings: Tensor) -> Tensor:
     """Draw what stands at the point u of the cumulative sum of the tokens kept, most likely first.
 
     Kept is the nucleus (Holtzman et al. 2020, section 3.1) of the top_k (Fan et al. 2018, section
     5.4), less what min_p drops (Nguyen et al. 2024, section 3).
-    logits: fp32 (N, vocab_size). The others: fp32 (N, 1). Looks at the `look` most likely tokens, and
-    at all for the rows that keep more. Returns int64 (N).
+    logits: fp32 (N, vocab_size). settings: see there. Returns int64 (N).
     """
+    tokens, larger = draw_among(logits, settings, NUCLEUS_SHORTCUT)
+    if larger.any():
+        tokens[larger] = draw_among(logits[larger], settings[:, larger], logits.shape[-1])[0]
+    return tokens
+
+
+def draw_among(logits: Tensor, settings: Tensor, look: int) -> tuple[Tensor, Tensor]:
+    """`draw` among the `look` most likely tokens, and for which rows (bool, N) more are kept than those."""
+    temperature, top_p, top_k, min_p, u = settings
     top, ids = logits.topk(min(look, logits.shape[-1]), -1)
     best = top[:, :1]
     # Relative to the best, so that no temperature is too low.
@@ -209,18 +221,6 @@ def draw(
     dropped = (before > share) | beyond | (probs < min_p * probs[:, :1])
     kept = probs.masked_fill(dropped, 0).cumsum(-1)
     chosen = torch.searchsorted(kept, u * kept[:, -1:]).clamp(max=ids.shape[-1] - 1)  # clamp: for NaN
-    tokens = ids.gather(-1, chosen)[:, 0]
-    if top.shape[-1] < logits.shape[-1]:
-        larger = ~(dropped[:, -1] | (before[:, -1] + probs[:, -1] > share[:, 0]))
-        larger |= (limited & (top_k > look))[:, 0]  # the sum of their top_k is not known
-        if larger.any():
-            tokens[larger] = draw(
-                logits[larger],
-                temperature[larger],
-                top_p[larger],
-                top_k[larger],
-                min_p[larger],
-                u[larger],
-                logits.shape[-1],
-            )
-    return tokens
+    larger = ~(dropped[:, -1] | (before[:, -1] + probs[:, -1] > share[:, 0]))
+    larger |= (limited & (top_k > look))[:, 0]  # the sum of their top_k is not known
+    return ids.gather(-1, chosen)[:, 0], larger & (top.shape[-1] < logits.shape[-1])

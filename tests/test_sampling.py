@@ -71,7 +71,7 @@ def test_the_shortcut_for_small_nuclei_changes_nothing(params, monkeypatch):
     logits = logits_of(200, seed=1) / 2
     rows = [SamplingParams(temperature=1.0, seed=i, **params) for i in range(200)]
     whole = sample(logits, rows, [[1]] * 200, [[]] * 200)
-    monkeypatch.setattr(sampling.draw, "__defaults__", (8,))  # look at 8 of 40 first
+    monkeypatch.setattr(sampling, "NUCLEUS_SHORTCUT", 8)  # look at 8 of 40 first
     assert sample(logits, rows, [[1]] * 200, [[]] * 200).equal(whole)
 
 

@@ -8,7 +8,7 @@ device, where the next step finds them; the host reads them while that one runs.
 
 import importlib.util
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -91,6 +91,20 @@ class Decoder:
         self.captures = model.device.type == "cuda"
         self.flex = True
 
+    def rows(self, slots: Iterable[int]) -> int:
+        """How many slots take part in a step for some of them: a power of two, so that shapes are few."""
+        return power_of_two(max(slots) + 1, self.model.params.max_batch_size)
+
+    def decode(self, requests: Mapping[int, Request], positions: Mapping[int, int]) -> Tensor:
+        """Logits, fp32 (n, vocab_size), after the last token of the requests in some slots."""
+        tokens = [requests[i].tokens[-1] if i in requests else 0 for i in range(self.rows(requests))]
+        return self.follow(to_device(tokens, self.model.device), positions)
+
+    def follow(self, tokens: Tensor, positions: Mapping[int, int]) -> Tensor:
+        """The same for tokens that are on the device, int64 (n)."""
+        where = to_device([positions.get(slot, -1) for slot in range(len(tokens))], tokens.device)
+        return self(tokens, where, max(positions.values()))
+
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, positions: Tensor, reach: int) -> Tensor:
         """Logits, fp32 (n, vocab_size), after one token in each of the first n slots.
@@ -102,7 +116,8 @@ class Decoder:
             try:
                 return self._replay(tokens, positions, self.model.params.max_seq_len)
             except (RuntimeError, ValueError) as error:
-                warnings.warn(f"decoding without flex attention, which failed: {error}", stacklevel=2)
+                reason = str(error).partition("\n")[0]
+                warnings.warn(f"decoding without flex attention, which failed: {reason}", stacklevel=2)
                 self.flex = False
         live = power_of_two(max(reach + 1, BLOCK), self.model.params.max_seq_len)
         return self._replay(tokens, positions, live)
@@ -191,15 +206,10 @@ def launch(
     """
     model = decoder.model
     device, vocab_size = model.device, model.params.vocab_size
-    n = power_of_two(max(requests) + 1, model.params.max_batch_size)
+    n = decoder.rows(requests)
     params = {slot: request.params for slot, request in requests.items()}
     with lost_rank_as_error(model.parallel), torch.inference_mode():
-        if ahead:
-            tokens = F.pad(ahead.tokens, (0, n - len(ahead.tokens)))  # or crop
-        else:
-            tokens = to_device([requests[i].tokens[-1] if i in requests else 0 for i in range(n)], device)
-        where = to_device([positions.get(slot, -1) for slot in range(n)], device)
-        logits = decoder(tokens, where, max(positions.values()))
+        logits = decoder.follow(ahead.tokens, positions) if ahead else decoder.decode(requests, positions)
         idle = replace(next(iter(params.values())), temperature=0.0)
         rows = [params.get(slot, idle) for slot in range(n)]
         counts = [len(requests[i].tokens) + bool(ahead) if i in requests else 0 for i in range(n)]
@@ -241,6 +251,8 @@ def check_compile(compile: bool | str, device: torch.device) -> bool:
         raise ValueError(f'compile must be "auto", True or False, not {compile!r}')
     if device.type == "cuda" and compile and importlib.util.find_spec("triton") is None:
         if compile is True:
-            raise ValueError("compile=True needs the triton package on CUDA: install it, or leave compile out")
+            raise ValueError(
+                "compile=True needs the triton package on CUDA: install it, or leave compile out"
+            )
         return False
     return device.type == "cuda" if compile == "auto" else bool(compile)

@@ -136,9 +136,11 @@ class Engine:
             if request.slot is None:
                 self.waiting.remove(request)
             self._finish(request, "cancelled")
+            if not self._running():
+                self.flight = None
 
     def has_work(self) -> bool:
-        return bool(self.waiting) or any(slot.request for slot in self.slots)
+        return bool(self.waiting or self._running())
 
     def run(self, requests: Sequence[Request]) -> Iterator[Event]:
         """Step until these requests have ended, and yield what happens to them, in steps that others
@@ -177,12 +179,8 @@ class Engine:
         self._admit()
         work = self._schedule()
         self.steps += 1
-        if self.decoder and work and all(_can_fly(item) for item in work):
-            requests = {item.slot.index: item.request for item in work}
-            # A token that is still in the air follows the last one known.
-            positions = {item.slot.index: item.row.start + bool(self.flight) for item in work}
-            next_flight = launch(self.decoder, requests, positions, self.flight)
-            return self._land(next_flight)
+        if self.decoder and work and all(item.row.length == 1 and not item.reads for item in work):
+            return self._decode(self.decoder, work)
         if not self.batch_invariant:
             return self._forward(work) if work else []
         # Every shape depends on one request alone: a chunk of a prompt goes by itself, and the new
@@ -194,14 +192,30 @@ class Engine:
                 events += self._forward([item])
         return events
 
+    def _running(self) -> dict[int, Request]:
+        """The requests that have a slot, by its number."""
+        return {slot.index: slot.request for slot in self.slots if slot.request}
+
     def _flies_on(self, flight: Flight) -> bool:
         """Whether the next step is one more token for the same requests, whatever this one brings."""
-        running = {slot.index: slot.request for slot in self.slots if slot.request}
+        running = self._running()
         return (
             running == flight.requests
             and not (self.waiting and len(running) < len(self.slots))
             and all(len(r.tokens) + 1 < r.max_tokens for r in flight.requests.values())
         )
+
+    def _decode(self, decoder: Decoder, work: list[Work]) -> list[Event]:
+        """One token for each request by a static step, or the one before, if that could be waited for."""
+        requests = {item.slot.index: item.request for item in work}
+        # A token that is still in the air follows the last one known.
+        positions = {item.slot.index: item.row.start + bool(self.flight) for item in work}
+        if not any(r.params.adjusts or r.params.top_logprobs for r in requests.values()):
+            return self._land(launch(decoder, requests, positions, self.flight))
+        with lost_rank_as_error(self.model.parallel):
+            logits = decoder.decode(requests, positions)[list(requests)]
+            choices = self._choose(list(requests.values()), logits)
+        return self._settle(work, [([], [])] * len(work), choices)
 
     def _land(self, following: Flight | None = None) -> list[Event]:
         """Take what comes of the step in the air into its requests; `following` is then the one that is."""
@@ -223,7 +237,7 @@ class Engine:
             slot.tokens += tokens
             slot.used = self.steps
             events += self._take(item, Choice(token, logprob, None))
-        self.flight = following
+        self.flight = following if self._running() else None
         return events
 
     def _admit(self) -> None:
@@ -300,7 +314,17 @@ class Engine:
                 if item.row.stop == item.request.length and item.request.max_tokens
             }
             padding = [0] * (width - len(last))
-            choices = self._choose(list(last), hidden[[*last.values(), *padding]]) if last else {}
+            states = hidden[[*last.values(), *padding]]
+            choices = self._choose(list(last), self.model.logits(states)[: len(last)]) if last else {}
+        return self._settle(work, scores, choices)
+
+    def _settle(
+        self,
+        work: list[Work],
+        scores: list[tuple[list[float], list[TopLogprobs]]],
+        choices: dict[Request, Choice],
+    ) -> list[Event]:
+        """Take what a step has brought into its requests."""
         events = []
         for item, (logprobs, top) in zip(work, scores, strict=True):
             item.slot.tokens += item.tokens
@@ -334,9 +358,8 @@ class Engine:
                 top += top_logprobs(logits, params.top_logprobs)
         return logprobs, top if params.top_logprobs else []
 
-    def _choose(self, requests: list[Request], states: Tensor) -> dict[Request, Choice]:
-        """The next token of each request, by the state of its last, which come first in (N, dim)."""
-        logits = self.model.logits(states)[: len(requests)]
+    def _choose(self, requests: list[Request], logits: Tensor) -> dict[Request, Choice]:
+        """The next token of each request, by the logits after its last, fp32 (N, vocab_size)."""
         # Sums too may add up in another order for another number of rows.
         size = 1 if self.batch_invariant else len(requests)
         parts = [slice(first, first + size) for first in range(0, len(requests), size)]
@@ -389,13 +412,9 @@ class Engine:
         if request.slot is not None:
             slot = self.slots[request.slot]
             slot.request = None  # what is sound stays, for who shares the prefix
+            if self.decoder:  # a mask hides what is left over from others, unless it is not finite
+                self.model.cache[:, :, slot.index, :, slot.sound :] = 0
             del slot.tokens[slot.sound :]
             request.slot = None
         request.finish_reason, request.error = reason, error
         return Event(request, finish_reason=reason, error=error)
-
-
-def _can_fly(item: Work) -> bool:
-    """Whether a part of a step is one token, and the next can be chosen without a look at the last."""
-    params = item.request.params
-    return not item.reads and item.row.length == 1 and not params.adjusts and not params.top_logprobs

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama import Llama
+from llama import Llama, decode
 from llama.engine import Engine, Request
 from llama.sampling import SamplingParams
 from tests.small import byte_tokenizer, tiny_model, write_checkpoint
@@ -90,9 +90,13 @@ def resident() -> int:
 
 
 @pytest.mark.slow
-def test_a_thousand_requests_over_eight_slots():
+@pytest.mark.parametrize("static", [False, True], ids=["ragged", "static"])
+def test_a_thousand_requests_over_eight_slots(static, monkeypatch):
     single = Engine(soak_model(1), prefill_chunk=64)
-    engine = Engine(soak_model(8), prefill_chunk=7)
+    engine = Engine(soak_model(8), prefill_chunk=7, static=static)
+    if static:
+        engine.decoder.flex = False  # which is for compiled models
+        monkeypatch.setattr(decode, "NUCLEUS_SHORTCUT", 3)  # so that it is left now and then
     reused, requests, memory = 0, [], []
 
     def check(request: Request) -> None:

@@ -1,0 +1,245 @@
+"""Decoding at fixed shapes says what the ragged steps say, one step ahead of who reads it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama import Llama, decode
+from llama.decode import Decoder, check_compile, launch
+from llama.engine import Engine
+from llama.model import Transformer
+from llama.request import Request
+from llama.sampling import SamplingParams
+from tests.small import byte_tokenizer, tiny_model, write_checkpoint
+
+
+def plain(engine: Engine) -> Engine:
+    """Without flex attention, which is for compiled models, and slow elsewhere."""
+    assert engine.decoder
+    engine.decoder.flex = False
+    return engine
+
+
+def finish(engine: Engine, *requests: Request) -> None:
+    for _ in engine.run(requests):
+        pass
+
+
+class Launches:
+    """The shapes of every static step of an engine: slots and positions looked at."""
+
+    def __init__(self, engine: Engine) -> None:
+        assert engine.decoder
+        self.shapes: list[tuple[int, int]] = []
+        run = engine.decoder.run
+
+        def counting(tokens: torch.Tensor, positions: torch.Tensor, live: int) -> torch.Tensor:
+            self.shapes.append((len(tokens), live))
+            return run(tokens, positions, live)
+
+        engine.decoder.run = counting  # type: ignore[method-assign]
+
+
+CASES = [
+    SamplingParams(temperature=0, max_tokens=9),
+    SamplingParams(temperature=0.9, seed=3, max_tokens=20, logprobs=True),
+    SamplingParams(temperature=0.8, top_p=0.7, seed=4, max_tokens=13),
+    SamplingParams(temperature=1.0, top_k=7, min_p=0.02, seed=5, max_tokens=1),
+    SamplingParams(temperature=1.2, seed=6, max_tokens=17, presence_penalty=0.5),
+    SamplingParams(temperature=1.0, seed=7, max_tokens=15, logprobs=True, top_logprobs=2),
+    SamplingParams(temperature=0, max_tokens=25, stop_token_ids=frozenset(range(0, 64, 5))),
+]
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    return torch.randint(64, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("shortcut", [1024, 2], ids=["", "nuclei larger than the shortcut"])
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_static_is_ragged(slots: int, shortcut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ragged = Engine(tiny_model(max_batch_size=1))
+    static = plain(Engine(tiny_model(max_batch_size=slots), static=True))
+    launches = Launches(static)
+    monkeypatch.setattr(decode, "NUCLEUS_SHORTCUT", shortcut)
+    prompts = [prompt_of(2 + 5 * i, seed=i) for i in range(len(CASES))]
+    mine = [static.add(prompt, params) for prompt, params in zip(prompts, CASES, strict=True)]
+    finish(static, *mine)
+    for request in mine:
+        expected = ragged.add(request.prompt, request.params)
+        finish(ragged, expected)
+        assert (request.tokens, request.finish_reason) == (expected.tokens, expected.finish_reason)
+        torch.testing.assert_close(request.logprobs, expected.logprobs, atol=1e-4, rtol=1e-4)
+    assert len(launches.shapes) > 20
+    assert {live for _, live in launches.shapes} == {64}
+    assert static.flight is None  # nobody holds the last step
+
+
+def test_a_step_begins_before_the_last_ones_tokens_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = plain(Engine(tiny_model(max_batch_size=2), static=True))
+    calls: list[str] = []
+    run, land = engine.decoder.run, decode.Flight.land  # type: ignore[union-attr]
+    monkeypatch.setattr(engine.decoder, "run", lambda *args: calls.append("run") or run(*args))
+    monkeypatch.setattr(decode.Flight, "land", lambda *args: calls.append("land") or land(*args))
+    finish(engine, engine.add([1, 2, 3], SamplingParams(temperature=0, max_tokens=6)))
+    # The first token is the prompt's; the last is known to be the last.
+    assert calls == ["run", *["run", "land"] * 4, "land"]
+
+
+def test_who_leaves_in_mid_air_leaves_the_others_as_they_were() -> None:
+    model = tiny_model(max_batch_size=3)
+    engine = plain(Engine(model, static=True))
+    alone = Engine(tiny_model(max_batch_size=1))
+    expected = alone.add([1, 2, 3], SamplingParams(temperature=0.9, seed=1, max_tokens=20))
+    finish(alone, expected)
+    stays = engine.add(expected.prompt, expected.params)
+    leaves = engine.add([4, 5], SamplingParams(temperature=0, max_tokens=20))
+    for _ in range(5):
+        engine.step()
+    engine.cancel(leaves)
+    joins = engine.add([7, 8, 9, 10], SamplingParams(temperature=0, max_tokens=5))
+    finish(engine, stays, joins)
+    assert stays.tokens == expected.tokens
+    again = alone.add(joins.prompt, joins.params)
+    finish(alone, again)
+    assert joins.tokens == again.tokens
+
+
+def test_a_stale_row_that_is_not_finite_hurts_nobody() -> None:
+    model = tiny_model(max_batch_size=1)
+    model.tok_embeddings.weight[13] = torch.nan
+    engine = plain(Engine(model, static=True))
+    params = SamplingParams(temperature=0, max_tokens=10)
+    broken = engine.add([1] * 20 + [13] * 20, params)
+    finish(engine, broken)
+    assert broken.finish_reason == "error"
+    request = engine.add([2, 3], params)
+    finish(engine, request)
+    assert request.finish_reason == "length"
+    assert not model.cache.isnan().any()
+
+
+def test_slots_without_a_token_keep_their_cache() -> None:
+    model = tiny_model(max_batch_size=4)
+    model.allocate_cache()
+    model.cache.normal_(generator=torch.Generator().manual_seed(0))
+    before = model.cache.clone()
+    decoder = Decoder(model)
+    decoder.flex = False
+    decoder(torch.tensor([1, 2, 3, 4]), torch.tensor([-1, 5, -1, 0]), 5)
+    changed = (model.cache != before).any(-1).any(0).any(0).any(1)  # (max_batch_size, max_seq_len)
+    assert changed.nonzero().tolist() == [[1, 5], [3, 0]]
+
+
+def test_what_lies_beyond_a_position_is_not_seen() -> None:
+    model = tiny_model(max_batch_size=2)
+    model.allocate_cache()
+    model.cache.normal_(generator=torch.Generator().manual_seed(0))
+    decoder = Decoder(model)
+    decoder.flex = False
+    inputs = torch.tensor([1, 2]), torch.tensor([30, 7]), 30
+    before = decoder(*inputs)
+    model.cache[:, :, 0, :, 31:] = 100
+    model.cache[:, :, 1, :, 8:] = 100
+    assert decoder(*inputs).equal(before)
+    model.cache[:, :, 1, :, 6] = 100
+    assert not decoder(*inputs).equal(before)
+
+
+def test_a_launch_waits_for_nothing() -> None:
+    """On the meta device there are no values, so whatever wanted to read one would raise."""
+    with torch.device("meta"):
+        model: Transformer = tiny_model(max_batch_size=4)
+    model.allocate_cache()
+    decoder = Decoder(model)
+    decoder.flex = False
+    requests = {
+        0: Request([1, 2], SamplingParams(temperature=0.7, logprobs=True), 5, [3]),
+        2: Request([1, 2], SamplingParams(temperature=0), 5, [3]),
+    }
+    first = launch(decoder, requests, {0: 2, 2: 2}, None)
+    second = launch(decoder, requests, {0: 3, 2: 3}, first)
+    assert second.tokens.shape == (4,)
+    assert second.outcome.is_meta
+
+
+def test_what_compile_may_be() -> None:
+    cpu = torch.device("cpu")
+    assert not check_compile("auto", cpu)
+    assert check_compile(True, cpu)
+    assert not check_compile(False, torch.device("cuda"))
+    with pytest.raises(ValueError, match="compile must be .* not 'max'"):
+        check_compile("max", cpu)
+
+
+def test_batch_invariance_and_compile_exclude_each_other(ckpt: Path) -> None:
+    with pytest.raises(ValueError, match="leave compile=True out"):
+        Llama.build(ckpt, device="cpu", compile=True, batch_invariant=True)
+
+
+def test_where_flex_attention_fails_the_plain_one_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no such kernel\nand a long report")
+
+    monkeypatch.setattr(decode, "flex_attention", fails)
+    engines = Engine(tiny_model(max_batch_size=2), static=True), Engine(tiny_model(max_batch_size=2))
+    requests = [engine.add([1, 2, 3], SamplingParams(temperature=0, max_tokens=9)) for engine in engines]
+    with pytest.warns(UserWarning, match="without flex attention, which failed: no such kernel$"):
+        finish(engines[0], requests[0])
+    finish(engines[1], requests[1])
+    assert requests[0].tokens == requests[1].tokens
+
+
+@pytest.mark.slow
+def test_compiled_is_eager(tmp_path: Path) -> None:
+    """On a CPU the compiled step is the one that CUDA captures, but for the capture."""
+    tokenizer = byte_tokenizer(tmp_path)
+    write_checkpoint(tmp_path, tiny_model(std=0.5, vocab_size=tokenizer.n_words))
+    shape = {"max_seq_len": 200, "max_batch_size": 4, "device": "cpu", "dtype": "float32"}
+    eager = Llama.build(tmp_path, compile=False, **shape)
+    compiled = Llama.build(tmp_path, compile=True, **shape)
+    prompts = ["a", "some llamas", "x" * 150, "another", "and one more"]
+    for arguments in ({"temperature": 0}, {"temperature": 0.7, "seed": 5, "top_p": 0.8}):
+        answers = [
+            llama.text_completion(prompts, max_gen_len=12, logprobs=True, **arguments)
+            for llama in (eager, compiled)
+        ]
+        for one, other in zip(*answers, strict=True):
+            assert one["tokens"] == other["tokens"]
+            torch.testing.assert_close(one["logprobs"], other["logprobs"], atol=1e-4, rtol=1e-4)
+    assert compiled.engine.decoder
+    assert compiled.engine.decoder.flex  # nothing had to be left out
+
+
+@pytest.mark.slow
+def test_two_ranks_compile_whole(tmp_path: Path, torchrun) -> None:
+    tokenizer = byte_tokenizer(tmp_path)
+    model = tiny_model(std=0.5, vocab_size=tokenizer.n_words, max_batch_size=4)
+    write_checkpoint(tmp_path, model)
+    result = torchrun(2, "-m", __name__, tmp_path)
+    assert result.returncode == 0, result.stderr
+    answers = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert answers[0] == answers[1]
+    engine = Engine(model)
+    for prompt, tokens in answers[0]:
+        request = engine.add(prompt, SamplingParams(temperature=0.5, seed=2, max_tokens=10))
+        finish(engine, request)
+        assert request.tokens == tokens
+
+
+def one_rank(folder: Path) -> None:
+    with Llama.build(
+        folder, max_seq_len=64, max_batch_size=4, device="cpu", dtype="float32", compile=True
+    ) as llama:
+        prompts = [prompt_of(3 + 7 * i, seed=i) for i in range(4)]
+        ids, _ = llama.generate(prompts, 10, temperature=0.5, top_p=0.9, seed=2)
+        (folder / f"rank{llama.model.parallel.rank}.json").write_text(
+            json.dumps(list(zip(prompts, ids, strict=True)))
+        )
+
+
+if __name__ == "__main__":
+    one_rank(Path(sys.argv[1]))

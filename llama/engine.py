@@ -313,9 +313,11 @@ class Engine:
                 for item, end in zip(work, ends, strict=True)
                 if item.row.stop == item.request.length and item.request.max_tokens
             }
-            padding = [0] * (width - len(last))
-            states = hidden[[*last.values(), *padding]]
-            choices = self._choose(list(last), self.model.logits(states)[: len(last)]) if last else {}
+            choices = {}
+            if last:
+                padding = [0] * (width - len(last))
+                logits = self.model.logits(hidden[[*last.values(), *padding]])[: len(last)]
+                choices = self._choose(list(last), logits)
         return self._settle(work, scores, choices)
 
     def _settle(

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from engines import generator
-from harness import clock, in_process, machine, markdown, random_prompts, save
+from harness import clock, in_process, machine, markdown, random_prompts, save, weights
 from models import RANDOM_1B, prepare, random_model
 
 from llama import Llama
@@ -87,10 +87,7 @@ def main() -> None:
         curve: {place: [median(column) for column in zip(*pairs, strict=True)] for place, pairs in xs.items()}
         for curve, xs in points.items()
     }
-    weights = (native / "consolidated.00.pth").stat().st_size / 1e9
-    about = (
-        f"{native.resolve().name}, {weights:.2f} GB in bf16; {machine()}; medians of {options.rounds} rounds"
-    )
+    about = f"{weights(native)}; {machine()}; medians of {options.rounds} rounds"
     lines = []
     for curve, xs in curves.items():
         against, dashed = CURVES[curve]
@@ -185,9 +182,10 @@ def models_of_all_sizes(native: Path, folder: Path) -> list[Path]:
 
 def draw(pyplot: Any, path: Path, curves: dict[str, dict[float, list[Any]]], about: str) -> None:
     """One small chart for each curve, with what the machine allows as a dashed line."""
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(2.6 * len(curves), 2.8))
-    axes = [axes] if len(curves) == 1 else axes
-    for axis, (curve, points) in zip(axes, curves.items(), strict=True):
+    rows = -(-len(curves) // 3)
+    figure = pyplot.figure(figsize=(9, 0.4 + 2.5 * rows))
+    for number, (curve, points) in enumerate(curves.items(), 1):
+        axis = figure.add_subplot(rows, 3, number)
         against, dashed = CURVES[curve]
         places, values = list(points), [value for value, _ in points.values()]
         axis.plot(places, values, "o-", color="tab:blue", markersize=3)
@@ -200,6 +198,8 @@ def draw(pyplot: Any, path: Path, curves: dict[str, dict[float, list[Any]]], abo
             axis.set_xticks(places[:: 2 if len(places) > 6 else 1])
             axis.xaxis.set_major_formatter(pyplot.FuncFormatter(lambda x, _: f"{x:.0f}"))
             axis.minorticks_off()
+        else:
+            axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
         axis.set_title(curve, fontsize=9)
         axis.set_xlabel(against, fontsize=8)

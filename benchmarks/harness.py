@@ -46,6 +46,12 @@ def clock(generate: Generate, prompts: Prompts, new: int) -> tuple[float, float,
     return ticks[1] - ticks[0], statistics.median(steps), ticks[-1] - ticks[0]
 
 
+def weights(native: Path) -> str:
+    """The name of a checkpoint that was given, and its size."""
+    name = native.resolve().name if native.is_symlink() else "random weights"
+    return f"{name}, {(native / 'consolidated.00.pth').stat().st_size / 1e9:.2f} GB"
+
+
 def machine() -> str:
     """The processor, the threads used, the version of PyTorch, and today's date."""
     name = platform.processor() or platform.machine()

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from engines import ENGINES
-from harness import clock, environment, in_process, machine, markdown, random_prompts, save
+from harness import clock, environment, in_process, machine, markdown, random_prompts, save, weights
 from models import prepare
 
 from llama.bench import memory_bandwidth, peak_resident
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="*", help=f"some of: {', '.join(ENGINES)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
-    parser.add_argument("--new", type=int, default=24, help="tokens")
+    parser.add_argument("--new", type=int, default=16, help="tokens")
     parser.add_argument("--threads", type=int, help="by default PyTorch's choice")
     parser.add_argument("--save", type=Path, help="PATH.md, .json and .png; by default FOLDER/results")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # the process of one engine
@@ -116,8 +116,8 @@ def main() -> None:
         read = bytes_per_token(options.folder, **ENGINES[name][2])
         medians[name] = row | {"share": 100 * row["decode"] * read / bandwidth / 1e9}
     about = (
-        f"{machine()}; medians of {options.rounds} rounds; prompts of {options.prompt} tokens, {options.new} "
-        f"new; mixed batch: {', '.join(map(str, MIXED))}; memory read at {bandwidth:.0f} GB/s "
+        f"{weights(options.folder / 'native')}; {machine()}; medians of {options.rounds} rounds; prompts of "
+        f"{options.prompt} tokens, {options.new} new; mixed batch: {', '.join(map(str, MIXED))}; memory read at {bandwidth:.0f} GB/s "
         f"({min(bandwidths):.0f} to {max(bandwidths):.0f})"
     )
     lines = [
@@ -165,7 +165,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         return first, step, total
 
     # Every number of rows that comes below, since torch.compile may look at each anew.
-    for lengths in ([prompt], [prompt] * 8, [16, 17, 18, 19]):
+    for lengths in ([prompt], [16] * 8, [16, 17, 18, 19]):
         timed(lengths, 1, new=3)
     warm = time.perf_counter()
     first, step, _ = timed([prompt], 3)

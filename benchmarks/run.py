@@ -117,8 +117,8 @@ def main() -> None:
         medians[name] = row | {"share": 100 * row["decode"] * read / bandwidth / 1e9}
     about = (
         f"{weights(options.folder / 'native')}; {machine()}; medians of {options.rounds} rounds; prompts of "
-        f"{options.prompt} tokens, {options.new} new; mixed batch: {', '.join(map(str, MIXED))}; memory read at {bandwidth:.0f} GB/s "
-        f"({min(bandwidths):.0f} to {max(bandwidths):.0f})"
+        f"{options.prompt} tokens, {options.new} new; mixed batch: {', '.join(map(str, MIXED))}; memory read "
+        f"at {bandwidth:.0f} GB/s ({min(bandwidths):.0f} to {max(bandwidths):.0f})"
     )
     lines = [
         markdown(

@@ -1,7 +1,8 @@
 """The engines that are compared. Each opens one model and returns a function to be timed.
 
-That function takes prompts of token ids, of any lengths, and a number of tokens, and generates so many
+That function takes prompts of token ids, of any lengths, and a number of tokens, and returns so many
 after each prompt, greedily, all prompts at once. It calls `tick` whenever each prompt has one more.
+All run on the CPU, with as many threads as PyTorch has.
 """
 
 from collections.abc import Callable
@@ -10,24 +11,29 @@ from typing import Any
 
 import torch
 
+from llama import Llama
+from llama.sampling import SamplingParams
+
 Prompts = list[list[int]]
-Generate = Callable[[Prompts, int, Callable[[], None]], None]
+Generate = Callable[[Prompts, int, Callable[[], None]], Prompts]
 
 
-def ours(folder: Path, context: int, batch: int, quantize: str | None = None) -> Generate:
-    from llama import Llama
-    from llama.sampling import SamplingParams
-
+def ours(folder: Path, context: int, batch: int, **options: Any) -> Generate:
     native = folder / "native"
-    llama = Llama.build(native, max_seq_len=context, max_batch_size=batch, quantize=quantize)
+    # The others compute in bf16 on the CPU whatever else this machine has.
+    options = {"device": "cpu", "dtype": "bfloat16", **options}
+    return generator(Llama.build(native, max_seq_len=context, max_batch_size=batch, **options))
 
-    def generate(prompts: Prompts, new: int, tick: Callable[[], None]) -> None:
+
+def generator(llama: Llama) -> Generate:
+    def generate(prompts: Prompts, new: int, tick: Callable[[], None]) -> Prompts:
         params = SamplingParams(temperature=0, max_tokens=new)
         requests = [llama.engine.add(prompt, params) for prompt in prompts]
         while llama.engine.has_work():
             llama.engine.step()
             if all(request.tokens for request in requests):
                 tick()
+        return [request.tokens for request in requests]
 
     return generate
 
@@ -51,7 +57,7 @@ def meta(folder: Path, context: int, batch: int) -> Generate:
     model.load_state_dict(weights)
 
     @torch.inference_mode()
-    def generate(prompts: Prompts, new: int, tick: Callable[[], None]) -> None:
+    def generate(prompts: Prompts, new: int, tick: Callable[[], None]) -> Prompts:
         shortest, longest = min(map(len, prompts)), max(map(len, prompts))
         tokens = torch.zeros(len(prompts), longest + new, dtype=torch.int64)
         given = torch.zeros(tokens.shape, dtype=torch.bool)
@@ -65,20 +71,29 @@ def meta(folder: Path, context: int, batch: int) -> Generate:
             before = at
             if at >= longest:
                 tick()
+        return [row[len(p) : len(p) + new].tolist() for row, p in zip(tokens, prompts, strict=True)]
 
     return generate
 
 
-def transformers(folder: Path, context: int, batch: int) -> Generate:
-    """Eager, with scaled dot product attention; prompts padded on the left."""
-    from transformers import AutoModelForCausalLM
+def transformers(folder: Path, context: int, batch: int, compiled: bool = False) -> Generate:
+    """Scaled dot product attention; prompts padded on the left, and read without compilation.
+
+    compiled: a cache of one size for all calls, and decode steps by torch.compile.
+    """
+    from transformers import AutoModelForCausalLM, CompileConfig
 
     model = AutoModelForCausalLM.from_pretrained(
         folder / "hf", dtype=torch.bfloat16, attn_implementation="sdpa"
     )
+    options: dict[str, Any] = {}
+    if compiled:
+        config = CompileConfig()
+        config._compile_all_devices = True  # generate() compiles on GPUs alone unless told so
+        options = {"cache_implementation": "static", "max_cache_len": context, "compile_config": config}
 
     @torch.inference_mode()
-    def generate(prompts: Prompts, new: int, tick: Callable[[], None]) -> None:
+    def generate(prompts: Prompts, new: int, tick: Callable[[], None]) -> Prompts:
         longest = max(map(len, prompts))
         padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -87,7 +102,7 @@ def transformers(folder: Path, context: int, batch: int) -> Generate:
             tick()
             return torch.zeros(len(ids), dtype=torch.bool)
 
-        model.generate(
+        ids = model.generate(
             padded,
             attention_mask=mask,
             do_sample=False,
@@ -95,7 +110,9 @@ def transformers(folder: Path, context: int, batch: int) -> Generate:
             min_new_tokens=new,
             pad_token_id=0,
             stopping_criteria=[tick_and_go_on],
+            **options,
         )
+        return ids[:, longest:].tolist()
 
     return generate
 
@@ -126,7 +143,7 @@ def llama_cpp(folder: Path, context: int, batch: int, file: str = "bf16") -> Gen
         rows = [cpp.llama_get_logits_ith(cache, i) for i, item in enumerate(part) if item[3]]
         return [int(np.ctypeslib.as_array(row, (vocab_size,)).argmax()) for row in rows]
 
-    def generate(prompts: Prompts, new: int, tick: Callable[[], None]) -> None:
+    def generate(prompts: Prompts, new: int, tick: Callable[[], None]) -> Prompts:
         cpp.llama_memory_clear(cpp.llama_get_memory(cache), True)
         queue = [
             (token, position, sequence, position == len(prompt) - 1)
@@ -135,9 +152,12 @@ def llama_cpp(folder: Path, context: int, batch: int, file: str = "bf16") -> Gen
         ]
         last = [t for first in range(0, len(queue), 512) for t in decode(queue[first : first + 512])]
         tick()
+        chosen = [last]
         for n in range(new - 1):
             last = decode([(t, len(prompts[i]) + n, i, True) for i, t in enumerate(last)])
+            chosen.append(last)
             tick()
+        return [list(tokens) for tokens in zip(*chosen, strict=True)]
 
     return generate
 
@@ -148,14 +168,21 @@ def silence(cpp: Any) -> None:
     cpp.llama_log_set(cpp.silent, None)
 
 
-# By the names in the table: what opens it, and the package it wants besides this one.
-ENGINES: dict[str, tuple[Callable[..., Generate], str | None, dict[str, object]]] = {
+# By the names in the table: what opens it, the module it wants besides this package, and arguments.
+ENGINES: dict[str, tuple[Callable[..., Generate], str | None, dict[str, Any]]] = {
     "this runtime, bf16": (ours, None, {}),
+    "this runtime, bf16, compiled": (ours, None, {"compile": True}),
     "this runtime, int8": (ours, None, {"quantize": "int8"}),
     "this runtime, int4": (ours, None, {"quantize": "int4"}),
-    "Meta's llama-models, bf16": (meta, "llama_models", {}),
-    "transformers, bf16": (transformers, "transformers", {}),
+    "Meta's llama-models, bf16": (meta, "llama_models.llama3.model", {}),
+    "transformers, bf16": (transformers, "transformers.models.llama.modeling_llama", {}),
+    "transformers, bf16, static cache, compiled": (
+        transformers,
+        "transformers.models.llama.modeling_llama",
+        {"compiled": True},
+    ),
     "llama.cpp, bf16": (llama_cpp, "llama_cpp", {"file": "bf16"}),
     "llama.cpp, Q8_0": (llama_cpp, "llama_cpp", {"file": "Q8_0"}),
     "llama.cpp, Q4_0": (llama_cpp, "llama_cpp", {"file": "Q4_0"}),
+    "llama.cpp, Q4_1": (llama_cpp, "llama_cpp", {"file": "Q4_1"}),
 }

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,12 +31,15 @@ RANDOM_1B = {
 }
 
 
-def random_model(folder: Path, seed: int = 0) -> None:
-    """Write a native folder with random bf16 weights, embeddings tied, and Llama 3's tokenizer."""
-    import llama_models
+def random_model(
+    folder: Path, params: dict[str, Any] = RANDOM_1B, tokenizer: Path | None = None, seed: int = 0
+) -> None:
+    """Write a native folder with random bf16 weights, embeddings tied.
 
+    tokenizer: a native folder to take it from; by default it is Llama 3's.
+    """
     with torch.device("meta"):
-        model = Transformer(ModelArgs(**RANDOM_1B))
+        model = Transformer(ModelArgs(**params))
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
     del shapes["output.weight"]
     generator = torch.Generator().manual_seed(seed)
@@ -47,8 +51,14 @@ def random_model(folder: Path, seed: int = 0) -> None:
     }
     folder.mkdir(parents=True)
     torch.save(weights, folder / "consolidated.00.pth")
-    (folder / "params.json").write_text(json.dumps(RANDOM_1B))
-    shutil.copy(Path(llama_models.__file__).parent / "llama3" / "tokenizer.model", folder / "tokenizer.model")
+    (folder / "params.json").write_text(json.dumps(params))
+    if tokenizer is None:
+        import llama_models
+
+        tokenizer = Path(llama_models.__file__).parent / "llama3"
+    for name in ("tokenizer.model", "format.json"):
+        if (tokenizer / name).is_file():
+            shutil.copy(tokenizer / name, folder)
 
 
 def read(folder: Path) -> tuple[ModelArgs, dict[str, Tensor]]:
@@ -114,8 +124,8 @@ def quantize_gguf(source: Path, path: Path, kind: str) -> None:
         raise RuntimeError(f"llama.cpp could not quantize {source} to {kind}")
 
 
-def prepare(folder: Path, native: Path | None, ggufs: Collection[str]) -> None:
-    """Write what lacks of folder/native, folder/hf and of folder/….gguf: bf16, Q8_0, Q4_0.
+def prepare(folder: Path, native: Path | None, ggufs: Collection[str], hf: bool = True) -> None:
+    """Write what lacks of folder/native, folder/hf and of folder/….gguf: bf16, Q8_0, Q4_0, Q4_1.
 
     native: a checkpoint to take instead of a random one.
     """
@@ -125,7 +135,7 @@ def prepare(folder: Path, native: Path | None, ggufs: Collection[str]) -> None:
             random_model(folder / "native")
         else:
             (folder / "native").symlink_to(native.resolve())
-    if not (folder / "hf").is_dir():
+    if hf and not (folder / "hf").is_dir():
         write_hf(folder / "native", folder / "hf")
     bf16 = folder / "bf16.gguf"
     for kind in sorted(set(filter(None, ggufs)), reverse=True):

@@ -1,5 +1,6 @@
 """How fast a model runs here, beside what this machine can do."""
 
+import contextlib
 import math
 import resource
 import statistics
@@ -157,5 +158,14 @@ def peak_memory() -> int:
     """Bytes of memory that this process, or its CUDA device, held at most."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    return peak_resident()
+
+
+def peak_resident() -> int:
+    """Bytes of memory that this process held at most, the pages of mapped files among them."""
+    with contextlib.suppress(
+        OSError, IndexError
+    ):  # Linux; getrusage begins there with the peak of the parent
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

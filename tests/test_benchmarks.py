@@ -1,0 +1,80 @@
+"""The scripts of benchmarks/: that they run from end to end, and that all engines do the same work."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.conftest import ROOT
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "benchmarks" / script, *arguments, "--rounds", 1, "--threads", 1]
+    return subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+def test_engines_are_compared(ckpt: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("transformers")
+    engines = ["this runtime, bf16", "transformers, bf16"]
+    save = tmp_path / "pictures" / "tiny"
+    done = run("run.py", tmp_path, "--native", ckpt, "--new", 4, "--save", save, "--engines", *engines)
+    assert done.returncode == 0, done.stderr
+    for name in engines:
+        assert f"| {name} |" in done.stdout
+    assert "`example_chat_completion.py`, from start to end" in done.stdout
+    assert "`python -m llama chat`, from start to end" in done.stdout
+    results = json.loads(Path(f"{save}.json").read_text())
+    for (run_,) in results["engines"].values():
+        assert all(value > 0 for value in run_.values())
+    assert Path(f"{save}.md").read_text() in done.stdout
+    assert Path(f"{save}.png").stat().st_size < 150_000
+
+
+@pytest.mark.slow
+def test_curves_are_drawn(ckpt: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    kinds = ["decode", "context", "prefill"]
+    done = run("curves.py", tmp_path, "--native", ckpt, "--longest", 512, "--only", *kinds)
+    assert done.returncode == 0, done.stderr
+    curves = json.loads((tmp_path / "curves.json").read_text())["curves"]
+    assert [place for place, _, _ in curves["decode, tok/s"]] == [1, 2, 4, 8, 16, 32]
+    assert (tmp_path / "curves.png").stat().st_size < 150_000
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformers, bf16",
+        pytest.param("transformers, bf16, static cache, compiled", marks=pytest.mark.slow),
+        "llama.cpp, bf16",
+    ],
+)
+def test_peers_generate_the_same_tokens(
+    name: str, ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from engines import ENGINES
+    from models import prepare
+
+    open_engine, module, arguments = ENGINES[name]
+    pytest.importorskip(module)
+    prepare(tmp_path, ckpt, ["bf16"] if "file" in arguments else [])
+    prompts = [torch.randint(100, tiny.VOCAB - 300, (length,)).tolist() for length in (3, 17, 40)]
+    ticks: list[None] = []
+    expected = ENGINES["this runtime, bf16"][0](tmp_path, 64, 4)(prompts, 8, lambda: ticks.append(None))
+    assert len(ticks) == 8
+    generated = open_engine(tmp_path, 64, 4, **arguments)(prompts, 8, lambda: ticks.append(None))
+    assert len(ticks) == 16
+    assert generated == expected

@@ -171,7 +171,7 @@ def test_what_compile_may_be() -> None:
     assert not check_compile("auto", cpu)
     assert check_compile(True, cpu)
     assert not check_compile(False, torch.device("cuda"))
-    with pytest.raises(ValueError, match="compile must be .* not 'max'"):
+    with pytest.raises(ValueError, match="not 'max'"):
         check_compile("max", cpu)
 
 

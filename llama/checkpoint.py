@@ -446,15 +446,16 @@ def dequantized(stored: Sequence[Tensor]) -> Tensor:
 class RankReader:
     """This rank's parts of a source's tensors, by name, with a bar to watch.
 
+    release_after: bytes copied from mapped files before they are let go of.
     Where the source has no `output.weight`, the embeddings serve as output too.
     Raises CheckpointError where a tensor is missing, unknown or of another shape than the model's.
     """
 
-    def __init__(self, model: Transformer, source: TensorSource) -> None:
+    def __init__(self, model: Transformer, source: TensorSource, release_after: int = RELEASE_AFTER) -> None:
         self.parts = {name: Part.of(model, name) for name, _ in model.named_parameters()}
         self.tied = "output.weight" not in source.shapes
         check_shapes(source.shapes, {n: p for n, p in self.parts.items() if not self.tied or n != OUTPUT})
-        self.source = source
+        self.source, self._release_after = source, release_after
         self._unreleased = 0
         total = sum(weight.numel() for weight in model.parameters())
         quiet = True if model.parallel.rank else None  # None: tqdm looks whether anybody watches
@@ -478,10 +479,10 @@ class RankReader:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, part.dim)
 
     def done(self, weights: int, copied: int) -> None:
-        """Move the bar by so many weights, and let go of mapped files after enough bytes copied."""
+        """Move the bar by so many weights, for which so many bytes of files were copied."""
         self._bar.update(weights)
         self._unreleased += copied
-        if self._unreleased > RELEASE_AFTER:
+        if self._unreleased > self._release_after:
             self.source.release()
             self._unreleased = 0
 

@@ -106,10 +106,19 @@ def load_quantized(
     dtype: of embeddings and norms, and what CUDA computes in. Raises what `load_weights` raises.
     """
     linears = {name for _, _, parts in matrices(model) for name in parts}
-    with RankReader(model, source) as reader:
+    # Mapped files are let go of often: what was read of them would look like memory in use.
+    with RankReader(model, source, release_after=2**28) as reader:
         quantizer = Quantizer(
             scheme, model.params.dim, source.read, turns=scheme == "int8" and device.type == "cpu"
         )
+        kept = {}
+        for name in [name for name in reader.parts if name not in linears]:
+            weight = reader.read(name)
+            new = weight if isinstance(source, QuantizedShards) else quantizer.other(name, weight)
+            # A copy, because a row that is mapped keeps its whole file so.
+            kept[name] = new.to(device, dtype, copy=new is weight)
+            reader.done(weight.numel(), weight.nbytes)
+            del weight, new
 
         def stored(name: str, four: bool) -> Stored:
             if isinstance(source, QuantizedShards):
@@ -134,16 +143,7 @@ def load_quantized(
                     del part.weight
         else:
             _replace(model, scheme, stored, None if device.type == "cpu" else dtype)
-        changed = {}
-        for name in [name for name in reader.parts if name not in linears]:
-            weight = reader.read(name)
-            if not isinstance(source, QuantizedShards):
-                weight = quantizer.other(name, weight)
-            # A copy, because one row that is mapped keeps its whole file so.
-            changed[name] = weight.to(device, dtype, copy=True)
-            reader.done(weight.numel(), weight.nbytes)
-            del weight
-    model.load_state_dict(changed, strict=True, assign=True)
+    model.load_state_dict(kept, strict=True, assign=True)
     source.release()
 
 
@@ -234,13 +234,16 @@ class Quantizer:
         return self.rotation(rows.float() * self.read(f"{gain}.weight"))
 
     def other(self, name: str, weight: Tensor) -> Tensor:
-        """Embeddings or the gain of a norm, in the dtype that they have."""
+        """Embeddings or the gain of a norm, in the dtype that they have; itself where nothing changes."""
         if self.rotation is None:
             return weight
         if name != "tok_embeddings.weight":
             # Its gain, which differs from channel to channel, went into the weights that follow.
             return torch.ones_like(weight)
-        return torch.cat([self.rotation(part.float()).to(weight.dtype) for part in weight.split(4096)])
+        turned = torch.empty_like(weight)
+        for rows, to in zip(weight.split(4096), turned.split(4096), strict=True):
+            to.copy_(self.rotation(rows.float()))
+        return turned
 
 
 class Rotation:

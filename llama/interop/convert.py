@@ -163,7 +163,9 @@ def write_quantized(
                     tensors.update(zip((name, f"{stem}scales", f"{stem}zeros"), stored, strict=False))
                 else:
                     # A copy, because what is mapped would be written with all that surrounds it.
-                    tensors[name] = quantizer.other(name, weight).to(dtype, copy=True)
+                    new = quantizer.other(name, weight)
+                    tensors[name] = new.to(dtype, copy=new is weight)
+                    del new
                 bar.update(weight.numel())
                 unreleased += weight.nbytes
                 if unreleased > RELEASE_AFTER:

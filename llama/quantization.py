@@ -155,6 +155,8 @@ def _stored_part(reader: RankReader, source: QuantizedShards, name: str) -> Stor
     whole = [piece for piece in pieces if piece is not None]
     if len(whole) < len(pieces):
         return None
+    if len(whole) == 1:
+        return tuple(tensor.contiguous() for tensor in whole[0])
     if part.dim == 1 and len(whole[0]) == 2:  # scales of rows are the same for all columns
         return torch.cat([weight for weight, _ in whole], 1), whole[0][1]
     return tuple(torch.cat(tensors, part.dim) for tensors in zip(*whole, strict=True))
@@ -169,7 +171,7 @@ def _replace(
     None on a CPU.
     """
     four = four_bits(model, scheme)
-    # From the output layer, the largest, to the first ones, because making it takes most memory.
+    # The output layer, which takes most memory to make, comes first, while there is most left.
     for name, module, parts in reversed(matrices(model)):
         stored = [read(part, part in four) for part in parts]
         if len({len(tensors) for tensors in stored}) > 1:
@@ -219,7 +221,7 @@ class Quantizer:
             return pairs[:, ::2] | pairs[:, 1::2] << 4, scales, zeros
         if self.rotation is not None and name.endswith(("wo.weight", "w2.weight")):
             # These write to the residual stream, all others read it.
-            parts = [self.rotation(part.float().T).T for part in weight.split(TURNED, 1)]
+            parts = [self.rotation(part.T.contiguous().float()).T for part in weight.split(TURNED, 1)]
             weight = torch.cat(parts, 1)
             del parts
         rows = max(1, COPIED // weight.shape[1])

@@ -12,6 +12,7 @@ def main(
     max_seq_len: int = 512,
     max_batch_size: int = 4,
     max_gen_len: int | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Answer a few dialogs with a chat model.
 
@@ -23,6 +24,7 @@ def main(
         max_seq_len: tokens of a dialog and its answer together.
         max_batch_size: dialogs answered at a time.
         max_gen_len: tokens of an answer at most; by default as many as fit.
+        quantize: int8 or int4, or fp8 on CUDA; by default the weights as they are.
     """
     dialogs: list[Dialog] = [
         [{"role": "user", "content": "What is the capital of France?"}],
@@ -49,6 +51,7 @@ def main(
         tokenizer_path=tokenizer_path,
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
+        quantize=quantize,
     ) as llama:
         results = llama.chat_completion(
             dialogs, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len

@@ -12,6 +12,7 @@ def main(
     max_seq_len: int = 128,
     max_gen_len: int | None = 64,
     max_batch_size: int = 4,
+    quantize: str | None = None,
 ) -> None:
     """Continue a few texts with a base model.
 
@@ -23,6 +24,7 @@ def main(
         max_seq_len: tokens of a text and its continuation together.
         max_gen_len: tokens of a continuation at most; None for as many as fit.
         max_batch_size: texts continued at a time.
+        quantize: int8 or int4, or fp8 on CUDA; by default the weights as they are.
     """
     prompts = [
         "The llama and the alpaca differ in",
@@ -44,6 +46,7 @@ Tomorrow we release""",
         tokenizer_path=tokenizer_path,
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
+        quantize=quantize,
     ) as llama:
         results = llama.text_completion(
             prompts, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len

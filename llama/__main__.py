@@ -18,6 +18,7 @@ def convert(
     tokenizer_path: str | None = None,
     adapter: str | None = None,
     overwrite: bool = False,
+    quantize: str | None = None,
 ) -> None:
     """Write a checkpoint in another format, or with other files.
 
@@ -30,12 +31,13 @@ def convert(
         tokenizer_path: of another tokenizer than the source's own.
         adapter: a folder with a LoRA adapter in PEFT's format to merge into the weights.
         overwrite: replace the destination where it exists.
+        quantize: int8 or int4 weights, in a folder that every command loads.
     """
     from llama.interop.convert import convert
 
     # As on Ctrl-C, so that nothing half-made stays behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    convert(source, destination, to, shards, dtype, tokenizer_path, adapter, overwrite)
+    convert(source, destination, to, shards, dtype, tokenizer_path, adapter, overwrite, quantize)
     print(f"Wrote {destination}")
 
 
@@ -55,7 +57,7 @@ def info(
         max_seq_len: tokens of the KV cache per sequence.
         max_batch_size: sequences of the KV cache.
         dtype: bf16, fp16 or fp32; by default that of the files.
-        quantize: of the weights, int8 or int4.
+        quantize: of the weights, int8, int4 or fp8; by default that of the files.
         tokenizer_path: of another tokenizer than the checkpoint's own.
         adapter: a folder with a LoRA adapter in PEFT's format.
     """

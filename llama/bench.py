@@ -36,7 +36,7 @@ def bench(
     Args:
         ckpt_dir: folder of consolidated.*.pth and params.json.
         tokenizer_path: by default tokenizer.model in ckpt_dir.
-        quantize: int8 or int4; by default the weights as they are.
+        quantize: int8 or int4, or fp8 on CUDA; by default the weights as they are.
         dtype: bfloat16, float16 or float32; by default bf16 where the device computes in it.
         batch: sequences at a time.
         prompt: tokens of each prompt, which are random.
@@ -61,7 +61,7 @@ def bench(
             rates.append(matrix_rate(llama.model.device, llama.model.dtype))
         first = statistics.median(timing.first_token for timing in timings)
         step = statistics.median(timing.step for timing in timings)
-        read = bytes_per_step(llama.model, quantize, batch, prompt + new // 2) / step
+        read = bytes_per_step(llama.model, llama.quantization, batch, prompt + new // 2) / step
         work = prefill_flops(llama.model, batch, prompt) / first
         if profile is not None:
             with torch.profiler.profile() as profiler:

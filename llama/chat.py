@@ -51,6 +51,7 @@ def chat(
     tokenizer_path: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Chat with a model in the terminal.
 
@@ -66,10 +67,11 @@ def chat(
         tokenizer_path: by default tokenizer.model in ckpt_dir.
         device: cuda, mps or cpu; by default the best there is.
         dtype: bfloat16, float16 or float32; by default what suits the device.
+        quantize: int8 or int4, or fp8 on CUDA; by default the weights as they are.
     """
     params = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "seed": seed}
     with Llama.build(
-        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype
+        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype, quantize=quantize
     ) as llama:
         Chat(llama, Conversation(system), params, speed).run()
 
@@ -86,6 +88,7 @@ def complete(
     tokenizer_path: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Continue a text, and print the continuation as it comes.
 
@@ -101,11 +104,12 @@ def complete(
         tokenizer_path: by default tokenizer.model in ckpt_dir.
         device: cuda, mps or cpu; by default the best there is.
         dtype: bfloat16, float16 or float32; by default what suits the device.
+        quantize: int8 or int4, or fp8 on CUDA; by default the weights as they are.
     """
     if prompt is None and sys.stdin.isatty():
         raise ValueError("no prompt: give one behind the folder, or on the standard input")
     with Llama.build(
-        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype
+        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype, quantize=quantize
     ) as llama:
         if prompt is None:
             prompt = Terminal(llama.model.parallel).once(sys.stdin.read).removesuffix("\n")

@@ -7,6 +7,9 @@ Meta's native format is here; those of others are in `llama.interop`. It is a fo
 `consolidated.NN.pth` and `params.json`. Each file holds the n-th part of every matrix, cut along the
 dimension that the parallel layer has too; norms lie whole in each file. Where a rank needs exactly
 what a file holds, the memory-mapped tensor becomes the weight itself and nothing is copied.
+
+A folder of quantized weights looks the same, but for a key `quantization` in its `params.json`, and its
+files hold whole matrices: some of them each, in numbers that any rank can take its part of.
 """
 
 import json
@@ -26,6 +29,9 @@ from llama.model import ModelArgs, Transformer
 from llama.parallel import ModelParallel, Sharded, Span
 from llama.tokenizer import SentencePieceTokenizer, TextTokenizer, Tokenizer, load_tokenizer
 
+QUANTIZATIONS = ("int8", "int4")  # that a folder can hold
+GROUP = 32  # weights of 4 bits that share a scale and a zero point of bf16, which makes 5 bits a weight
+OUTPUT = "output.weight"
 IGNORED = {"rope.freqs"}  # LLaMA 1 and 2 saved this table, which follows from params.json
 # Bytes copied from mapped files before they are let go of, so that they do not fill the memory.
 RELEASE_AFTER = 2**30
@@ -63,7 +69,8 @@ class Checkpoint:
 
     path: its folder or file. kind: "native", "Hugging Face" or "GGUF". family: of models, as people
     call it. params: arguments for `ModelArgs`, by the names of `params.json`. context: tokens it was
-    trained for, None where its files do not say. files: how many hold weights.
+    trained for, None where its files do not say. files: how many hold weights. quantization: "int8" or
+    "int4" where the matrices are stored so, with `QuantizedShards` as weights.
     """
 
     path: Path
@@ -75,10 +82,11 @@ class Checkpoint:
     formatter: DialogFormat
     context: int | None
     files: int
+    quantization: str | None = None
 
 
 def read_params(ckpt_dir: Path) -> dict[str, Any]:
-    """The `params.json` of a checkpoint, as arguments for `ModelArgs`.
+    """The `params.json` of a checkpoint: arguments for `ModelArgs`, and perhaps `quantization`.
 
     Raises FileNotFoundError where there is none, CheckpointError where it is not a model's.
     """
@@ -96,8 +104,12 @@ def read_params(ckpt_dir: Path) -> dict[str, Any]:
     if not isinstance(params, dict) or not {"dim", "n_layers", "n_heads"} <= params.keys():
         raise CheckpointError(f"{path} lacks dim, n_layers or n_heads; download it again")
     known = {field.name for field in fields(ModelArgs)}
-    if unknown := sorted(params.keys() - known):
+    if unknown := sorted(params.keys() - known - {"quantization"}):
         raise CheckpointError(f"{path} has {', '.join(unknown)}, which this model does not implement")
+    if params.get("quantization", "int8") not in QUANTIZATIONS:
+        raise CheckpointError(
+            f"{path} has quantization={params['quantization']!r}; {' and '.join(QUANTIZATIONS)} can be loaded"
+        )
     # LLaMA 1 and 2 came before the key, with the original paper's theta.
     return {"rope_theta": 10000.0, **params}
 
@@ -166,7 +178,9 @@ def open_native(
             f"the tokenizer has {tokenizer.n_words} tokens, but {ckpt_dir / 'params.json'} says "
             f"vocab_size={params['vocab_size']}: is it the tokenizer.model of this checkpoint?"
         )
-    weights = NativeShards(shards, ModelArgs(**params))
+    quantization = params.pop("quantization", None)
+    read = QuantizedShards if quantization else NativeShards
+    weights: TensorSource = read(shards, ModelArgs(**params))
     family, context, chat = recognize(params, weights, tokenizer)
     return Checkpoint(
         path=ckpt_dir,
@@ -178,6 +192,7 @@ def open_native(
         formatter=formatter or chat_format(tokenizer, chat),
         context=context,
         files=len(shards),
+        quantization=quantization,
     )
 
 
@@ -299,8 +314,7 @@ class NativeShards:
         check_names(path, tensors, self.parts)
         for name in self.parts:
             tensor = tensors[name]
-            if not tensor.is_floating_point() or tensor.itemsize < 2:
-                raise CheckpointError(f"{path}: {name} is {tensor.dtype}; fp32, fp16 and bf16 can be loaded")
+            check_float(path, name, tensor)
             try:
                 cut = self.cut(name, tensor.shape)
             except ValueError as error:
@@ -318,39 +332,179 @@ class NativeShards:
         return self._mapped[path]
 
 
+class QuantizedShards:
+    """The matrices of a folder of quantized weights, as they are stored, and as a `TensorSource`.
+
+    Of a matrix (out, in) the files hold either `weight` int8 and `scales` fp32 (out), or `weight` uint8
+    (out, in / 2), two weights to a byte, the even column in the low half, with `scales` and `zeros` bf16
+    (out, in / 32): scale · (value - 8) + zero. Embeddings and norms are plain.
+    Raises CheckpointError where a tensor is missing, unknown, or of another shape or dtype.
+    """
+
+    def __init__(self, paths: Sequence[Path], args: ModelArgs) -> None:
+        self.parts = whole_parts(args)
+        self.shapes = {name: part.shape for name, part in self.parts.items()}
+        self._mapped = {path: read_shard(path) for path in paths}
+        self._where: dict[str, Path] = {}
+        for path, tensors in self._mapped.items():
+            if twice := [name for name in tensors if name in self._where]:
+                raise CheckpointError(
+                    f"{path} has {_some(twice)} that {self._where[twice[0]].name} has too; "
+                    "do all files belong to one model?"
+                )
+            self._where.update(dict.fromkeys(tensors, path))
+        folder = paths[0].parent
+        wanted = {key: name for name in self.parts for key in self._keys(name)}
+        if missing := [key for key in wanted if key not in self._where]:
+            raise CheckpointError(
+                f"{folder} lacks {_some(missing)} of a quantized model; is a file of it missing, or is "
+                "params.json that of another model?"
+            )
+        if unknown := [key for key in self._where if key not in wanted]:
+            raise CheckpointError(f"{folder} has {_some(unknown)}, which the model of params.json has not")
+        for name in self.parts:
+            self._check(name)
+        self.dtype = self._tensor("tok_embeddings.weight").dtype
+
+    def read(self, name: str, dim: int = 0, span: Span | None = None) -> Tensor:
+        start, stop = span or (0, self.shapes[name][dim])
+        if len(self._keys(name)) == 1:
+            return self._tensor(name).narrow(dim, start, stop - start)
+        # Of groups that the span cuts, all of it.
+        first, last = (start, stop) if dim == 0 else (start // GROUP * GROUP, -(-stop // GROUP) * GROUP)
+        stored = self.stored(name, dim, (first, min(last, self.shapes[name][dim])))
+        assert stored is not None
+        return dequantized(stored).narrow(dim, start - first, stop - start)
+
+    def stored(self, name: str, dim: int, span: Span) -> tuple[Tensor, ...] | None:
+        """A matrix's rows or columns as they are stored: weight and scales, and with 4 bits zeros.
+
+        None where the span cuts a group of columns.
+        """
+        start, stop = span
+        weight, *others = (self._tensor(key) for key in self._keys(name))
+        if dim == 0:
+            return tuple(tensor[start:stop] for tensor in (weight, *others))
+        if len(others) == 1:  # columns share the scales of their rows
+            return weight[:, start:stop], *others
+        if start % GROUP or stop % GROUP:
+            return None
+        groups = slice(start // GROUP, stop // GROUP)
+        return weight[:, start // 2 : stop // 2], *(tensor[:, groups] for tensor in others)
+
+    def release(self) -> None:
+        self._mapped = {}
+
+    def _keys(self, name: str) -> list[str]:
+        """Names of what is stored of a tensor: of a matrix at least weight and scales."""
+        stem = name.removesuffix("weight")
+        if self.parts[name].dim is None or name == "tok_embeddings.weight":
+            return [name]
+        four = self.shapes[name][1] % GROUP == 0 and name in self._where
+        four = four and self._tensor(name).dtype == torch.uint8
+        return [name, f"{stem}scales", *([f"{stem}zeros"] if four else [])]
+
+    def _tensor(self, key: str) -> Tensor:
+        path = self._where[key]
+        if path not in self._mapped:
+            self._mapped[path] = read_shard(path)
+        return self._mapped[path][key]
+
+    def _check(self, name: str) -> None:
+        keys, shape = self._keys(name), self.shapes[name]
+        wanted: list[tuple[torch.dtype, tuple[int, ...]]]
+        if len(keys) == 1:
+            check_float(self._where[name], name, self._tensor(name))
+            wanted = [(self._tensor(name).dtype, shape)]
+        elif len(keys) == 2:
+            wanted = [(torch.int8, shape), (torch.float32, shape[:1])]
+        else:
+            group = (torch.bfloat16, (shape[0], shape[1] // GROUP))
+            wanted = [(torch.uint8, (shape[0], shape[1] // 2)), group, group]
+        for key, (dtype, size) in zip(keys, wanted, strict=True):
+            if ((tensor := self._tensor(key)).dtype, tuple(tensor.shape)) != (dtype, size):
+                raise CheckpointError(
+                    f"{self._where[key]}: {key} is {tensor.dtype} of {tuple(tensor.shape)}, where by "
+                    f"params.json {dtype} of {size} belongs; do all files belong to one model?"
+                )
+
+
+def unpacked(weight: Tensor) -> Tensor:
+    """uint8 (out, in / 2), two values of 4 bits to a byte, to uint8 (out, in)."""
+    return torch.stack((weight & 15, weight >> 4), -1).flatten(1)
+
+
+def dequantized(stored: Sequence[Tensor]) -> Tensor:
+    """fp32 (out, in) of a stored matrix, as `QuantizedShards` has them."""
+    weight, scales, *zeros = stored
+    if not zeros:
+        return weight * scales[:, None]
+    groups = unpacked(weight).unflatten(1, (-1, GROUP)).float() - 8
+    return groups.mul_(scales[..., None].float()).add_(zeros[0][..., None].float()).flatten(1)
+
+
+class RankReader:
+    """This rank's parts of a source's tensors, by name, with a bar to watch.
+
+    release_after: bytes copied from mapped files before they are let go of.
+    Where the source has no `output.weight`, the embeddings serve as output too.
+    Raises CheckpointError where a tensor is missing, unknown or of another shape than the model's.
+    """
+
+    def __init__(self, model: Transformer, source: TensorSource, release_after: int = RELEASE_AFTER) -> None:
+        self.parts = {name: Part.of(model, name) for name, _ in model.named_parameters()}
+        self.tied = "output.weight" not in source.shapes
+        check_shapes(source.shapes, {n: p for n, p in self.parts.items() if not self.tied or n != OUTPUT})
+        self.source, self._release_after = source, release_after
+        self._unreleased = 0
+        total = sum(weight.numel() for weight in model.parameters())
+        quiet = True if model.parallel.rank else None  # None: tqdm looks whether anybody watches
+        self._bar = tqdm(
+            total=total, desc="Loading", unit=" weights", unit_scale=True, leave=False, disable=quiet
+        )
+
+    def __enter__(self) -> "RankReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def read(self, name: str) -> Tensor:
+        """A part; mapped from the file where it can be."""
+        part = self.parts[name]
+        stored = "tok_embeddings.weight" if self.tied and name == OUTPUT else name
+        if part.dim is None:
+            return self.source.read(stored)
+        pieces = [self.source.read(stored, part.dim, span) for span in part.spans]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, part.dim)
+
+    def done(self, weights: int, copied: int) -> None:
+        """Move the bar by so many weights, for which so many bytes of files were copied."""
+        self._bar.update(weights)
+        self._unreleased += copied
+        if self._unreleased > self._release_after:
+            self.source.release()
+            self._unreleased = 0
+
+
 def load_weights(model: Transformer, source: TensorSource, dtype: torch.dtype, device: torch.device) -> None:
     """Fill a model that was built on the meta device with this rank's part of every tensor.
 
     Where the source has no `output.weight`, the embeddings serve as output too.
     Raises CheckpointError where a tensor is missing, unknown or of another shape than the model's.
     """
-    parts = {name: Part.of(model, name) for name, _ in model.named_parameters()}
-    if "output.weight" not in source.shapes:
-        del parts["output.weight"]
-    check_shapes(source.shapes, parts)
     loaded: dict[str, Tensor] = {}
-    total = sum(weight.numel() for weight in model.parameters())
-    quiet = True if model.parallel.rank else None  # None: tqdm looks whether anybody watches
-    unreleased = 0
-    with tqdm(
-        total=total, desc="Loading", unit=" weights", unit_scale=True, leave=False, disable=quiet
-    ) as bar:
-        for name, part in parts.items():
-            if part.dim is None:
-                weight = source.read(name)
-            else:
-                pieces = [source.read(name, part.dim, span) for span in part.spans]
-                weight = pieces[0] if len(pieces) == 1 else torch.cat(pieces, part.dim)
+    with RankReader(model, source) as reader:
+        for name in reader.parts:
+            if reader.tied and name == OUTPUT:
+                continue
+            weight = reader.read(name)
             # No copy where nothing changes.
             loaded[name] = weight.to(device, dtype).contiguous()
-            bar.update(weight.numel())
-            unreleased += weight.nbytes if loaded[name] is not weight else 0
-            if unreleased > RELEASE_AFTER:
-                source.release()
-                unreleased = 0
-    loaded.setdefault("output.weight", loaded["tok_embeddings.weight"])
+            reader.done(weight.numel(), weight.nbytes if loaded[name] is not weight else 0)
+    loaded.setdefault(OUTPUT, loaded["tok_embeddings.weight"])
     model.load_state_dict(loaded, strict=True, assign=True)
-    if "output.weight" not in parts:
+    if reader.tied:
         model.output.weight = model.tok_embeddings.weight
 
 
@@ -389,6 +543,12 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], parts: Mapping[str, Part
                 f"{name} has the shape {tuple(shapes[name])}, where by the model's parameters "
                 f"{part.shape} belongs; do weights and configuration belong to one model?"
             )
+
+
+def check_float(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError for a dtype that no model is computed in."""
+    if not tensor.is_floating_point() or tensor.itemsize < 2:
+        raise CheckpointError(f"{path}: {name} is {tensor.dtype}; fp32, fp16 and bf16 can be loaded")
 
 
 def check_names(

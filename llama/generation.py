@@ -22,7 +22,7 @@ from llama.interop import open_checkpoint
 from llama.model import ModelArgs, Transformer
 from llama.packing import pack
 from llama.parallel import ModelParallel
-from llama.quantization import check_quantize, quantize, weight_bytes
+from llama.quantization import check_quantize, load_quantized, scheme_of, weight_bytes
 from llama.sampling import SamplingParams, derive_seed
 from llama.streaming import Answer, StreamEvent, collect, stream
 from llama.tokenizer import TextTokenizer
@@ -65,7 +65,10 @@ class Llama:
 
     Use it as a context manager, or `close()` it, to take down what `build` set up between ranks;
     otherwise that happens at the end of the program.
+    quantization: "int8", "int4" or "fp8" where `build` loaded the weights so.
     """
+
+    quantization: str | None = None
 
     @staticmethod
     def build(
@@ -97,7 +100,8 @@ class Llama:
         adapter: a folder with a LoRA adapter in PEFT's format, merged into the weights.
         batch_invariant: a request's logprobs are the same to the bit whatever else runs beside it, for
         some speed. Refused (ValueError) where this machine's kernels cannot keep it.
-        quantize: "int8" or "int4" weights, on x86 CPUs; by default they stay in dtype.
+        quantize: "int8" or "int4" weights, on x86 CPUs, and on CUDA, there "fp8" too; by default they are
+        what the files hold. A folder of quantized weights needs no word here.
         compile: whether to compile the model, and to decode at fixed shapes, on CUDA as a captured graph;
         "auto" does on CUDA, where it pays. Takes its time at build. Not with batch_invariant.
 
@@ -115,8 +119,10 @@ class Llama:
         try:
             with group.together():
                 checkpoint = open_checkpoint(ckpt_dir, tokenizer_path, adapter)
+                scheme = scheme_of(checkpoint, quantize)
+                check_quantize(scheme, device)
                 args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-                model = load(checkpoint, args, group, device, dtype, quantize)
+                model = load(checkpoint, args, group, device, dtype, scheme)
             llama = Llama(
                 model,
                 checkpoint.tokenizer,
@@ -131,6 +137,7 @@ class Llama:
             parallel.disconnect()
             raise
         llama._connected = True
+        llama.quantization = scheme
         return llama
 
     def __init__(
@@ -362,18 +369,18 @@ def load(
             f"warning: max_seq_len={args.max_seq_len} is more than the {checkpoint.context} tokens that this "
             f"{checkpoint.family} model was trained for; answers beyond them degrade"
         )
-    load_weights(model, checkpoint.weights, dtype, device)
-    weights = sum(weight.nbytes for weight in model.parameters())  # fewer where embeddings are tied
+    if scheme is None:
+        load_weights(model, checkpoint.weights, dtype, device)
+        weights = sum(weight.nbytes for weight in model.parameters())  # fewer where embeddings are tied
+        pack(model)
+    else:
+        load_quantized(model, checkpoint.weights, scheme, dtype, device)
+        weights = resident
     share = f", {group.size} ranks" if group.size > 1 else ""
     say(
         f"Loaded {checkpoint.path.resolve().name}: {checkpoint.files} file(s), {gigabytes(weights)} "
-        f"in {str(dtype)[6:]} on {device}{share}, {time.perf_counter() - start:.1f} s"
+        f"in {scheme or str(dtype)[6:]} on {device}{share}, {time.perf_counter() - start:.1f} s"
     )
-    if scheme is None:
-        pack(model)
-    else:
-        quantize(model, scheme)
-        say(f"Quantized to {scheme}: {gigabytes(resident)}, {time.perf_counter() - start:.1f} s")
     say(f"KV cache: {gigabytes(cache)} for {sequences}")
     model.allocate_cache()
     return model

@@ -57,12 +57,18 @@ def replace_weights(
     One after the other, and the plain weights are given up on the way, so that the model has no
     state dict afterwards.
     """
+    for name, module, parts in matrices(model):
+        weights: list[Tensor] = [part.weight for part in parts.values()]
+        module.backend = backend(name, weights[0] if len(weights) == 1 else torch.cat(weights))
+        for part in parts.values():
+            del part.weight
+
+
+def matrices(model: torch.nn.Module) -> list[tuple[str, Linear | Joined, dict[str, Linear]]]:
+    """Each matrix that is applied as one: its name, who applies it, and its linears by weights' names."""
     linears = {module: name for name, module in model.named_modules() if isinstance(module, Linear)}
+    found: list[tuple[str, Linear | Joined, dict[str, Linear]]] = []
     for name, joined in model.named_modules():
         if isinstance(joined, Joined):
-            joined.backend = backend(name, torch.cat([part.weight for part in joined.parts]))
-            for part in joined.parts:
-                del linears[part], part.weight
-    for linear, name in linears.items():
-        linear.backend = backend(name, linear.weight)
-        del linear.weight
+            found.append((name, joined, {f"{linears.pop(part)}.weight": part for part in joined.parts}))
+    return [*found, *((name, linear, {f"{name}.weight": linear}) for linear, name in linears.items())]

@@ -24,7 +24,7 @@ def perplexity(
         ckpt_dir: folder of consolidated.*.pth and params.json.
         file: a text in UTF-8.
         tokenizer_path: by default tokenizer.model in ckpt_dir.
-        quantize: int8 or int4; by default the weights as they are.
+        quantize: int8 or int4, or fp8 on CUDA; by default the weights as they are.
         max_seq_len: tokens of a window.
         stride: tokens from one window to the next; by default half of max_seq_len.
         dtype: bfloat16, float16 or float32; by default bf16 where the CPU computes in it.

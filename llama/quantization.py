@@ -1,4 +1,4 @@
-"""Linear layers with weights of 8 or 4 bits, for CPUs of the x86 kind.
+"""Linear layers with weights of 8 or 4 bits, for CPUs of the x86 kind, and for CUDA.
 
 8 bits: weights int8 with a scale for each output row, activations int8 with a scale for each token.
 A few channels of the residual stream are so much larger than the others that 8 bits do not resolve
@@ -10,7 +10,9 @@ input of `w2`, a product of two activations, cannot be turned; it goes in as a h
 4 bits: groups of 32 weights of a row with a scale and a zero point, chosen by least squares; `w2` and
 the output layer, which suffer most, stay at 8 bits.
 
-Embeddings and norms keep their dtype. The operators are PyTorch's own.
+Embeddings and norms keep their dtype. The operators are PyTorch's own. On CUDA (`torchao_backend`) the
+same weights meet activations as they are, so there int8 needs no turning; turned weights from a folder
+serve as well, for the model they make is the same.
 """
 
 import math
@@ -21,15 +23,28 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from llama.model import RMSNorm, Transformer
-from llama.packing import replace_weights
+from llama.checkpoint import (
+    GROUP,
+    QUANTIZATIONS,
+    Checkpoint,
+    QuantizedShards,
+    RankReader,
+    TensorSource,
+    dequantized,
+    unpacked,
+)
+from llama.model import Transformer
+from llama.packing import matrices
 from llama.parallel import Linear
+from llama.torchao_backend import check_torchao, float8, from_stored
 
-SCHEMES = ("int8", "int4")
-GROUP = 32  # weights of 4 bits that share a scale and a zero point of bf16, which makes 5 bits a weight
+SCHEMES = (*QUANTIZATIONS, "fp8")
+Stored = tuple[Tensor, ...]  # a matrix of 8 or 4 bits, as `QuantizedShards` has it
 # An activation is so many steps at most to either side. Without VNNI instructions the kernel adds pairs
 # of products in 16 bits, which only 7 bits of activations cannot overflow.
 STEPS = 127 if getattr(torch.cpu, "_is_vnni_supported", bool)() else 63
+# Numbers of a matrix that are copied to fp32 at once, and columns of one that are turned at once.
+COPIED, TURNED = 2**24, 1024
 # Clipping of a group's range that is tried, and weights that are searched for at once: as many as
 # stay in a core's cache.
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
@@ -37,44 +52,200 @@ SEARCHED = 2**18
 
 
 def check_quantize(scheme: str | None, device: torch.device) -> None:
-    """Raise ValueError for a scheme that is not None, "int8" or "int4", or that the device has not."""
+    """Raise ValueError for a scheme that there is not, or that the device has not.
+
+    ImportError where a package lacks that it needs.
+    """
     if scheme is None:
         return
     if scheme not in SCHEMES:
-        raise ValueError(f"quantize must be None, 'int8' or 'int4', not {scheme!r}")
-    if device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise ValueError(f"quantize must be None, 'int8', 'int4' or 'fp8', not {scheme!r}")
+    if device.type == "cuda":
+        check_torchao(scheme, device)
+    elif scheme == "fp8":
         raise ValueError(
-            f"quantize={scheme!r} runs on x86 CPUs only, not on this {device.type} device: "
-            "leave it out, or pass device='cpu'"
+            f"quantize='fp8' runs on CUDA devices only, not on this {device.type} device: "
+            "'int8' and 'int4' run on x86 CPUs too"
         )
+    elif device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise ValueError(
+            f"quantize={scheme!r} runs on x86 CPUs and CUDA devices only, not on this {device.type} device: "
+            "leave it out (a folder of quantized weights needs the one it was made from), "
+            "or pass device='cpu' on x86"
+        )
+
+
+def scheme_of(checkpoint: Checkpoint, scheme: str | None) -> str | None:
+    """The scheme that a checkpoint's weights are stored in, else the one asked for.
+
+    Raises ValueError where another one is asked for than they are stored in.
+    """
+    stored = checkpoint.quantization
+    if stored is not None and scheme not in (None, stored):
+        raise ValueError(
+            f"{checkpoint.path} holds {stored} weights, which quantize={scheme!r} cannot be made of: "
+            "leave it out, or name the folder that they were made from"
+        )
+    return stored or scheme
 
 
 def quantize(model: Transformer, scheme: str) -> None:
     """Quantize every linear of a loaded model, one after the other; it has no state dict afterwards."""
-    rotation = Rotation(model.params.dim)
+    quantizer = Quantizer(scheme, model.params.dim, model.get_parameter)
+    _replace(model, scheme, lambda name, four: quantizer.matrix(name, model.get_parameter(name), four))
+    changed = {name: quantizer.other(name, weight) for name, weight in model.named_parameters()}
+    model.load_state_dict(changed, strict=True, assign=True)
 
-    def backend(name: str, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        if scheme == "int8":
-            weight = rotated(name, weight.float())
-        if scheme == "int4" and takes_int4(name, weight):
-            return Int4(weight)
-        return Int8(weight, split=name.endswith("w2"))
 
-    def rotated(name: str, weight: Tensor) -> Tensor:
-        if name.endswith(("wo", "w2")):  # these write to the residual stream, all others read it
-            return rotation(weight.T).T
-        layer, _, part = name.rpartition(".")[0].rpartition(".")
+def load_quantized(
+    model: Transformer, source: TensorSource, scheme: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Fill a model that was built on the meta device; of its linears only quantized weights are ever held.
+
+    One matrix after the other is read and quantized, or read as a folder of quantized weights has it.
+    dtype: of embeddings and norms, and what CUDA computes in. Raises what `load_weights` raises.
+    """
+    linears = {name for _, _, parts in matrices(model) for name in parts}
+    # Mapped files are let go of often: what was read of them would look like memory in use.
+    with RankReader(model, source, release_after=2**28) as reader:
+        quantizer = Quantizer(
+            scheme, model.params.dim, source.read, turns=scheme == "int8" and device.type == "cpu"
+        )
+        kept = {}
+        for name in [name for name in reader.parts if name not in linears]:
+            weight = reader.read(name)
+            new = weight if isinstance(source, QuantizedShards) else quantizer.other(name, weight)
+            # A copy, because a row that is mapped keeps its whole file so.
+            kept[name] = new.to(device, dtype, copy=new is weight)
+            reader.done(weight.numel(), weight.nbytes)
+            del weight, new
+
+        def stored(name: str, four: bool) -> Stored:
+            if isinstance(source, QuantizedShards):
+                found = _stored_part(reader, source, name)
+                if found is None or (len(found) == 3 and not four):
+                    # The operator's sizes, or borders of groups, are not those of this rank's part.
+                    found = int8_rows(reader.read(name))
+                size = sum(tensor.nbytes for tensor in found)
+                found = tuple(tensor.to(device) for tensor in found)
+            else:
+                weight = reader.read(name)
+                size = weight.nbytes
+                found = quantizer.matrix(name, weight.to(device), four)
+            reader.done(model.get_parameter(name).numel(), size)
+            return found
+
+        if scheme == "fp8":
+            for _, module, parts in matrices(model):
+                module.backend = float8(torch.cat([reader.read(part).to(device) for part in parts]))
+                for part in parts.values():
+                    reader.done(part.weight.numel(), part.weight.numel() * source.dtype.itemsize)
+                    del part.weight
+        else:
+            _replace(model, scheme, stored, None if device.type == "cpu" else dtype)
+    model.load_state_dict(kept, strict=True, assign=True)
+    source.release()
+
+
+def _stored_part(reader: RankReader, source: QuantizedShards, name: str) -> Stored | None:
+    """What a folder of quantized weights has of this rank's part; None where a border cuts a group."""
+    part = reader.parts[name]
+    assert part.dim is not None
+    pieces = [source.stored(name, part.dim, span) for span in part.spans]
+    whole = [piece for piece in pieces if piece is not None]
+    if len(whole) < len(pieces):
+        return None
+    if len(whole) == 1:
+        return tuple(tensor.contiguous() for tensor in whole[0])
+    if part.dim == 1 and len(whole[0]) == 2:  # scales of rows are the same for all columns
+        return torch.cat([weight for weight, _ in whole], 1), whole[0][1]
+    return tuple(torch.cat(tensors, part.dim) for tensors in zip(*whole, strict=True))
+
+
+def _replace(
+    model: Transformer, scheme: str, read: Callable[[str, bool], Stored], dtype: torch.dtype | None = None
+) -> None:
+    """Give every linear of a model the backend of its stored weight, and take its plain one away.
+
+    read: what is stored of a linear, by its name and whether 4 bits may be. dtype: of results on CUDA,
+    None on a CPU.
+    """
+    four = four_bits(model, scheme)
+    # The output layer, which takes most memory to make, comes first, while there is most left.
+    for name, module, parts in reversed(matrices(model)):
+        stored = [read(part, part in four) for part in parts]
+        if len({len(tensors) for tensors in stored}) > 1:
+            stored = [int8_rows(dequantized(tensors)) if len(tensors) == 3 else tensors for tensors in stored]
+        whole = stored[0] if len(stored) == 1 else tuple(map(torch.cat, zip(*stored, strict=True)))
+        del stored
+        module.backend = backend(name, whole) if dtype is None else from_stored(whole, dtype)
+        for linear in parts.values():
+            del linear.weight
+
+
+def backend(name: str, stored: Stored) -> Callable[[Tensor], Tensor]:
+    """The operator of an x86 CPU for a matrix as it is stored."""
+    if len(stored) == 3:
+        return Int4((unpacked(stored[0]).to(torch.int32), *stored[1:]))
+    return Int8((stored[0], stored[1]), split=name.endswith("w2"))
+
+
+def four_bits(model: torch.nn.Module, scheme: str) -> set[str]:
+    """Names of the weights that take 4 bits. Those that are applied as one do so together."""
+    found: set[str] = set()
+    for name, _, parts in matrices(model) if scheme == "int4" else ():
+        shapes = [part.weight.shape for part in parts.values()]
+        whole = torch.empty(sum(rows for rows, _ in shapes), shapes[0][1], device="meta")
+        if takes_int4(name, whole):
+            found |= parts.keys()
+    return found
+
+
+class Quantizer:
+    """A model's weights into those that are stored, one by one, by their names.
+
+    read: gives the norms by name. turns: the residual stream, as int8 of x86 CPUs wants it.
+    """
+
+    def __init__(
+        self, scheme: str, dim: int, read: Callable[[str], Tensor], turns: bool | None = None
+    ) -> None:
+        self.rotation = Rotation(dim) if (scheme == "int8" if turns is None else turns) else None
+        self.read = read
+
+    def matrix(self, name: str, weight: Tensor, four: bool) -> Stored:
+        """A weight (out, in) in 4 bits or in 8, a few rows at a time, so that fp32 copies are small."""
+        if four:
+            values, scales, zeros = int4_groups(weight)
+            pairs = values.to(torch.uint8)
+            return pairs[:, ::2] | pairs[:, 1::2] << 4, scales, zeros
+        if self.rotation is not None and name.endswith(("wo.weight", "w2.weight")):
+            # These write to the residual stream, all others read it.
+            parts = [self.rotation(part.T.contiguous().float()).T for part in weight.split(TURNED, 1)]
+            weight = torch.cat(parts, 1)
+            del parts
+        rows = max(1, COPIED // weight.shape[1])
+        quantized = [int8_rows(self._turned(name, part)) for part in weight.split(rows)]
+        return tuple(map(torch.cat, zip(*quantized, strict=True)))
+
+    def _turned(self, name: str, rows: Tensor) -> Tensor:
+        if self.rotation is None or name.endswith(("wo.weight", "w2.weight")):
+            return rows
+        layer, _, part = name.removesuffix(".weight").rpartition(".")[0].rpartition(".")
         gain = {"": "norm", "attention": f"{layer}.attention_norm", "feed_forward": f"{layer}.ffn_norm"}[part]
-        return rotation(weight * model.get_parameter(f"{gain}.weight"))
+        return self.rotation(rows.float() * self.read(f"{gain}.weight"))
 
-    replace_weights(model, backend)
-    if scheme == "int8":
-        embeddings = model.tok_embeddings.weight
-        rows = [rotation(part.float()).to(embeddings.dtype) for part in embeddings.split(4096)]
-        model.tok_embeddings.weight = torch.nn.Parameter(torch.cat(rows), requires_grad=False)
-        for norm in [module for module in model.modules() if isinstance(module, RMSNorm)]:
+    def other(self, name: str, weight: Tensor) -> Tensor:
+        """Embeddings or the gain of a norm, in the dtype that they have; itself where nothing changes."""
+        if self.rotation is None:
+            return weight
+        if name != "tok_embeddings.weight":
             # Its gain, which differs from channel to channel, went into the weights that follow.
-            norm.weight = torch.nn.Parameter(torch.ones_like(norm.weight), requires_grad=False)
+            return torch.ones_like(weight)
+        turned = torch.empty_like(weight)
+        for rows, to in zip(weight.split(4096), turned.split(4096), strict=True):
+            to.copy_(self.rotation(rows.float()))
+        return turned
 
 
 class Rotation:
@@ -113,11 +284,11 @@ def weight_bytes(model: torch.nn.Module, dtype: torch.dtype, scheme: str | None)
 class Int8:
     """x Wᵀ in int8, (…, in) of any float dtype to (…, out) of the same.
 
-    weight: (out, in). split: whether x goes in as a high and a low part.
+    weight: (out, in), or its `int8_rows`. split: whether x goes in as a high and a low part.
     """
 
-    def __init__(self, weight: Tensor, split: bool = False) -> None:
-        weights, scales = int8_rows(weight)
+    def __init__(self, weight: Tensor | tuple[Tensor, Tensor], split: bool = False) -> None:
+        weights, scales = int8_rows(weight) if isinstance(weight, Tensor) else weight
         zeros = torch.zeros(len(scales), dtype=torch.int64)
         with quantized_engine("fbgemm"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a later PyTorch may drop quantized tensors
@@ -125,6 +296,7 @@ class Int8:
             self.weight = torch.ops.quantized.linear_prepack(quantized, None)
         self.split = split
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # packed weights are opaque to it
     def __call__(self, x: Tensor) -> Tensor:
         # Divided by its own largest value, every token has the same range, so that the operator's
         # one scale for all of x is each token's own, and no token depends on the others.
@@ -163,13 +335,17 @@ def quantized_engine(name: str) -> Iterator[None]:
 
 
 class Int4:
-    """x Wᵀ with a weight of 4 bits, (…, in) of any float dtype, computed in bf16, to (…, out)."""
+    """x Wᵀ with a weight of 4 bits, (…, in) of any float dtype, computed in bf16, to (…, out).
 
-    def __init__(self, weight: Tensor) -> None:
-        values, scales, zeros = int4_groups(weight)
+    weight: (out, in), or its `int4_groups`.
+    """
+
+    def __init__(self, weight: Tensor | tuple[Tensor, Tensor, Tensor]) -> None:
+        values, scales, zeros = int4_groups(weight) if isinstance(weight, Tensor) else weight
         self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 2)
         self.scales_and_zeros = torch.stack((scales, zeros), -1).transpose(0, 1).contiguous()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # packed weights are opaque to it
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.bfloat16().reshape(-1, x.shape[-1])
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scales_and_zeros)

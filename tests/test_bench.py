@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llama.bench import bench, bytes_per_step, prefill_flops
+from llama.interop.convert import convert
 from tests import tiny
 
 
@@ -32,6 +33,18 @@ def test_bytes_and_operations_are_those_of_the_model() -> None:
     # One token, nothing to attend to but itself: two operations for each weight.
     assert prefill_flops(model, 1, 1) - 2 * linears == 2 * 3 * 64
     assert prefill_flops(model, 3, 1) == 3 * prefill_flops(model, 1, 1)
+
+
+def test_a_quantized_folder_is_counted_as_such(
+    ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("this CPU has no such operators")
+    saved = convert(ckpt, tmp_path / "saved", quantize="int8")
+    counted = []
+    monkeypatch.setattr("llama.bench.bytes_per_step", lambda *args: counted.append(args[1]) or 1)
+    bench(str(saved), prompt=4, new=2, runs=1)
+    assert counted == ["int8"]
 
 
 def test_refusals_are_sentences(ckpt: Path, tmp_path: Path) -> None:

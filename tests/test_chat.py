@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from llama import Llama
 from llama.chat import Chat, Conversation, Turn
@@ -173,6 +174,18 @@ def test_complete_prints_plain_text_and_takes_a_pipe(folder):
     assert argument.returncode == 0, argument.stderr
     assert re.fullmatch("[a-z]{9}\n", argument.stdout)
     assert run([*PYTHON, "llama", "complete", *options], "12\n").stdout == argument.stdout
+
+
+@pytest.mark.parametrize("command", ["chat", "complete"])
+def test_quantized_as_told(folder, command):
+    result = run([*PYTHON, "llama", command, str(folder), "--quantize", "int3"], "12\n")
+    assert result.returncode == 1
+    assert result.stderr == "error: quantize must be None, 'int8', 'int4' or 'fp8', not 'int3'\n"
+    if "fbgemm" in torch.backends.quantized.supported_engines:
+        options = ["--quantize", "int4", "--max_gen_len", "9", "--temperature", "0"]
+        result = run([*PYTHON, "llama", command, str(folder), *options], "12\n")
+        assert result.returncode == 0, result.stderr
+        assert "in int4 on cpu" in result.stderr
 
 
 @pytest.mark.slow

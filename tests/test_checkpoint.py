@@ -21,6 +21,7 @@ from llama.checkpoint import (
     read_params,
     read_shard,
 )
+from llama.interop.convert import convert
 from llama.parallel import ModelParallel
 from tests import tiny
 
@@ -241,6 +242,87 @@ def test_every_fault_of_a_folder_is_one_clear_sentence(tmp_path: Path, fault: st
         Llama.build(folder, max_seq_len=16, max_batch_size=1)
     assert "\n" not in str(caught.value)
     assert not Path("/tmp/llama-was-here").exists()
+
+
+QUANTIZED: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
+    **{name: WRONG[name] for name in ("truncated", "foreign pickle", "no table", "no params")},
+    "file missing": (
+        lambda d: (d / "consolidated.01.pth").unlink(),
+        FileNotFoundError,
+        r"2 shards up to consolidated\.02\.pth, but consolidated\.01\.pth is missing",
+    ),
+    "last file missing": (
+        lambda d: (d / "consolidated.02.pth").unlink(),
+        CheckpointError,
+        r"lacks .* other tensors of a quantized model; is a file of it missing",
+    ),
+    "scales missing": (
+        lambda d: edit(d, lambda t: t.pop("layers.0.attention.wo.scales")),
+        CheckpointError,
+        r"lacks layers\.0\.attention\.wo\.scales of a quantized model",
+    ),
+    "zeros missing": (
+        lambda d: edit(d, lambda t: t.pop("layers.0.attention.wo.zeros")),
+        CheckpointError,
+        r"lacks layers\.0\.attention\.wo\.zeros of a quantized model",
+    ),
+    "scales of another shape": (
+        lambda d: edit(d, lambda t: t.update({"layers.0.attention.wo.scales": torch.ones(64).bfloat16()})),
+        CheckpointError,
+        r"layers\.0\.attention\.wo\.scales is torch\.bfloat16 of \(64,\), where .* of \(64, 2\) belongs",
+    ),
+    "plain weight": (
+        lambda d: edit(d, lambda t: t.update({"layers.0.attention.wo.weight": torch.ones(64, 64)})),
+        CheckpointError,
+        r"has layers\.0\.attention\.wo\.zeros, which the model of params\.json has not",
+    ),
+    "embeddings of integers": (
+        lambda d: edit(
+            d, lambda t: t.update({"tok_embeddings.weight": torch.zeros(520, 64, dtype=torch.int8)})
+        ),
+        CheckpointError,
+        r"00\.pth: tok_embeddings\.weight is torch\.int8",
+    ),
+    "twice": (
+        lambda d: edit(d, lambda t: t.update({"norm.weight": torch.zeros(64)})),
+        CheckpointError,
+        r"02\.pth has norm\.weight that consolidated\.00\.pth has too",
+    ),
+    "another scheme": (
+        lambda d: params(d, quantization="int3"),
+        CheckpointError,
+        r"params\.json has quantization='int3'; int8 and int4 can be loaded",
+    ),
+    "another model": (
+        lambda d: params(d, n_layers=4),
+        CheckpointError,
+        r"lacks layers\.3\.attention\.wq\.weight and \d+ other tensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", QUANTIZED)
+def test_every_fault_of_a_quantized_folder_is_one_clear_sentence(tmp_path: Path, fault: str) -> None:
+    damage, kind, said = QUANTIZED[fault]
+    folder = convert(tiny.write_checkpoint(tmp_path / "ckpt"), tmp_path / "int4", quantize="int4", shards=3)
+    damage(folder)
+    with pytest.raises(kind, match=said) as caught:
+        Llama.build(folder, max_seq_len=16, max_batch_size=1)
+    assert "\n" not in str(caught.value)
+    assert not Path("/tmp/llama-was-here").exists()
+
+
+def test_a_folder_must_say_whether_it_is_quantized(tmp_path: Path) -> None:
+    folder = tiny.write_checkpoint(tmp_path / "ckpt")
+    saved = convert(folder, tmp_path / "int4", quantize="int4")
+    given = json.loads((saved / "params.json").read_text())
+    del given["quantization"]
+    (saved / "params.json").write_text(json.dumps(given))
+    with pytest.raises(CheckpointError, match=r"00\.pth has .*scales and \d+ other tensors, which the model"):
+        Llama.build(saved, max_seq_len=16, max_batch_size=1)
+    params(folder, quantization="int8")
+    with pytest.raises(CheckpointError, match=r"lacks .*scales and \d+ other tensors of a quantized model"):
+        Llama.build(folder, max_seq_len=16, max_batch_size=1)
 
 
 def test_a_folder_that_is_none() -> None:

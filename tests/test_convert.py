@@ -20,6 +20,7 @@ from llama.checkpoint import CheckpointError
 from llama.interop import open_checkpoint
 from llama.interop.convert import convert
 from tests import formats_fixtures as tiny
+from tests.test_lora import train
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}
 LLAMA3 = {**PARAMS, "rope_theta": 500000.0, "use_scaled_rope": True, "vocab_size": 640}
@@ -151,6 +152,75 @@ def test_dtype(tmp_path: Path) -> None:
     assert torch.equal(shards_of(folder)[0][name], weights[name].bfloat16())
 
 
+x86 = pytest.mark.skipif(
+    "fbgemm" not in torch.backends.quantized.supported_engines, reason="this CPU has no such operators"
+)
+
+
+@x86
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["native", "hf", "gguf"])
+def test_quantized_from_any_format(kind: str, scheme: str, tmp_path: Path) -> None:
+    weights, model = tiny.random_weights(LLAMA2, 400), tiny.sentencepiece_model()
+    source = tiny.write_native(tmp_path / "source", LLAMA2, weights, model, 2)
+    train(tmp_path / "adapter", tiny.oracle(weights, LLAMA2))
+    if kind == "hf":
+        source = convert(source, tmp_path / "hf", "hf", shards=3)
+    elif kind == "gguf":
+        source = tiny.write_gguf(tmp_path / "m.gguf", PARAMS, weights, tiny.gguf_sentencepiece(model))
+    options: dict[str, Any] = {"max_seq_len": 64, "max_batch_size": 2, "dtype": "float32", "device": "cpu"}
+    tokens = torch.randint(0, 400, (2, 32))
+    for adapter in (None, tmp_path / "adapter"):
+        folder = convert(source, tmp_path / f"to-{adapter is None}", adapter=adapter, quantize=scheme)
+        llama = Llama.build(folder, **options)
+        once = Llama.build(source, **options, adapter=adapter, quantize=scheme)
+        assert torch.equal(llama.model(tokens, 0), once.model(tokens, 0))
+        # Both of them could have left the adapter, or the model, out.
+        exact = Llama.build(source, **options, adapter=adapter).model(tokens, 0)
+        error = (llama.model(tokens, 0) - exact).norm() / exact.norm()
+        assert error < (0.1 if scheme == "int8" else 0.5)
+        ids = (model.tokenizer.encode("hello", bos=True, eos=False) for model in (llama, once))
+        assert next(ids) == next(ids)
+        assert type(llama.formatter) is type(once.formatter)
+        if adapter is None:
+            plain = exact
+    assert (exact - plain).norm() / plain.norm() > 0.5
+
+
+@x86
+def test_quantized_embeddings_keep_the_dtype_and_a_base_model_stays_one(tmp_path: Path) -> None:
+    source, weights = native(tmp_path / "source", "llama3")
+    weights["tok_embeddings.weight"][384 + 6] = 0  # <|start_header_id|>, never trained
+    torch.save(weights, source / "consolidated.00.pth")
+    folder = convert(source, tmp_path / "int8", quantize="int8")
+    with pytest.raises(ValueError, match="base model"):
+        open_checkpoint(folder).formatter.encode_dialog_prompt([{"role": "user", "content": "hi"}])
+    assert open_checkpoint(folder).weights.dtype == torch.bfloat16
+    [tensors] = shards_of(convert(source, folder, quantize="int4", dtype="fp16", overwrite=True))
+    dtypes = {name.partition(".attention.")[2] or name: tensor.dtype for name, tensor in tensors.items()}
+    assert dtypes["tok_embeddings.weight"] == dtypes["norm.weight"] == torch.float16
+    assert (dtypes["wq.weight"], dtypes["wq.scales"], dtypes["wq.zeros"]) == (
+        torch.uint8,
+        torch.bfloat16,
+        torch.bfloat16,
+    )
+    assert (dtypes["output.weight"], dtypes["output.scales"]) == (torch.int8, torch.float32)
+    params = json.loads((folder / "params.json").read_text())
+    assert {key: params[key] for key in PARAMS} == PARAMS
+    assert params["quantization"] == "int4"
+
+
+def test_quantized_weights_are_converted_no_further(tmp_path: Path) -> None:
+    source, _ = native(tmp_path / "source", "llama3")
+    folder = convert(source, tmp_path / "int8", quantize="int8")
+    for options in ({"to": "hf"}, {"to": "native", "shards": 2}, {"quantize": "int8"}, {"quantize": "int4"}):
+        with pytest.raises(ValueError, match="holds int8 weights, and what they lost does not come back"):
+            convert(folder, tmp_path / "again", **options)
+    with pytest.raises(ValueError, match="holds int8 weights, which an adapter cannot be merged into"):
+        open_checkpoint(folder, adapter=tmp_path / "adapter")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "int8"}
+
+
 def test_existing_folder_is_kept_unless_asked(tmp_path: Path) -> None:
     source, _ = native(tmp_path / "source", "llama3")
     target = tmp_path / "target"
@@ -174,6 +244,9 @@ def test_existing_folder_is_kept_unless_asked(tmp_path: Path) -> None:
         ({"shards": 3}, "do not divide"),
         ({"shards": 1000, "to": "hf"}, "more than the"),
         ({"dtype": "int3"}, "dtype must be"),
+        ({"quantize": "fp8"}, "--quantize must be int8 or int4 to be written, not 'fp8'"),
+        ({"quantize": "int8", "to": "hf"}, "leave out --to hf"),
+        ({"quantize": "int8", "shards": 1000}, "more than the"),
     ],
 )
 def test_wrong_arguments_leave_nothing(options: dict[str, Any], match: str, tmp_path: Path) -> None:
@@ -217,16 +290,18 @@ def status(key):
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))
     return int(line.split()[1]) * 1024
 
-run(sys.argv[4], sys.argv[2] + ".small", sys.argv[3])  # what any conversion needs, imports and all
+to, _, quantize = sys.argv[3].partition(" ")
+options = {"to": to, "quantize": quantize or None}
+run(sys.argv[4], sys.argv[2] + ".small", **options)  # what any conversion needs, imports and all
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmHWM")
-run(sys.argv[1], sys.argv[2], sys.argv[3], shards=16)
+run(sys.argv[1], sys.argv[2], **options, shards=16)
 print(status("VmHWM") - before)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["native", "hf"])
+@pytest.mark.parametrize("to", ["native", "hf", "native int8", "native int4"])
 def test_memory_is_that_of_one_output_shard(
     to: str, big_checkpoint: tuple[Path, int], tmp_path: Path
 ) -> None:

@@ -2,14 +2,18 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from llama import Llama, quantization
-from llama.model import Transformer
-from llama.parallel import Joined, Linear
+from llama.checkpoint import QuantizedShards
+from llama.interop import open_checkpoint
+from llama.interop.convert import convert
+from llama.model import ModelArgs, Transformer
+from llama.parallel import Joined, Linear, ModelParallel
 from llama.quantization import (
     Int4,
     Int8,
@@ -17,6 +21,7 @@ from llama.quantization import (
     check_quantize,
     int4_groups,
     int8_rows,
+    load_quantized,
     quantize,
     weight_bytes,
 )
@@ -129,11 +134,90 @@ def test_memory_is_counted_before_loading() -> None:
 
 
 def test_unknown_schemes_and_devices_are_refused(ckpt: Path) -> None:
-    with pytest.raises(ValueError, match="quantize must be None, 'int8' or 'int4', not 'int3'"):
+    with pytest.raises(ValueError, match="quantize must be None, 'int8', 'int4' or 'fp8', not 'int3'"):
         Llama.build(ckpt, quantize="int3")
-    with pytest.raises(ValueError, match="x86 CPUs only, not on this cuda device"):
-        check_quantize("int8", torch.device("cuda"))
-    check_quantize(None, torch.device("cuda"))
+    with pytest.raises(ValueError, match="'fp8' runs on CUDA devices only, not on this cpu device"):
+        Llama.build(ckpt, quantize="fp8", device="cpu")
+    with pytest.raises(ValueError, match="'fp8' runs on CUDA devices only, not on this mps device"):
+        check_quantize("fp8", torch.device("mps"))
+    for scheme in ("int8", "int4"):
+        check_quantize(scheme, CPU)
+        with pytest.raises(ValueError, match="x86 CPUs and CUDA devices only, not on this mps device"):
+            check_quantize(scheme, torch.device("mps"))
+    check_quantize(None, torch.device("mps"))
+
+
+def test_a_cpu_without_the_operators_is_told_so(ckpt: Path, tmp_path: Path, monkeypatch) -> None:
+    saved = convert(ckpt, tmp_path / "saved", quantize="int8")
+    monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["none"]))
+    for folder, scheme in ((ckpt, "int4"), (saved, None)):
+        with pytest.raises(ValueError, match="x86 CPUs and CUDA devices only, not on this cpu device"):
+            Llama.build(folder, quantize=scheme, device="cpu")
+
+
+def build(folder: Path, scheme: str | None = None) -> Llama:
+    return Llama.build(
+        folder, max_seq_len=32, max_batch_size=3, dtype="float32", device="cpu", quantize=scheme
+    )
+
+
+TOKENS = torch.arange(3 * 16).view(3, 16)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_folder_says_what_its_source_quantized_says(scheme: str, tied: bool, tmp_path: Path) -> None:
+    source = tiny.write_checkpoint(tmp_path / "source", 2, tied=tied)
+    expected = build(source, scheme).model(TOKENS, 0)
+    for shards in (None, 5):
+        saved = convert(source, tmp_path / f"{shards}", quantize=scheme, shards=shards)
+        assert len([*saved.glob("consolidated.*.pth")]) == (shards or 1)
+        llama = build(saved)
+        assert llama.quantization == scheme
+        assert torch.equal(llama.model(TOKENS, 0), expected)
+    assert torch.equal(build(saved, scheme).model(TOKENS, 0), expected)
+    other = "int4" if scheme == "int8" else "int8"
+    with pytest.raises(ValueError, match=f"holds {scheme} weights, which quantize='{other}' cannot"):
+        build(saved, other)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_loading_is_quantizing_what_was_loaded(scheme: str, ckpt: Path) -> None:
+    plain = build(ckpt).model
+    quantize(plain, scheme)
+    llama = build(ckpt, scheme)
+    assert torch.equal(llama.model(TOKENS, 0), plain(TOKENS, 0))
+    assert {*llama.model.state_dict()} == {*plain.state_dict()}
+    assert not any("wq" in name or "output" in name for name in llama.model.state_dict())
+
+
+def test_a_part_that_the_operator_cannot_take_is_read_as_8_bits(tmp_path: Path) -> None:
+    source = tiny.write_checkpoint(tmp_path / "source")
+    saved = open_checkpoint(convert(source, tmp_path / "saved", quantize="int4")).weights
+    assert isinstance(saved, QuantizedShards)
+    assert saved.stored("layers.0.attention.wo.weight", 1, (16, 32)) is None
+    values, *_ = saved.stored("layers.0.attention.wo.weight", 1, (32, 64))
+    assert values.shape == (64, 16)
+    whole = saved.read("layers.0.attention.wo.weight")
+    assert torch.equal(saved.read("layers.0.attention.wo.weight", 1, (16, 50)), whole[:, 16:50])
+    assert torch.equal(saved.read("layers.0.attention.wo.weight", 0, (3, 50)), whole[3:50])
+    whole8 = saved.read("layers.0.feed_forward.w2.weight")
+    assert torch.equal(saved.read("layers.0.feed_forward.w2.weight", 1, (7, 50)), whole8[:, 7:50])
+    # The third of four ranks.
+    model = load_rank(saved, "int4", 2, 4)
+    layer = model.layers[0].attention
+    assert isinstance(layer.wqkv.backend, Int4)
+    assert isinstance(layer.wo.backend, Int8)
+    x = torch.randn(5, 16)
+    assert distance(layer.wo.backend(x), x @ whole[:, 32:48].T) < 0.02
+
+
+def load_rank(source: QuantizedShards, scheme: str, rank: int, size: int) -> Transformer:
+    args = ModelArgs(**tiny.PARAMS, max_seq_len=32, max_batch_size=3)
+    with torch.device("meta"):
+        model = Transformer(args, ModelParallel(rank, size))
+    load_quantized(model, source, scheme, torch.float32, CPU)
+    return model
 
 
 def test_packing_leaves_no_engine_behind() -> None:
@@ -160,8 +244,20 @@ def test_ranks_agree(scheme: str, tmp_path: Path, torchrun) -> None:
     folder = tiny.write_checkpoint(tmp_path / "tiny")
     done = torchrun(2, "tests/ranks.py", "quantized", folder, scheme, tmp_path / "seen")
     assert done.returncode == 0, done.stderr
-    one = Llama.build(folder, max_seq_len=32, max_batch_size=3, dtype="float32", quantize=scheme)
-    exact = one.model(torch.arange(3 * 16).view(3, 16), 0)
+    exact = build(folder, scheme).model(TOKENS, 0)
     seen = [torch.load(f"{tmp_path}/seen.{rank}") for rank in range(2)]
     assert torch.equal(seen[0], seen[1])
     assert distance(seen[0], exact) < (0.06 if scheme == "int8" else 0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "ranks"), [("int8", 2), ("int4", 2), ("int4", 4)])
+def test_a_saved_folder_on_ranks(scheme: str, ranks: int, tmp_path: Path, torchrun) -> None:
+    source = tiny.write_checkpoint(tmp_path / "tiny", n_kv_heads=2)  # that four ranks repeat
+    folder = convert(source, tmp_path / "saved", quantize=scheme, shards=3)
+    done = torchrun(ranks, "tests/ranks.py", "quantized", folder, "None", tmp_path / "seen")
+    assert done.returncode == 0, done.stderr
+    exact = build(folder).model(TOKENS, 0)
+    for rank in range(ranks):
+        # The weights are the same ones, and only int8's activations are rounded by part.
+        assert distance(torch.load(f"{tmp_path}/seen.{rank}"), exact) < 0.06

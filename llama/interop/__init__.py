@@ -21,12 +21,18 @@ def open_checkpoint(
     with a LoRA adapter in PEFT's format, to be merged into the weights as they are read.
 
     Raises FileNotFoundError where there is none, or a file of it lacks, CheckpointError where it is
-    damaged, mixed, or of another architecture.
+    damaged, mixed, or of another architecture, ValueError for an adapter to quantized weights.
     """
     path = local_path(path)
     tokenizer_path = None if tokenizer_path is None else local_path(tokenizer_path)
     checkpoint = _open(path, tokenizer_path)
     if adapter is not None:
+        if checkpoint.quantization is not None:
+            raise ValueError(
+                f"{path} holds {checkpoint.quantization} weights, which an adapter cannot be merged into: "
+                "give the folder that they were made from, or quantize with the adapter: "
+                "python -m llama convert SOURCE NEW --quantize ... --adapter ..."
+            )
         from llama.interop.lora import Adapted
 
         adapted = Adapted(checkpoint.weights, local_path(adapter), ModelArgs(**checkpoint.params))

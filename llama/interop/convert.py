@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,17 +22,21 @@ import torch
 from tqdm import tqdm
 
 from llama.chat_format import chat_format
-from llama.checkpoint import Checkpoint, whole_parts
+from llama.checkpoint import QUANTIZATIONS, Checkpoint, whole_parts
 from llama.device import parse_dtype
 from llama.interop import StrPath, open_checkpoint
 from llama.interop.hf_export import template_of, write_hf_config, write_hf_tokenizer
 from llama.interop.hf_tokenizer import TOKENIZER_FILES, ChatTemplate, HFTokenizer
 from llama.interop.huggingface import hf_name, rotary_heads, to_hf_rows, write_json
-from llama.model import ModelArgs
+from llama.model import ModelArgs, Transformer
+from llama.packing import matrices
+from llama.parallel import ModelParallel
+from llama.quantization import Quantizer, four_bits
 from llama.tokenizer import Layout, SentencePieceTokenizer, TextTokenizer, Tokenizer, is_sentencepiece
 
 LARGEST_SHARD = 20e9  # bytes: Meta's released shards are smaller
 LARGEST_FILE = 5e9  # of safetensors, as Hugging Face's own tools cut them
+LARGEST_QUANTIZED = 1e9  # weights in a file of quantized ones, which is held in memory until it is full
 ORIGINAL_FILES = ("tokenizer.model", "format.json")  # of a native tokenizer
 CHUNK = 2**25  # bytes of a tensor that are read at a time
 RELEASE_AFTER = 2**25  # bytes read before mapped files are let go of
@@ -46,12 +51,15 @@ def convert(
     tokenizer_path: StrPath | None = None,
     adapter: StrPath | None = None,
     overwrite: bool = False,
+    quantize: str | None = None,
 ) -> Path:
     """Write a checkpoint in another format, or with other files, as a new folder. Returns its path.
 
     to: "native" or "hf". shards: files to cut the weights into; by default as many as a native
     source has, else as few as keep them at a usual size. dtype: by default the source's own.
     tokenizer_path, adapter: as for `open_checkpoint`. overwrite: replace a folder that is there.
+    quantize: "int8" or "int4" for native weights of so many bits, which load on any number of ranks;
+    dtype is then that of embeddings and norms, and shards is a number of files of whole matrices.
 
     The folder appears under its name when it is complete, and not before.
     Raises FileExistsError where it exists, ValueError for arguments that do not fit the model, and
@@ -62,14 +70,25 @@ def convert(
         raise ValueError(f"--to must be native or hf, not {to!r}")
     if shards is not None and (isinstance(shards, bool) or not isinstance(shards, int) or shards < 1):
         raise ValueError(f"--shards must be a whole number, 1 or more, not {shards!r}")
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise ValueError(f"--quantize must be {' or '.join(QUANTIZATIONS)} to be written, not {quantize!r}")
+    if quantize is not None and to != "native":
+        raise ValueError(f"--quantize {quantize} writes a folder for this runtime: leave out --to {to}")
     if destination.exists() and not overwrite:
         raise FileExistsError(f"{destination} exists already; remove it, name another folder, or --overwrite")
     wanted = parse_dtype(dtype) if dtype is not None else None
     checkpoint = open_checkpoint(source, tokenizer_path, adapter)
     if destination.exists() and destination.resolve() == checkpoint.path.resolve():
         raise ValueError(f"{destination} is the source itself; name another folder")
+    if checkpoint.quantization is not None:
+        raise ValueError(
+            f"{source} holds {checkpoint.quantization} weights, and what they lost does not come back: "
+            "convert the folder that they were made from"
+        )
     wanted = wanted or checkpoint.weights.dtype
     write = write_native if to == "native" else write_hf
+    if quantize is not None:
+        write = partial(write_quantized, scheme=quantize)
 
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as scratch:
@@ -117,6 +136,51 @@ def write_native(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype
             del tensors
             source.release()
     write_json(folder / "params.json", native_params(checkpoint.params))
+    write_native_tokenizer(checkpoint, folder)
+
+
+def write_quantized(
+    checkpoint: Checkpoint, folder: Path, shards: int | None, dtype: torch.dtype, *, scheme: str
+) -> None:
+    """A folder that `QuantizedShards` reads: files of whole matrices, params.json and tokenizer."""
+    source, args = checkpoint.weights, ModelArgs(**checkpoint.params)
+    with torch.device("meta"):
+        model = Transformer(args, ModelParallel())
+    four = four_bits(model, scheme)
+    quantizer = Quantizer(scheme, args.dim, source.read)
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    linears = {name for _, _, parts in matrices(model) for name in parts}
+    with _progress(sum(map(prod, shapes.values()))) as bar:
+        for number, names in enumerate(spread(shapes, shards, 1, LARGEST_QUANTIZED)):
+            tensors: dict[str, torch.Tensor] = {}
+            unreleased = 0
+            for name in names:
+                # Where the embeddings serve as output, it is quantized and they are not.
+                weight = source.read(name if name in source.shapes else "tok_embeddings.weight")
+                if name in linears:
+                    stem = name.removesuffix("weight")
+                    stored = quantizer.matrix(name, weight, name in four)
+                    tensors.update(zip((name, f"{stem}scales", f"{stem}zeros"), stored, strict=False))
+                else:
+                    # A copy, because what is mapped would be written with all that surrounds it.
+                    new = quantizer.other(name, weight)
+                    tensors[name] = new.to(dtype, copy=new is weight)
+                    del new
+                bar.update(weight.numel())
+                unreleased += weight.nbytes
+                if unreleased > RELEASE_AFTER:
+                    del weight
+                    source.release()
+                    unreleased = 0
+            torch.save(tensors, folder / f"consolidated.{number:02d}.pth")
+            del tensors
+            source.release()
+    write_json(folder / "params.json", {**native_params(checkpoint.params), "quantization": scheme})
+    write_native_tokenizer(checkpoint, folder)
+
+
+def write_native_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """The tokenizer of a native folder, and the chat template where it is not that of the tokenizer."""
     write_tokenizer(checkpoint.tokenizer, folder)
     tokenizer, formatter = checkpoint.tokenizer, checkpoint.formatter
     usual = chat_format(tokenizer, "llama2" if isinstance(tokenizer, SentencePieceTokenizer) else None)
@@ -205,12 +269,14 @@ def write_hf(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype: to
             write_tokenizer(checkpoint.tokenizer, folder / "original")
 
 
-def spread(shapes: Mapping[str, tuple[int, ...]], count: int | None, itemsize: int) -> list[list[str]]:
+def spread(
+    shapes: Mapping[str, tuple[int, ...]], count: int | None, itemsize: int, largest: float = LARGEST_FILE
+) -> list[list[str]]:
     """Names of tensors, file by file: in `count` files of about one size, or in files of a usual size."""
     size = sum(prod(shape) for shape in shapes.values()) * itemsize
     if count is not None and count > len(shapes):
         raise ValueError(f"{count} shards are more than the {len(shapes)} tensors; use fewer")
-    limit = size / count if count else LARGEST_FILE
+    limit = size / count if count else largest
     files: list[list[str]] = [[]]
     written, left = 0, len(shapes)
     for name, shape in shapes.items():

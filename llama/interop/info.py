@@ -11,7 +11,7 @@ from llama.device import gigabytes, parse_dtype
 from llama.interop import StrPath, open_checkpoint
 from llama.model import ModelArgs, Transformer
 from llama.parallel import ModelParallel
-from llama.quantization import SCHEMES, weight_bytes
+from llama.quantization import SCHEMES, scheme_of, weight_bytes
 from llama.tokenizer import SentencePieceTokenizer, TextTokenizer, Tokenizer
 
 
@@ -27,13 +27,17 @@ def describe(
     """A checkpoint's family, shapes, files and tokenizer, and the memory it takes, as lines of text.
 
     max_seq_len, max_batch_size: of the KV cache. dtype: weights and cache are loaded in, by default
-    the files' own. quantize: of the weights, "int8" or "int4".
+    the files' own. quantize: of the weights, "int8", "int4" or "fp8"; by default as the files have them.
     Raises ValueError for other arguments, and what `open_checkpoint` raises.
     """
     if quantize is not None and quantize not in SCHEMES:
         raise ValueError(f"--quantize must be one of {', '.join(SCHEMES)}, not {quantize!r}")
     checkpoint = open_checkpoint(path, tokenizer_path, adapter)
+    quantize = scheme_of(checkpoint, quantize)
     stored = checkpoint.weights.dtype
+    kinds = str(stored).removeprefix("torch.")
+    if checkpoint.quantization:
+        kinds = f"weights {checkpoint.quantization}, embeddings {kinds}"
     loaded = parse_dtype(dtype) if dtype is not None else stored
     args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     tied = "output.weight" not in checkpoint.weights.shapes
@@ -47,7 +51,7 @@ def describe(
         ("heads", f"{args.n_heads}, key/value heads {args.n_kv_heads}, head_dim {args.head_dim}"),
         ("vocabulary", f"{args.vocab_size:,}{', output tied to the embeddings' if tied else ''}"),
         ("rope", f"theta {args.rope_theta:g}{scaling}"),
-        ("files", f"{checkpoint.files}, {str(stored).removeprefix('torch.')}"),
+        ("files", f"{checkpoint.files}, {kinds}"),
         ("tokenizer", describe_tokenizer(checkpoint.tokenizer)),
         ("chat format", describe_format(checkpoint.formatter)),
         ("context", context),

@@ -13,6 +13,7 @@ def main(
     max_batch_size: int = 4,
     max_gen_len: int | None = None,
     quantize: str | None = None,
+    compile: bool | str = "auto",
 ) -> None:
     """Answer a few dialogs with a chat model.
 
@@ -25,6 +26,7 @@ def main(
         max_batch_size: dialogs answered at a time.
         max_gen_len: tokens of an answer at most; by default as many as fit.
         quantize: int8 or int4, or fp8 on CUDA; by default the weights as they are.
+        compile: True, False or auto, which compiles on CUDA.
     """
     dialogs: list[Dialog] = [
         [{"role": "user", "content": "What is the capital of France?"}],
@@ -52,6 +54,7 @@ def main(
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
         quantize=quantize,
+        compile=compile,
     ) as llama:
         results = llama.chat_completion(
             dialogs, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len

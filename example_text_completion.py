@@ -13,6 +13,7 @@ def main(
     max_gen_len: int | None = 64,
     max_batch_size: int = 4,
     quantize: str | None = None,
+    compile: bool | str = "auto",
 ) -> None:
     """Continue a few texts with a base model.
 
@@ -25,6 +26,7 @@ def main(
         max_gen_len: tokens of a continuation at most; None for as many as fit.
         max_batch_size: texts continued at a time.
         quantize: int8 or int4, or fp8 on CUDA; by default the weights as they are.
+        compile: True, False or auto, which compiles on CUDA.
     """
     prompts = [
         "The llama and the alpaca differ in",
@@ -47,6 +49,7 @@ Tomorrow we release""",
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
         quantize=quantize,
+        compile=compile,
     ) as llama:
         results = llama.text_completion(
             prompts, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len

@@ -24,6 +24,7 @@ def bench(
     ckpt_dir: str,
     tokenizer_path: str | None = None,
     quantize: str | None = None,
+    compile: bool | str = "auto",
     dtype: str | None = None,
     batch: int = 1,
     prompt: int = 128,
@@ -37,6 +38,7 @@ def bench(
         ckpt_dir: folder of consolidated.*.pth and params.json.
         tokenizer_path: by default tokenizer.model in ckpt_dir.
         quantize: int8 or int4, or fp8 on CUDA; by default the weights as they are.
+        compile: True, False or auto, which compiles on CUDA.
         dtype: bfloat16, float16 or float32; by default bf16 where the device computes in it.
         batch: sequences at a time.
         prompt: tokens of each prompt, which are random.
@@ -49,7 +51,9 @@ def bench(
     if profile is not None and not Path(profile).absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {Path(profile).parent} to write {profile} to")
     start = time.perf_counter()
-    with Llama.build(ckpt_dir, tokenizer_path, prompt + new, batch, dtype=dtype, quantize=quantize) as llama:
+    with Llama.build(
+        ckpt_dir, tokenizer_path, prompt + new, batch, dtype=dtype, quantize=quantize, compile=compile
+    ) as llama:
         loaded = time.perf_counter() - start
         lengths = [prompt] * batch
         generate(llama, lengths, new)

@@ -52,6 +52,7 @@ def chat(
     device: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    compile: bool | str = "auto",
 ) -> None:
     """Chat with a model in the terminal.
 
@@ -68,10 +69,18 @@ def chat(
         device: cuda, mps or cpu; by default the best there is.
         dtype: bfloat16, float16 or float32; by default what suits the device.
         quantize: int8 or int4, or fp8 on CUDA; by default the weights as they are.
+        compile: True, False or auto, which compiles on CUDA.
     """
     params = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "seed": seed}
     with Llama.build(
-        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype, quantize=quantize
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        max_batch_size=1,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        compile=compile,
     ) as llama:
         Chat(llama, Conversation(system), params, speed).run()
 
@@ -89,6 +98,7 @@ def complete(
     device: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    compile: bool | str = "auto",
 ) -> None:
     """Continue a text, and print the continuation as it comes.
 
@@ -105,11 +115,19 @@ def complete(
         device: cuda, mps or cpu; by default the best there is.
         dtype: bfloat16, float16 or float32; by default what suits the device.
         quantize: int8 or int4, or fp8 on CUDA; by default the weights as they are.
+        compile: True, False or auto, which compiles on CUDA.
     """
     if prompt is None and sys.stdin.isatty():
         raise ValueError("no prompt: give one behind the folder, or on the standard input")
     with Llama.build(
-        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype, quantize=quantize
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        max_batch_size=1,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        compile=compile,
     ) as llama:
         if prompt is None:
             prompt = Terminal(llama.model.parallel).once(sys.stdin.read).removesuffix("\n")

@@ -14,6 +14,7 @@ def perplexity(
     file: str,
     tokenizer_path: str | None = None,
     quantize: str | None = None,
+    compile: bool | str = "auto",
     max_seq_len: int = 1024,
     stride: int | None = None,
     dtype: str | None = None,
@@ -25,13 +26,20 @@ def perplexity(
         file: a text in UTF-8.
         tokenizer_path: by default tokenizer.model in ckpt_dir.
         quantize: int8 or int4, or fp8 on CUDA; by default the weights as they are.
+        compile: True, False or auto, which compiles on CUDA.
         max_seq_len: tokens of a window.
         stride: tokens from one window to the next; by default half of max_seq_len.
         dtype: bfloat16, float16 or float32; by default bf16 where the CPU computes in it.
     """
     text = Path(file).read_text("utf-8")
     with Llama.build(
-        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, dtype=dtype, quantize=quantize
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        max_batch_size=1,
+        dtype=dtype,
+        quantize=quantize,
+        compile=compile,
     ) as llama:
         tokens = llama.tokenizer.encode(text, bos=True, eos=False)
         scores = negative_log_likelihoods(llama, tokens, stride or max(1, max_seq_len // 2))

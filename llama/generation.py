@@ -154,7 +154,13 @@ class Llama:
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = formatter or chat_format(tokenizer)
-        self.engine = Engine(model, batch_invariant=batch_invariant, static=static)
+        self.engine = Engine(
+            model,
+            # A GPU wants more rows at a time for its matrix products than a CPU.
+            prefill_chunk=2048 if model.device.type == "cuda" else 512,
+            batch_invariant=batch_invariant,
+            static=static,
+        )
         self._seed = seed
         self._requests = 0  # made so far without a seed of their own
         self._connected = False
@@ -390,8 +396,9 @@ def warm_up(engine: Engine) -> None:
     """Compile the model's blocks and let the engine decode a little, so that nobody waits for it later."""
     start = time.perf_counter()
     compile_blocks(engine.model)
-    for _ in engine.run([engine.add([0] * n, SamplingParams(max_tokens=3)) for n in (1, 2)]):
-        pass
+    for count in (1, 2):  # one row has kernels of its own
+        for _ in engine.run([engine.add([0] * 5, SamplingParams(max_tokens=3)) for _ in range(count)]):
+            pass
     engine.model.cache_owner = None  # nothing in the cache is worth reusing
     if engine.model.parallel.rank == 0:
         print(f"Compiled: {time.perf_counter() - start:.1f} s", file=sys.stderr)

@@ -177,13 +177,16 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tens
         # stand in as the rows of one query: a matrix product where there were n_rep vector ones.
         folded = q.view(1, len(keys), -1, q.shape[-1])  # (1, n_kv_heads, n_rep, head_dim)
         return F.scaled_dot_product_attention(folded, keys[None], values[None]).view_as(q)
+    if mask is not None and q.is_cuda:
+        # With a mask and fewer key heads there is no fused kernel on CUDA; without one it is FlashAttention.
+        keys, values = (x.repeat_interleave(q.shape[1] // len(x), 0) for x in (keys, values))
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         keys[None],
         values[None],
         attn_mask=mask,
         is_causal=mask is None,
-        enable_gqa=True,
+        enable_gqa=len(keys) < q.shape[1],
     )
     return out[0].transpose(0, 1)
 

@@ -31,6 +31,7 @@ from llama.tokenizer import SentencePieceTokenizer, TextTokenizer, Tokenizer, lo
 
 QUANTIZATIONS = ("int8", "int4")  # that a folder can hold
 GROUP = 32  # weights of 4 bits that share a scale and a zero point of bf16, which makes 5 bits a weight
+EMBEDDINGS = "tok_embeddings.weight"
 OUTPUT = "output.weight"
 IGNORED = {"rope.freqs"}  # LLaMA 1 and 2 saved this table, which follows from params.json
 # Bytes copied from mapped files before they are let go of, so that they do not fill the memory.
@@ -337,7 +338,7 @@ class QuantizedShards:
 
     Of a matrix (out, in) the files hold either `weight` int8 and `scales` fp32 (out), or `weight` uint8
     (out, in / 2), two weights to a byte, the even column in the low half, with `scales` and `zeros` bf16
-    (out, in / 32): scale · (value - 8) + zero. Embeddings and norms are plain.
+    (out, in / 32): scale · (value - 8) + zero. Norms are plain; embeddings are that or int8.
     Raises CheckpointError where a tensor is missing, unknown, or of another shape or dtype.
     """
 
@@ -364,12 +365,16 @@ class QuantizedShards:
             raise CheckpointError(f"{folder} has {_some(unknown)}, which the model of params.json has not")
         for name in self.parts:
             self._check(name)
-        self.dtype = self._tensor("tok_embeddings.weight").dtype
+        self.dtype = self._tensor("norm.weight").dtype
 
     def read(self, name: str, dim: int = 0, span: Span | None = None) -> Tensor:
         start, stop = span or (0, self.shapes[name][dim])
         if len(self._keys(name)) == 1:
             return self._tensor(name).narrow(dim, start, stop - start)
+        if name == EMBEDDINGS:
+            stored = self.stored(name, dim, (start, stop))
+            assert stored is not None
+            return widened(stored[0], stored[1], self.dtype)
         # Of groups that the span cuts, all of it.
         first, last = (start, stop) if dim == 0 else (start // GROUP * GROUP, -(-stop // GROUP) * GROUP)
         stored = self.stored(name, dim, (first, min(last, self.shapes[name][dim])))
@@ -398,7 +403,9 @@ class QuantizedShards:
     def _keys(self, name: str) -> list[str]:
         """Names of what is stored of a tensor: of a matrix at least weight and scales."""
         stem = name.removesuffix("weight")
-        if self.parts[name].dim is None or name == "tok_embeddings.weight":
+        if self.parts[name].dim is None:
+            return [name]
+        if name == EMBEDDINGS and not (name in self._where and self._tensor(name).dtype == torch.int8):
             return [name]
         four = self.shapes[name][1] % GROUP == 0 and name in self._where
         four = four and self._tensor(name).dtype == torch.uint8
@@ -441,6 +448,14 @@ def dequantized(stored: Sequence[Tensor]) -> Tensor:
         return weight * scales[:, None]
     groups = unpacked(weight).unflatten(1, (-1, GROUP)).float() - 8
     return groups.mul_(scales[..., None].float()).add_(zeros[0][..., None].float()).flatten(1)
+
+
+def widened(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """`dequantized` int8 rows, a few at a time, so that no large fp32 copy is made."""
+    wide = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for rows, scale, to in zip(*(tensor.split(4096) for tensor in (weight, scales, wide)), strict=True):
+        to.copy_(dequantized((rows, scale)))
+    return wide
 
 
 class RankReader:

@@ -7,12 +7,12 @@ weights that read it or write to it are turned alike (Ashkboos et al. 2024, QuaR
 input of `w2`, a product of two activations, cannot be turned; it goes in as a high and a low part of
 8 bits each.
 
-4 bits: groups of 32 weights of a row with a scale and a zero point, chosen by least squares; `w2` and
-the output layer, which suffer most, stay at 8 bits.
+4 bits: groups of 32 weights of a row with a scale and a zero point, chosen by least squares. The output
+layer, and in small models `w2`, which suffer most, stay at 8 bits, and embeddings are rounded to 8.
 
-Embeddings and norms keep their dtype. The operators are PyTorch's own. On CUDA (`torchao_backend`) the
-same weights meet activations as they are, so there int8 needs no turning; turned weights from a folder
-serve as well, for the model they make is the same.
+Norms, and with int8 the embeddings, keep their dtype. The operators are PyTorch's own. On CUDA
+(`torchao_backend`) the same weights meet activations as they are, so there int8 needs no turning;
+turned weights from a folder serve as well, for the model they make is the same.
 """
 
 import math
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint import (
+    EMBEDDINGS,
     GROUP,
     QUANTIZATIONS,
     Checkpoint,
@@ -32,6 +33,7 @@ from llama.checkpoint import (
     TensorSource,
     dequantized,
     unpacked,
+    widened,
 )
 from llama.model import Transformer
 from llama.packing import matrices
@@ -45,6 +47,7 @@ Stored = tuple[Tensor, ...]  # a matrix of 8 or 4 bits, as `QuantizedShards` has
 STEPS = 127 if getattr(torch.cpu, "_is_vnni_supported", bool)() else 63
 # Numbers of a matrix that are copied to fp32 at once, and columns of one that are turned at once.
 COPIED, TURNED = 2**24, 1024
+LARGE = 4096  # dim from which on w2 too has 4 bits: what a small model loses by that is more than it saves
 # Clipping of a group's range that is tried, and weights that are searched for at once: as many as
 # stay in a core's cache.
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
@@ -210,6 +213,7 @@ class Quantizer:
     def __init__(
         self, scheme: str, dim: int, read: Callable[[str], Tensor], turns: bool | None = None
     ) -> None:
+        self.scheme = scheme
         self.rotation = Rotation(dim) if (scheme == "int8" if turns is None else turns) else None
         self.read = read
 
@@ -235,11 +239,18 @@ class Quantizer:
         gain = {"": "norm", "attention": f"{layer}.attention_norm", "feed_forward": f"{layer}.ffn_norm"}[part]
         return self.rotation(rows.float() * self.read(f"{gain}.weight"))
 
+    def narrows(self, name: str) -> bool:
+        """Whether a weight that is no linear's is stored in 8 bits too."""
+        return self.scheme == "int4" and name == EMBEDDINGS
+
     def other(self, name: str, weight: Tensor) -> Tensor:
         """Embeddings or the gain of a norm, in the dtype that they have; itself where nothing changes."""
+        if self.narrows(name):
+            values, scales = self.matrix(name, weight, False)
+            return widened(values, scales, weight.dtype)
         if self.rotation is None:
             return weight
-        if name != "tok_embeddings.weight":
+        if name != EMBEDDINGS:
             # Its gain, which differs from channel to channel, went into the weights that follow.
             return torch.ones_like(weight)
         turned = torch.empty_like(weight)
@@ -266,7 +277,9 @@ class Rotation:
 def takes_int4(name: str, weight: Tensor) -> bool:
     """Whether a linear is among those that bear 4 bits, and its weight (out, in) has sizes for them."""
     rows, columns = weight.shape
-    return not name.endswith(("w2", "output")) and rows % 16 == 0 and columns % GROUP == 0
+    if name.endswith("output") or (name.endswith("w2") and rows < LARGE):
+        return False
+    return rows % 16 == 0 and columns % GROUP == 0
 
 
 def weight_bytes(model: torch.nn.Module, dtype: torch.dtype, scheme: str | None) -> int:

@@ -276,12 +276,17 @@ QUANTIZED: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         CheckpointError,
         r"has layers\.0\.attention\.wo\.zeros, which the model of params\.json has not",
     ),
+    "embeddings without scales": (
+        lambda d: edit(d, lambda t: t.pop("tok_embeddings.scales")),
+        CheckpointError,
+        r"lacks tok_embeddings\.scales of a quantized model",
+    ),
     "embeddings of integers": (
         lambda d: edit(
-            d, lambda t: t.update({"tok_embeddings.weight": torch.zeros(520, 64, dtype=torch.int8)})
+            d, lambda t: t.update({"tok_embeddings.weight": torch.zeros(520, 64, dtype=torch.int32)})
         ),
         CheckpointError,
-        r"00\.pth: tok_embeddings\.weight is torch\.int8",
+        r"has tok_embeddings\.scales, which the model of params\.json has not",
     ),
     "twice": (
         lambda d: edit(d, lambda t: t.update({"norm.weight": torch.zeros(64)})),

@@ -69,14 +69,15 @@ def test_quantization(folder: Path) -> None:
 def test_a_quantized_folder_says_so_by_itself(folder: Path, tmp_path: Path) -> None:
     saved = convert(folder, tmp_path / "saved", quantize="int4")
     text = describe(saved)
-    assert "1, weights int4, embeddings bfloat16" in text
+    assert "1, weights int4, others bfloat16" in text
     assert text.partition("\nMemory")[2] == describe(folder, quantize="int4").partition("\nMemory")[2]
     with pytest.raises(ValueError, match="holds int4 weights, which quantize='int8'"):
         describe(saved, quantize="int8")
     counted = memory(ModelArgs(**PARAMS), 1, torch.bfloat16, False, "int4")[0]
     files = [torch.load(path) for path in saved.glob("*.pth")]
+    counted -= PARAMS["vocab_size"] * PARAMS["dim"]  # embeddings are stored in 8 bits, and widened
     # fp32 scales of the 8-bit rows come on top of 8 bits.
-    assert counted < sum(tensor.nbytes for file in files for tensor in file.values()) < 1.05 * counted
+    assert counted < sum(tensor.nbytes for file in files for tensor in file.values()) < 1.07 * counted
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from llama.quantization import (
     int8_rows,
     load_quantized,
     quantize,
+    takes_int4,
     weight_bytes,
 )
 from tests import tiny
@@ -131,6 +132,15 @@ def test_memory_is_counted_before_loading() -> None:
     linears = plain // 2 - embeddings - norms
     assert weight_bytes(model, torch.bfloat16, "int8") == plain - linears
     assert plain - 1.375 * linears < weight_bytes(model, torch.bfloat16, "int4") < plain - linears
+
+
+def test_what_bears_four_bits() -> None:
+    small, large = (torch.empty(rows, 64, device="meta") for rows in (2048, 4096))
+    assert takes_int4("layers.0.attention.wo", small)
+    assert not takes_int4("layers.0.feed_forward.w2", small)
+    assert takes_int4("layers.0.feed_forward.w2", large)
+    assert not takes_int4("output", large)
+    assert not takes_int4("layers.0.attention.wo", small[:, :40])
 
 
 def test_unknown_schemes_and_devices_are_refused(ckpt: Path) -> None:

@@ -157,7 +157,7 @@ def write_quantized(
             for name in names:
                 # Where the embeddings serve as output, it is quantized and they are not.
                 weight = source.read(name if name in source.shapes else "tok_embeddings.weight")
-                if name in linears:
+                if name in linears or quantizer.narrows(name):
                     stem = name.removesuffix("weight")
                     stored = quantizer.matrix(name, weight, name in four)
                     tensors.update(zip((name, f"{stem}scales", f"{stem}zeros"), stored, strict=False))

@@ -37,7 +37,7 @@ def describe(
     stored = checkpoint.weights.dtype
     kinds = str(stored).removeprefix("torch.")
     if checkpoint.quantization:
-        kinds = f"weights {checkpoint.quantization}, embeddings {kinds}"
+        kinds = f"weights {checkpoint.quantization}, others {kinds}"
     loaded = parse_dtype(dtype) if dtype is not None else stored
     args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     tied = "output.weight" not in checkpoint.weights.shapes

@@ -46,8 +46,8 @@ def bench(
         runs: of which the medians are printed; one more goes before them.
         profile: a file to write a trace of one more run to, for https://ui.perfetto.dev
     """
-    if min(batch, prompt, runs) < 1 or new < 2:
-        raise ValueError("batch, prompt and runs must be 1 or more, and new 2 or more")
+    if min(batch, prompt, runs) < 1 or new < 3:
+        raise ValueError("batch, prompt and runs must be 1 or more, and new 3 or more")
     if profile is not None and not Path(profile).absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {Path(profile).parent} to write {profile} to")
     start = time.perf_counter()

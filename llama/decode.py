@@ -6,13 +6,17 @@ whole, and on CUDA it is captured once for each shape and replayed as a graph. I
 device, where the next step finds them; the host reads them while that one runs.
 """
 
+import atexit
 import importlib.util
+import inspect
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -21,9 +25,15 @@ from llama.device import to_device
 from llama.model import Transformer
 from llama.parallel import lost_rank_as_error
 from llama.request import Request
-from llama.sampling import NUCLEUS_SHORTCUT, draw, draw_among, settings, token_logprobs
+from llama.sampling import NUCLEUS_SHORTCUT, SamplingParams, draw, draw_among, settings, token_logprobs
 
 BROKEN = -1  # in place of a token, where the logits are not finite
+# What only training needs is left out, where this PyTorch (2.9 and newer) can.
+FORWARD_ONLY: dict[str, Any] = (
+    {"compute_q_blocks": False}
+    if "compute_q_blocks" in inspect.signature(BlockMask.from_kv_blocks).parameters
+    else {}
+)
 BLOCK = 128  # positions of the cache that flex attention reads or leaves out together
 
 
@@ -45,8 +55,11 @@ class StaticStep:
         self.rotation = rotations[self.positions]
         self.slots = torch.arange(len(positions), device=positions.device)
         self.live = live
-        reach = torch.arange(live, device=positions.device) <= self.positions[:, None]
-        self.mask: Any = reach[:, None, None]
+        self.mask = self.masked()
+
+    def masked(self) -> Any:
+        reach = torch.arange(self.live, device=self.positions.device) <= self.positions[:, None]
+        return reach[:, None, None]
 
     def attend(self, queries: Tensor, kv: Tensor, cache: Tensor) -> Tensor:
         before = cache[:, self.slots, :, self.positions]  # (n, 2, n_kv_heads, head_dim)
@@ -65,31 +78,48 @@ class FlexStep(StaticStep):
 
     def __init__(self, rotations: Tensor, positions: Tensor, live: int, group: int) -> None:
         """group: query heads to each key head."""
+        self.group = group
         super().__init__(rotations, positions, live)
-        reach, blocks = self.positions, -(-live // BLOCK)
-        self.mask = BlockMask.from_kv_blocks(
+
+    def masked(self) -> Any:
+        reach, blocks = self.positions, -(-self.live // BLOCK)
+        return BlockMask.from_kv_blocks(
             (reach // BLOCK + 1).int()[:, None, None],
             torch.arange(blocks, dtype=torch.int32, device=reach.device).repeat(len(reach), 1, 1, 1),
             BLOCK_SIZE=BLOCK,
             mask_mod=lambda slot, head, query, position: position <= reach[slot],
-            seq_lengths=(group, live),
-            compute_q_blocks=False,
+            seq_lengths=(self.group, self.live),
+            **FORWARD_ONLY,
         )
 
     def look(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if queries.device.type == "cpu":
             queries = queries * 1.0  # the CPU's kernel takes no views
+        else:
+            torch._dynamo.mark_static(queries, 0)  # or there is no kernel that splits the positions
         return flex_attention(queries, keys, values, block_mask=self.mask)
 
 
 class Decoder:
-    """The next token's logits of some slots."""
+    """The next token's logits of some slots.
+
+    flex: whether by flex attention, whose kernels for CPUs are slow.
+    """
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
         self.graphs: dict[tuple[int, int], Graph] = {}
-        self.captures = model.device.type == "cuda"
-        self.flex = True
+        self.captures = self.flex = model.device.type == "cuda"
+        if self.captures:
+            # One step runs at a time, so all graphs may share their memory.
+            self.stream = torch.cuda.Stream(model.device)
+            self.pool = torch.cuda.graph_pool_handle()
+            # NCCL waits for ever to be taken down while a graph holds its collectives.
+            atexit.register(_close, weakref.ref(self))
+
+    def close(self) -> None:
+        """Let go of the graphs."""
+        self.graphs.clear()
 
     def rows(self, slots: Iterable[int]) -> int:
         """How many slots take part in a step for some of them: a power of two, so that shapes are few."""
@@ -103,7 +133,8 @@ class Decoder:
     def follow(self, tokens: Tensor, positions: Mapping[int, int]) -> Tensor:
         """The same for tokens that are on the device, int64 (n)."""
         where = to_device([positions.get(slot, -1) for slot in range(len(tokens))], tokens.device)
-        return self(tokens, where, max(positions.values()))
+        with torch.cuda.device_of(tokens):
+            return self(tokens, where, max(positions.values()))
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, positions: Tensor, reach: int) -> Tensor:
@@ -115,10 +146,15 @@ class Decoder:
         if self.flex:
             try:
                 return self._replay(tokens, positions, self.model.params.max_seq_len)
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                if isinstance(error, torch.OutOfMemoryError | dist.DistError) or "gloo" in str(error):
+                    raise  # that has other reasons
                 reason = str(error).partition("\n")[0]
                 warnings.warn(f"decoding without flex attention, which failed: {reason}", stacklevel=2)
                 self.flex = False
+                self.graphs.clear()
+                if self.captures:
+                    self.pool = torch.cuda.graph_pool_handle()
         live = power_of_two(max(reach + 1, BLOCK), self.model.params.max_seq_len)
         return self._replay(tokens, positions, live)
 
@@ -138,23 +174,25 @@ class Decoder:
         return self.model.logits(self.model.run(tokens, step))
 
 
+def _close(decoder: weakref.ReferenceType[Decoder]) -> None:
+    if alive := decoder():
+        alive.close()
+
+
 class Graph:
     """A step of one shape, captured as a CUDA graph."""
 
-    pool: Any = None  # one step runs at a time, so all graphs may share their memory
-
     def __init__(self, decoder: Decoder, tokens: Tensor, positions: Tensor, live: int) -> None:
         self.inputs = tokens.clone(), positions.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what compiles or allocates does so now
+        decoder.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(decoder.stream):  # what compiles or allocates does so now
             for _ in range(2):
                 decoder.run(*self.inputs, live)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(decoder.stream)
         self.graph = torch.cuda.CUDAGraph()
-        Graph.pool = Graph.pool or torch.cuda.graph_pool_handle()
         # Other threads, as NCCL's watchdog, may call CUDA meanwhile.
-        with torch.cuda.graph(self.graph, pool=Graph.pool, capture_error_mode="thread_local"):
+        mode = "thread_local"
+        with torch.cuda.graph(self.graph, decoder.pool, decoder.stream, capture_error_mode=mode):
             self.logits = decoder.run(*self.inputs, live)
 
     def replay(self, *inputs: Tensor) -> Tensor:
@@ -208,7 +246,7 @@ def launch(
     device, vocab_size = model.device, model.params.vocab_size
     n = decoder.rows(requests)
     params = {slot: request.params for slot, request in requests.items()}
-    with lost_rank_as_error(model.parallel), torch.inference_mode():
+    with lost_rank_as_error(model.parallel), torch.inference_mode(), torch.cuda.device_of(model.norm.weight):
         logits = decoder.follow(ahead.tokens, positions) if ahead else decoder.decode(requests, positions)
         idle = replace(next(iter(params.values())), temperature=0.0)
         rows = [params.get(slot, idle) for slot in range(n)]
@@ -217,12 +255,14 @@ def launch(
         chosen, larger = logits.argmax(-1), torch.zeros(n, dtype=torch.bool, device=device)
         if any(p.temperature > 0 for p in params.values()):
             samples = to_device([p.temperature > 0 for p in rows], device)
-            drawn, larger = draw_among(logits, numbers, NUCLEUS_SHORTCUT)
+            # Who keeps all tokens anyway would only land to be drawn again.
+            look = vocab_size if any(_keeps_more(p) for p in params.values()) else NUCLEUS_SHORTCUT
+            drawn, larger = draw_among(logits, numbers, look)
             chosen, larger = torch.where(samples, drawn, chosen), larger & samples
         finite = logits.amax(-1).isfinite()
         chosen, larger = torch.where(finite, chosen, BROKEN), larger & finite
         known = chosen.clamp(min=0)
-        logprobs = torch.zeros(n, device=device)
+        logprobs = torch.zeros(n, dtype=torch.float32, device=device)
         if any(p.logprobs for p in params.values()):
             logprobs = token_logprobs(logits, known)
         result = torch.stack((chosen.float(), larger.float(), logprobs))
@@ -230,29 +270,42 @@ def launch(
         known = result[0].long().clamp(min=0)
         ready = None
         if device.type == "cuda":
-            result = torch.empty(result.shape, pin_memory=True).copy_(result, non_blocking=True)
+            result = torch.empty_like(result, device="cpu", pin_memory=True).copy_(result, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
         return Flight(dict(requests), known, logits, numbers, result, ready)
 
 
+def _keeps_more(params: SamplingParams) -> bool:
+    """Whether a request's draws are from more tokens than the shortcut, whatever the logits."""
+    if params.temperature == 0:
+        return False
+    if params.top_k is not None:
+        return params.top_k > NUCLEUS_SHORTCUT
+    return params.top_p >= 1 and params.min_p == 0
+
+
 def compile_blocks(model: Transformer) -> None:
-    """Compile the model's blocks, once for all of them, for steps of any shape.
+    """Compile the model's blocks, once for all layers, and the output layer.
 
     A ragged step's attention stays outside of it: prompts are read in compiled parts around it.
     """
-    for layer in model.layers:
-        layer.compile(dynamic=True)
+    # Of each kind of step and, on CUDA, number of slots there is a variant, and models share the count.
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    for module in (*model.layers, model.output):
+        module.compile(dynamic=True)
 
 
 def check_compile(compile: bool | str, device: torch.device) -> bool:
     """Whether to compile for a device. Raises ValueError for what is not "auto", True or False."""
     if compile not in ("auto", True, False):
         raise ValueError(f'compile must be "auto", True or False, not {compile!r}')
-    if device.type == "cuda" and compile and importlib.util.find_spec("triton") is None:
-        if compile is True:
+    if device.type == "cuda" and compile:
+        capable = torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (7, 0)
+        if compile == "auto":
+            return capable and importlib.util.find_spec("triton") is not None
+        if importlib.util.find_spec("triton") is None:
             raise ValueError(
                 "compile=True needs the triton package on CUDA: install it, or leave compile out"
             )
-        return False
-    return device.type == "cuda" if compile == "auto" else bool(compile)
+    return compile is True

@@ -56,9 +56,9 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def to_device(values: Any, device: torch.device) -> Tensor:
+def to_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of the host's values on a device, which the host does not wait for."""
-    tensor = torch.tensor(values)
+    tensor = torch.tensor(values, dtype=dtype, device="cpu")
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

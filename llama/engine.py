@@ -174,6 +174,8 @@ class Engine:
             for slot in self.slots:
                 slot.tokens, slot.sound = [], 0
             self.flight = None
+            if self.decoder and hasattr(self.model, "cache"):
+                self.model.cache.zero_()  # see _finish
         if self.flight and not self._flies_on(self.flight):
             return self._land()
         self._admit()
@@ -414,8 +416,11 @@ class Engine:
         if request.slot is not None:
             slot = self.slots[request.slot]
             slot.request = None  # what is sound stays, for who shares the prefix
-            if self.decoder:  # a mask hides what is left over from others, unless it is not finite
-                self.model.cache[:, :, slot.index, :, slot.sound :] = 0
+            if self.decoder and self.model.cache_owner is self:
+                # A mask hides what is left over from others, unless it is not finite. Beyond the tokens
+                # there may be those of two steps in the air, or of a chunk that an exception cut off.
+                stop = len(slot.tokens) + max(2, self.prefill_chunk)
+                self.model.cache[:, :, slot.index, :, slot.sound : stop] = 0
             del slot.tokens[slot.sound :]
             request.slot = None
         request.finish_reason, request.error = reason, error

@@ -110,6 +110,8 @@ class Llama:
         cache are larger than the device's memory.
         """
         device = torch.device(device) if device is not None else default_device()
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         dtype = parse_dtype(dtype) if dtype is not None else default_dtype(device)
         check_quantize(quantize, device)
         if compile is True and batch_invariant:
@@ -131,8 +133,8 @@ class Llama:
                 batch_invariant=batch_invariant,
                 static=compiles,
             )
-            if compiles:
-                warm_up(llama.engine)
+            if compiles and max_seq_len > 1:
+                warm_up(llama.engine, required=compile is True)
         except BaseException:
             parallel.disconnect()
             raise
@@ -169,6 +171,8 @@ class Llama:
         """Leave the process group that `build` joined; the last to leave takes it down."""
         if self._connected:
             self._connected = False
+            if self.engine.decoder:
+                self.engine.decoder.close()
             parallel.disconnect()
 
     def __enter__(self) -> "Llama":
@@ -392,15 +396,31 @@ def load(
     return model
 
 
-def warm_up(engine: Engine) -> None:
-    """Compile the model's blocks and let the engine decode a little, so that nobody waits for it later."""
+def warm_up(engine: Engine, required: bool) -> None:
+    """Compile the model's blocks and let the engine decode a little, so that nobody waits for it later.
+
+    Where that fails the model stays as it is, with a word; where it is required, RuntimeError.
+    """
     start = time.perf_counter()
-    compile_blocks(engine.model)
-    for count in (1, 2):  # one row has kernels of its own
-        for _ in engine.run([engine.add([0] * 5, SamplingParams(max_tokens=3)) for _ in range(count)]):
-            pass
-    engine.model.cache_owner = None  # nothing in the cache is worth reusing
-    if engine.model.parallel.rank == 0:
+    model = engine.model
+    compile_blocks(model)
+    prompt = [0] * min(5, model.params.max_seq_len - 1)
+    try:
+        for count in sorted({1, model.params.max_batch_size}):  # one row has kernels of its own
+            for _ in engine.run([engine.add(prompt, SamplingParams(max_tokens=3)) for _ in range(count)]):
+                pass
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        if engine.decoder:
+            engine.decoder.close()
+        if required or model.parallel.size > 1:
+            raise RuntimeError(f"compiling failed, build with compile=False: {reason}") from error
+        print(f"Not compiled, for that failed: {reason}", file=sys.stderr)
+        for module in model.modules():
+            module._compiled_call_impl = None
+        engine.decoder = None
+    model.cache_owner = None  # nothing in the cache is worth reusing
+    if engine.decoder and model.parallel.rank == 0:
         print(f"Compiled: {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 

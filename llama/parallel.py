@@ -133,6 +133,8 @@ def connect(model_parallel_size: int | None, device: torch.device) -> ModelParal
             world_size=size,
             device_id=device if device.type == "cuda" else None,
         )
+        if device.type == "cuda":  # or all ranks would allocate and capture on the first one's
+            torch.cuda.set_device(device)
         _owner = True
         atexit.register(_shut_down)
 

@@ -260,18 +260,29 @@ class Quantizer:
 
 
 class Rotation:
-    """x (…, dim) times an orthogonal matrix, the Kronecker product of two small random ones."""
+    """x (…, dim) times an orthogonal matrix, whose entries are 2 / sqrt(dim) at most.
+
+    It is the Kronecker product of two small ones: Hartley transforms with signs at random, which are
+    almost as flat as Hadamard matrices and exist in every size (Bracewell 1983).
+    """
 
     def __init__(self, dim: int) -> None:
         rows = max(n for n in range(1, math.isqrt(dim) + 1) if dim % n == 0)
         generator = torch.Generator().manual_seed(0)  # every rank turns alike
         self.left, self.right = (
-            torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0].float()
+            (hartley(n) * (2 * torch.randint(2, (n, 1), generator=generator) - 1)).float()
             for n in (rows, dim // rows)
         )
 
     def __call__(self, x: Tensor) -> Tensor:
         return (self.left.T @ x.unflatten(-1, (len(self.left), len(self.right))) @ self.right).flatten(-2)
+
+
+def hartley(n: int) -> Tensor:
+    """(cos + sin)(2πjk / n) / sqrt(n) for j, k = 0 … n - 1: orthogonal, fp64."""
+    k = torch.arange(n, dtype=torch.float64)
+    angles = torch.outer(k, k).remainder(n) * (2 * math.pi / n)
+    return (angles.cos() + angles.sin()) / math.sqrt(n)
 
 
 def takes_int4(name: str, weight: Tensor) -> bool:

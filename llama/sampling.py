@@ -174,7 +174,7 @@ def settings(
         (max(p.temperature, 1e-30), p.top_p, p.top_k or vocab_size, p.min_p, uniform(p.seed, n))
         for p, n in zip(params, counts, strict=True)
     ]
-    return to_device(columns, device).T[..., None]
+    return to_device(columns, device, torch.float32).T[..., None]
 
 
 def adjust(logits: Tensor, params: SamplingParams, prompt: Sequence[int], answer: Sequence[int]) -> None:

@@ -39,13 +39,20 @@ def check_torchao(scheme: str, device: torch.device) -> None:
 class TorchAO:
     """x Wᵀ for a weight of torchao's, (…, in) of any float dtype to (…, out) of the same.
 
-    dtype: that the operator computes in; None for that of x.
+    dtype: that the operator computes in; None for that of x. stored: the same weight in 8 bits with a scale
+    for each row, which a compiler multiplies a single row of x with as it is read, where torchao's operator
+    makes a wide copy of it first.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype | None = None) -> None:
-        self.weight, self.dtype = weight, dtype
+    def __init__(
+        self, weight: Tensor, dtype: torch.dtype | None = None, stored: Sequence[Tensor] = ()
+    ) -> None:
+        self.weight, self.dtype, self.stored = weight, dtype, stored
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.stored and torch.compiler.is_compiling() and len(x) == 1:
+            weight, scales = self.stored
+            return ((weight * x.float()).sum(-1) * scales).to(x.dtype)[None]
         return F.linear(x.to(self.dtype or x.dtype), self.weight).to(x.dtype)
 
 
@@ -59,7 +66,7 @@ def from_stored(stored: Sequence[Tensor], dtype: torch.dtype) -> TorchAO:
         # The operator scales what it has summed up, which fp16 might not hold.
         computed = torch.float32 if dtype == torch.float16 else dtype
         tensor = Int8Tensor(weight.contiguous(), scales[:, None], [1, columns], computed)
-        return TorchAO(tensor, computed)
+        return TorchAO(tensor, computed, (weight, scales))
     from torchao.quantization import Int4TilePackedTo4dTensor
     from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
 

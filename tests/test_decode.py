@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +17,10 @@ from llama.sampling import SamplingParams
 from tests.small import byte_tokenizer, tiny_model, write_checkpoint
 
 
-def plain(engine: Engine) -> Engine:
-    """Without flex attention, which is for compiled models, and slow elsewhere."""
-    assert engine.decoder
-    engine.decoder.flex = False
-    return engine
+def flexible(self: Decoder, model: Transformer, init: Any = Decoder.__init__) -> None:
+    """A decoder that takes flex attention on a CPU too, to see it run."""
+    init(self, model)
+    self.flex = True
 
 
 def finish(engine: Engine, *requests: Request) -> None:
@@ -62,7 +62,7 @@ def prompt_of(length: int, seed: int) -> list[int]:
 @pytest.mark.parametrize("slots", [1, 3, 8])
 def test_static_is_ragged(slots: int, shortcut: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ragged = Engine(tiny_model(max_batch_size=1))
-    static = plain(Engine(tiny_model(max_batch_size=slots), static=True))
+    static = Engine(tiny_model(max_batch_size=slots), static=True)
     launches = Launches(static)
     monkeypatch.setattr(decode, "NUCLEUS_SHORTCUT", shortcut)
     prompts = [prompt_of(2 + 5 * i, seed=i) for i in range(len(CASES))]
@@ -79,7 +79,7 @@ def test_static_is_ragged(slots: int, shortcut: int, monkeypatch: pytest.MonkeyP
 
 
 def test_a_step_begins_before_the_last_ones_tokens_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = plain(Engine(tiny_model(max_batch_size=2), static=True))
+    engine = Engine(tiny_model(max_batch_size=2), static=True)
     calls: list[str] = []
     run, land = engine.decoder.run, decode.Flight.land  # type: ignore[union-attr]
     monkeypatch.setattr(engine.decoder, "run", lambda *args: calls.append("run") or run(*args))
@@ -91,7 +91,7 @@ def test_a_step_begins_before_the_last_ones_tokens_are_read(monkeypatch: pytest.
 
 def test_who_leaves_in_mid_air_leaves_the_others_as_they_were() -> None:
     model = tiny_model(max_batch_size=3)
-    engine = plain(Engine(model, static=True))
+    engine = Engine(model, static=True)
     alone = Engine(tiny_model(max_batch_size=1))
     expected = alone.add([1, 2, 3], SamplingParams(temperature=0.9, seed=1, max_tokens=20))
     finish(alone, expected)
@@ -111,7 +111,7 @@ def test_who_leaves_in_mid_air_leaves_the_others_as_they_were() -> None:
 def test_a_stale_row_that_is_not_finite_hurts_nobody() -> None:
     model = tiny_model(max_batch_size=1)
     model.tok_embeddings.weight[13] = torch.nan
-    engine = plain(Engine(model, static=True))
+    engine = Engine(model, static=True)
     params = SamplingParams(temperature=0, max_tokens=10)
     broken = engine.add([1] * 20 + [13] * 20, params)
     finish(engine, broken)
@@ -128,7 +128,6 @@ def test_slots_without_a_token_keep_their_cache() -> None:
     model.cache.normal_(generator=torch.Generator().manual_seed(0))
     before = model.cache.clone()
     decoder = Decoder(model)
-    decoder.flex = False
     decoder(torch.tensor([1, 2, 3, 4]), torch.tensor([-1, 5, -1, 0]), 5)
     changed = (model.cache != before).any(-1).any(0).any(0).any(1)  # (max_batch_size, max_seq_len)
     assert changed.nonzero().tolist() == [[1, 5], [3, 0]]
@@ -139,7 +138,6 @@ def test_what_lies_beyond_a_position_is_not_seen() -> None:
     model.allocate_cache()
     model.cache.normal_(generator=torch.Generator().manual_seed(0))
     decoder = Decoder(model)
-    decoder.flex = False
     inputs = torch.tensor([1, 2]), torch.tensor([30, 7]), 30
     before = decoder(*inputs)
     model.cache[:, :, 0, :, 31:] = 100
@@ -155,7 +153,6 @@ def test_a_launch_waits_for_nothing() -> None:
         model: Transformer = tiny_model(max_batch_size=4)
     model.allocate_cache()
     decoder = Decoder(model)
-    decoder.flex = False
     requests = {
         0: Request([1, 2], SamplingParams(temperature=0.7, logprobs=True), 5, [3]),
         2: Request([1, 2], SamplingParams(temperature=0), 5, [3]),
@@ -186,6 +183,8 @@ def test_where_flex_attention_fails_the_plain_one_takes_over(monkeypatch: pytest
 
     monkeypatch.setattr(decode, "flex_attention", fails)
     engines = Engine(tiny_model(max_batch_size=2), static=True), Engine(tiny_model(max_batch_size=2))
+    assert engines[0].decoder
+    engines[0].decoder.flex = True
     requests = [engine.add([1, 2, 3], SamplingParams(temperature=0, max_tokens=9)) for engine in engines]
     with pytest.warns(UserWarning, match="without flex attention, which failed: no such kernel$"):
         finish(engines[0], requests[0])
@@ -194,12 +193,13 @@ def test_where_flex_attention_fails_the_plain_one_takes_over(monkeypatch: pytest
 
 
 @pytest.mark.slow
-def test_compiled_is_eager(tmp_path: Path) -> None:
+def test_compiled_is_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU the compiled step is the one that CUDA captures, but for the capture."""
     tokenizer = byte_tokenizer(tmp_path)
     write_checkpoint(tmp_path, tiny_model(std=0.5, vocab_size=tokenizer.n_words))
     shape = {"max_seq_len": 200, "max_batch_size": 4, "device": "cpu", "dtype": "float32"}
     eager = Llama.build(tmp_path, compile=False, **shape)
+    monkeypatch.setattr(Decoder, "__init__", flexible)
     compiled = Llama.build(tmp_path, compile=True, **shape)
     prompts = ["a", "some llamas", "x" * 150, "another", "and one more"]
     for arguments in ({"temperature": 0}, {"temperature": 0.7, "seed": 5, "top_p": 0.8}):

@@ -95,7 +95,6 @@ def test_a_thousand_requests_over_eight_slots(static, monkeypatch):
     single = Engine(soak_model(1), prefill_chunk=64)
     engine = Engine(soak_model(8), prefill_chunk=7, static=static)
     if static:
-        engine.decoder.flex = False  # which is for compiled models
         monkeypatch.setattr(decode, "NUCLEUS_SHORTCUT", 3)  # so that it is left now and then
     reused, requests, memory = 0, [], []
 

@@ -41,9 +41,10 @@ def test_fp16_holds_the_sums_of_8_bits() -> None:
     torch.testing.assert_close(from_stored(weight, torch.float16)(x), x.sum().expand(1, 16))
 
 
-def test_8_bits_are_compiled_whole() -> None:
+@pytest.mark.parametrize("rows", [1, 5])
+def test_8_bits_are_compiled_whole(rows: int) -> None:
     pytest.importorskip("torchao")
-    product, x = from_stored(stored(torch.randn(96, 256), False), torch.float32), torch.randn(5, 256)
+    product, x = from_stored(stored(torch.randn(96, 256), False), torch.float32), torch.randn(rows, 256)
     compiled = torch.compile(lambda x: product(x), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), product(x))
 

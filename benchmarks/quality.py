@@ -1,0 +1,130 @@
+"""What fewer bits cost, here and in llama.cpp: python benchmarks/quality.py CKPT TEXT
+
+Prints for each kind of weights the bits per weight of the layers, the memory of all weights, and the
+mean negative log-likelihood (NLL) of the text's tokens, all over the same windows of the same tokens.
+Where llama.cpp is not installed it is left out. Weights that were quantized once before flatter whoever
+quantizes them alike: permute their channels first.
+"""
+
+import argparse
+import importlib.util
+import math
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from models import quantize_gguf, write_gguf
+
+from llama import Llama
+from llama.checkpoint import read_params, read_shard
+from llama.model import ModelArgs, Transformer
+from llama.perplexity import negative_log_likelihoods, windows
+from llama.quantization import weight_bytes
+
+OURS: tuple[str | None, ...] = (None, "int8", "int4")
+PEERS = ("bf16", "Q8_0", "Q5_0", "Q4_1", "Q4_0")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ckpt", type=Path, help="a native checkpoint in one file")
+    parser.add_argument("text", type=Path, help="in UTF-8")
+    parser.add_argument("--window", type=int, default=1024, help="tokens")
+    options = parser.parse_args()
+    text = options.text.read_text("utf-8")
+    print("| weights | bits per weight, layers | memory, MB | NLL | against bf16 |\n|---|---|---|---|---|")
+    exact, tokens = math.nan, []
+    for scheme in OURS:
+        with Llama.build(options.ckpt, None, options.window, 1, quantize=scheme) as llama:
+            tokens = llama.tokenizer.encode(text, bos=True, eos=False)
+            scores = negative_log_likelihoods(llama, tokens, options.window // 2)
+        exact = sum(scores) / len(scores) if scheme is None else exact
+        print_row(f"this runtime, {scheme or 'bf16'}", *our_size(options.ckpt, scheme), scores, exact)
+    if missing := [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]:
+        print(f"llama.cpp: left out, for {' and '.join(missing)} is not installed", file=sys.stderr)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "bf16.gguf"
+        write_gguf(options.ckpt, source)
+        for kind in PEERS:
+            path = Path(folder) / f"{kind}.gguf"
+            if kind != "bf16":
+                quantize_gguf(source, path, kind)
+            scores = llama_cpp_scores(path, tokens, options.window)
+            print_row(f"llama.cpp, {kind}", *gguf_size(path), scores, exact)
+
+
+def print_row(name: str, bits: float, size: int, scores: Sequence[float], exact: float) -> None:
+    nll = sum(scores) / len(scores)
+    print(f"| {name} | {bits:.2f} | {size / 1e6:.0f} | {nll:.4f} | {nll / exact - 1:+.2%} |", flush=True)
+
+
+def our_size(ckpt: Path, scheme: str | None) -> tuple[float, int]:
+    """Bits per weight of the layers, and bytes of all weights; without scales of rows (0.1 bits at most)."""
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**read_params(ckpt)))
+    layers = sum(weight.numel() for weight in model.layers.parameters())
+    bits = weight_bytes(model.layers, torch.bfloat16, scheme) * 8 / layers
+    if scheme is None and "output.weight" not in read_shard(ckpt / "consolidated.00.pth"):
+        model.output.weight = model.tok_embeddings.weight  # as long as both have the same bits
+    return bits, weight_bytes(model, torch.bfloat16, scheme)
+
+
+def gguf_size(path: Path) -> tuple[float, int]:
+    """As `our_size`, of a file; and what it says of its tensors' kinds, to stderr."""
+    from gguf import GGUFReader
+
+    tensors = GGUFReader(path).tensors
+    kinds = Counter(f"{t.name.split('.')[-2]} {t.tensor_type.name}" for t in tensors if len(t.shape) == 2)
+    print(f"{path.name}: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()), file=sys.stderr)
+    layers = [tensor for tensor in tensors if tensor.name.startswith("blk.")]
+    bits = 8 * sum(int(t.n_bytes) for t in layers) / sum(int(t.n_elements) for t in layers)
+    return bits, sum(int(t.n_bytes) for t in tensors)
+
+
+def llama_cpp_scores(path: Path, tokens: Sequence[int], window: int) -> list[float]:
+    """As `negative_log_likelihoods`, by llama.cpp's C interface."""
+    import llama_cpp as cpp
+    import numpy as np
+    from engines import silence
+
+    silence(cpp)
+    cpp.llama_backend_init()
+    model = cpp.llama_model_load_from_file(bytes(path), cpp.llama_model_default_params())
+    params = cpp.llama_context_default_params()
+    params.n_ctx, params.n_batch = window, 512
+    params.n_threads = params.n_threads_batch = torch.get_num_threads()
+    context = cpp.llama_init_from_model(model, params)
+    vocab_size = cpp.llama_vocab_n_tokens(cpp.llama_model_get_vocab(model))
+    batch = cpp.llama_batch_init(512, 0, 1)
+
+    scores: list[float] = []
+    for start, stop, scored in windows(len(tokens), window, window // 2):
+        cpp.llama_memory_clear(cpp.llama_get_memory(context), True)
+        for first in range(start, stop, 512):
+            part = tokens[first : min(first + 512, stop)]
+            batch.n_tokens = len(part)
+            for i, token in enumerate(part):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, first - start + i, True
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            if cpp.llama_decode(context, batch):
+                raise RuntimeError("llama.cpp could not decode")
+            logits = np.ctypeslib.as_array(cpp.llama_get_logits(context), (len(part), vocab_size))
+            # Row i predicts the token after it, which only some windows score.
+            rows = range(max(scored - 1, first), min(first + len(part), stop - 1))
+            wanted = torch.tensor([tokens[row + 1] for row in rows], dtype=torch.int64)
+            predicted = torch.from_numpy(logits)[rows.start - first : rows.stop - first]
+            scores += torch.nn.functional.cross_entropy(predicted, wanted, reduction="none").tolist()
+    cpp.llama_batch_free(batch)
+    cpp.llama_free(context)
+    cpp.llama_model_free(model)
+    return scores
+
+
+if __name__ == "__main__":
+    main()

@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--new", type=int, default=16, help="tokens")
     parser.add_argument("--threads", type=int, help="by default PyTorch's choice")
+    parser.add_argument("--settle", type=float, default=12, help="seconds of work before the timings")
     parser.add_argument("--save", type=Path, help="PATH.md, .json and .png; by default FOLDER/results")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # the process of one engine
     parser.add_argument("--without_mixed", action="store_true", help=argparse.SUPPRESS)
@@ -168,6 +169,9 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     for lengths in ([prompt], [16] * 8, [16, 17, 18, 19]):
         timed(lengths, 1, new=3)
     warm = time.perf_counter()
+    # Memory that is new to a virtual machine is slow for its first seconds.
+    while time.perf_counter() - loaded < options.settle:
+        timed([prompt], 1)
     first, step, _ = timed([prompt], 3)
     found = {
         "load": loaded - start,

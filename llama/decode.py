@@ -167,10 +167,13 @@ class Decoder:
         return self.graphs[shape].replay(tokens, positions)
 
     def run(self, tokens: Tensor, positions: Tensor, live: int) -> Tensor:
-        step = StaticStep(self.model.rotations, positions, live)
-        if self.flex:
-            n_heads = self.model.params.n_heads // self.model.parallel.size
-            step = FlexStep(self.model.rotations, positions, live, n_heads // self.model.cache.shape[3])
+        model = self.model
+        group = model.params.n_heads // model.parallel.size // model.cache.shape[3]
+        step = (
+            FlexStep(model.rotations, positions, live, group)
+            if self.flex
+            else StaticStep(model.rotations, positions, live)
+        )
         return self.model.logits(self.model.run(tokens, step))
 
 

@@ -29,7 +29,9 @@ def test_engines_are_compared(ckpt: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     engines = ["this runtime, bf16", "transformers, bf16"]
     save = tmp_path / "pictures" / "tiny"
-    done = run("run.py", tmp_path, "--native", ckpt, "--new", 4, "--save", save, "--engines", *engines)
+    done = run(
+        "run.py", tmp_path, "--native", ckpt, "--new", 4, "--settle", 0, "--save", save, "--engines", *engines
+    )
     assert done.returncode == 0, done.stderr
     for name in engines:
         assert f"| {name} |" in done.stdout

@@ -120,19 +120,19 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
     return keep * frequencies + (1 - keep) * frequencies / args.rope_scaling_factor
 
 
-def apply_rotary(x: Tensor, rotation: Tensor) -> None:
-    """Turn adjacent channels of x (N, heads, head_dim) by rotation (N, 1, head_dim / 2, 2), in place.
+def apply_rotary(x: Tensor, heads: int, rotation: Tensor) -> Tensor:
+    """x (N, n, head_dim) with adjacent channels of the first `heads` of n turned, in place but for compilers.
 
-    rotation: fp32, the cosine and the sine of each pair's angle.
+    rotation: fp32 (N, 1, head_dim / 2, 2), the cosine and the sine of each pair's angle.
     """
-    pairs = x.unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # the compiler has no complex numbers, and fuses what is long here
+    pairs = x[:, :heads].unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which has no complex numbers, and fuses what is long here
         a, b = pairs.float().unbind(-1)
         cos, sin = rotation.unbind(-1)
-        pairs.copy_(torch.stack((a * cos - b * sin, a * sin + b * cos), -1))
-    else:
-        turned = torch.view_as_complex(pairs.float()) * torch.view_as_complex(rotation)
-        pairs.copy_(torch.view_as_real(turned))
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+        return torch.cat((turned.to(x.dtype), x[:, heads:]), 1)
+    pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * torch.view_as_complex(rotation)))
+    return x
 
 
 class Row(NamedTuple):
@@ -235,7 +235,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cache: Tensor, step: Step) -> Tensor:
         """x (N, dim) to (N, dim). cache (2, max_batch_size, n_kv_heads, max_seq_len, head_dim)."""
         qkv = self.wqkv(x).view(len(x), -1, self.head_dim)  # (N, n_heads + 2 n_kv_heads, head_dim)
-        apply_rotary(qkv[:, : -self.n_kv_heads], step.rotation)
+        qkv = apply_rotary(qkv, self.n_heads + self.n_kv_heads, step.rotation)
         queries, kv = qkv.split((self.n_heads, 2 * self.n_kv_heads), 1)
         return self.wo(step.attend(queries, kv.unflatten(1, (2, -1)), cache).flatten(1))
 

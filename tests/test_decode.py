@@ -12,6 +12,8 @@ from llama import Llama, decode
 from llama.decode import Decoder, check_compile, launch
 from llama.engine import Engine
 from llama.model import Transformer
+from llama.packing import can_pack, pack
+from llama.quantization import quantize
 from llama.request import Request
 from llama.sampling import SamplingParams
 from tests.small import byte_tokenizer, tiny_model, write_checkpoint
@@ -212,6 +214,23 @@ def test_compiled_is_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             torch.testing.assert_close(one["logprobs"], other["logprobs"], atol=1e-4, rtol=1e-4)
     assert compiled.engine.decoder
     assert compiled.engine.decoder.flex  # nothing had to be left out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["packed", "int8"])
+def test_compiled_around_operators_that_the_compiler_does_not_know(scheme: str) -> None:
+    """The graph breaks there, and what was written in place before must be there after."""
+    model = tiny_model(std=0.3).bfloat16()
+    if not can_pack(model.output.weight):
+        pytest.skip("this CPU or build of PyTorch has no packed bf16")
+    if scheme == "packed":
+        pack(model)
+    else:
+        quantize(model, scheme)
+    tokens = torch.randint(64, (2, 9))
+    eager = model(tokens, 0)
+    decode.compile_blocks(model)
+    assert (model(tokens, 0) - eager).norm() < 0.05 * eager.norm()
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def test_a_quantized_folder_is_counted_as_such(
     saved = convert(ckpt, tmp_path / "saved", quantize="int8")
     counted = []
     monkeypatch.setattr("llama.bench.bytes_per_step", lambda *args: counted.append(args[1]) or 1)
-    bench(str(saved), prompt=4, new=2, runs=1)
+    bench(str(saved), prompt=4, new=3, runs=1)
     assert counted == ["int8"]
 
 
@@ -51,5 +51,5 @@ def test_refusals_are_sentences(ckpt: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch, prompt and runs must be 1 or more"):
         bench(str(ckpt), batch=0)
     with pytest.raises(FileNotFoundError, match="no folder"):
-        bench(str(ckpt), prompt=4, new=2, runs=1, profile=str(tmp_path / "missing" / "trace.json"))
+        bench(str(ckpt), prompt=4, new=3, runs=1, profile=str(tmp_path / "missing" / "trace.json"))
     assert torch.get_default_dtype() == torch.float32

@@ -176,6 +176,7 @@ def test_complete_prints_plain_text_and_takes_a_pipe(folder):
     assert run([*PYTHON, "llama", "complete", *options], "12\n").stdout == argument.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["chat", "complete"])
 def test_quantized_as_told(folder, command):
     result = run([*PYTHON, "llama", command, str(folder), "--quantize", "int3"], "12\n")

@@ -61,6 +61,7 @@ def test_the_demo_model_is_the_default_where_it_lies(tmp_path: Path) -> None:
         assert way in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["example_chat_completion.py", "example_text_completion.py"])
 def test_quantized_as_told(script: str, tmp_path: Path) -> None:
     folder = tiny.write_checkpoint(tmp_path / "tiny")

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from tqdm import tqdm
 
+from llama.device import cache_folder
 from llama.errors import CheckpointError
 
 # What may lie in a folder beside its weights.
@@ -39,11 +40,6 @@ WEIGHTS = re.compile(r"consolidated\.\d+\.pth|.*\.safetensors|.*\.gguf|(pytorch|
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a URL."""
     return re.match(r"[a-z0-9]+://", str(path)) is not None
-
-
-def cache_folder() -> Path:
-    """Where copies are kept: $LLAMA_CACHE, else ~/.cache/llama."""
-    return Path(os.environ.get("LLAMA_CACHE") or Path.home() / ".cache" / "llama")
 
 
 def fetch(url: str) -> Path:

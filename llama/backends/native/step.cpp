@@ -465,7 +465,7 @@ struct Runtime {
   void finish(const Span& span, int head, const float* partial) {
     for (int i = 0; i < span.count * share; i++, partial += partial_size()) {
       float* to = &attended[size_t(span.first + i / share) * q_dim + (head * share + i % share) * m.head_dim];
-      for (int d = 0; d < m.head_dim; d += LANES) store(to + d, load<F>(partial + d) / splat(partial[m.head_dim]));
+      for (int d = 0; d < m.head_dim; d += LANES) store(to + d, load<F>(partial + d) / splat(partial[m.head_dim + 1]));
     }
   }
   template <class Element> void attend(int t, int layer) {
@@ -547,7 +547,7 @@ template <class Work> static void in_parallel(int count, int threads, Work work)
 
 extern "C" {
 int32_t llama_lanes() { return LANES; }
-int32_t llama_group_bytes(int32_t kind) { return group_bytes(kind); }
+int64_t llama_tile_bytes(int32_t kind, int32_t cols) { return tile_bytes(kind, cols); }
 
 // Tiles of fp32 or bf16 rows, or of quantized values: uint8, or int8 for INT8, one a byte. `to` holds whole tiles.
 void llama_pack(int32_t kind, const uint8_t* from, int32_t rows, int32_t cols, uint8_t* to, int32_t threads) {

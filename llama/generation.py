@@ -80,6 +80,8 @@ class Llama:
         batch_invariant: bool = False,
         quantize: str | None = None,
         compile: bool | str = "auto",
+        mmap: bool = False,
+        threads: int | None = None,
     ) -> "Llama":
         """Load a checkpoint: a native or a Hugging Face folder, or a GGUF file; local, or any URL
         that blobfile reads.
@@ -99,6 +101,9 @@ class Llama:
         what the files hold. A folder of quantized weights needs no word here.
         compile: whether to compile the model, and to decode at fixed shapes, on CUDA as a captured graph;
         "auto" does on CUDA, where it pays. Takes its time at build. Not with batch_invariant.
+        mmap: read the weights from their files in every step, for models larger than the memory, at the
+        speed of the disk. In the dtype that the files hold, on a CPU.
+        threads: of the compiled step on a CPU; by default as many as PyTorch uses.
 
         Raises FileNotFoundError where a file lacks, ValueError (CheckpointError where the files are
         to blame) where they, the arguments and the ranks do not fit, MemoryError where weights and
@@ -119,7 +124,17 @@ class Llama:
                 scheme = scheme_of(checkpoint, quantize)
                 check_quantize(scheme, device)
                 args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-                model = load(checkpoint, args, group, device, dtype, scheme)
+                model = load(
+                    checkpoint,
+                    args,
+                    group,
+                    device,
+                    dtype,
+                    scheme,
+                    whole_steps=not compiles,
+                    mapped=mmap,
+                    threads=threads,
+                )
             llama = Llama(
                 model,
                 checkpoint.tokenizer,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from llama.backends.onednn import pack
+from llama import backends
 from llama.backends.torchao import check_torchao, float8, from_stored
 from llama.checkpoint.quantized import QuantizedShards
 from llama.checkpoint.reader import RankReader, load_weights
@@ -38,9 +38,14 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     scheme: str | None = None,
+    *,
+    whole_steps: bool = True,
+    mapped: bool = False,
+    threads: int | None = None,
 ) -> Transformer:
     """This rank's part of a checkpoint's model, cache allocated.
 
+    whole_steps, mapped, threads: see `backends.plan`.
     Tells on stderr of rank 0 what it does. Raises what `Llama.build` raises.
     """
     start = time.perf_counter()
@@ -50,7 +55,7 @@ def load(
     cache = math.prod(model.cache_shape()) * dtype.itemsize
     sequences = f"max_batch_size={args.max_batch_size}, max_seq_len={args.max_seq_len}"
     memory = total_memory(device)
-    if memory is not None and resident + cache > memory:
+    if memory is not None and (0 if mapped else resident) + cache > memory:
         raise OutOfMemoryError(
             f"weights of {gigabytes(resident)} and a KV cache of {gigabytes(cache)} ({sequences}) do not "
             f"fit into the {gigabytes(memory)} of {device}: lower max_seq_len or max_batch_size, "
@@ -69,7 +74,10 @@ def load(
     if scheme is None:
         load_weights(model, checkpoint.weights, dtype, device)
         weights = sum(weight.nbytes for weight in model.parameters())  # fewer where embeddings are tied
-        pack(model)
+        plan = backends.plan(model, whole_steps=whole_steps, mapped=mapped, threads=threads)
+        if plan.missing:
+            say(f"PyTorch's operators compute each step; the compiled step is missing: {plan.missing}")
+        backends.apply(plan, model)
     else:
         load_quantized(model, checkpoint.weights, scheme, dtype, device)
         weights = resident

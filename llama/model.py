@@ -286,6 +286,14 @@ class TransformerBlock(nn.Module):
         return x
 
 
+class StepBackend(Protocol):
+    """Computes whole steps in place of the layers; the methods are those of `Transformer`."""
+
+    def hidden(self, tokens: Tensor, rows: Sequence[Row]) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
 class Transformer(nn.Module):
     """A Llama model, or one rank's part of it.
 
@@ -296,6 +304,7 @@ class Transformer(nn.Module):
     cache: Tensor  # (n_layers, 2, max_batch_size, n_kv_heads, max_seq_len, head_dim)
     rotations: Tensor  # (max_seq_len, 1, head_dim / 2, 2), fp32: cosines and sines
     cache_owner: object = None  # who can rely on what the cache holds: whoever wrote to it last
+    step_backend: StepBackend | None = None
     least_rows = 1  # that the linear layers get; a backend may be faster with a few more than there are
 
     def __init__(self, params: ModelArgs, parallel: ModelParallel | None = None) -> None:
@@ -377,6 +386,8 @@ class Transformer(nn.Module):
                     f"slot {row.slot}, positions {row.start} to {row.stop} do not fit into a cache of "
                     f"max_batch_size={self.params.max_batch_size}, max_seq_len={self.params.max_seq_len}"
                 )
+        if self.step_backend:
+            return self.step_backend.hidden(tokens, rows)
         n = len(tokens)
         tokens = F.pad(tokens, (0, max(0, self.least_rows - n)))
         padding = len(tokens) - sum(row.length for row in rows)
@@ -394,6 +405,8 @@ class Transformer(nn.Module):
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed hidden states (N, dim) to fp32 logits (N, vocab_size), the same on every rank."""
+        if self.step_backend:
+            return self.step_backend.logits(hidden)
         n = len(hidden)
         hidden = F.pad(hidden, (0, 0, 0, max(0, self.least_rows - n)))
         return self.parallel.all_gather(self.output(hidden)[:n], self.params.vocab_size).float()

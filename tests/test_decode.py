@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from llama import Llama
-from llama.backends.onednn import can_pack, pack
+from llama import Llama, backends
+from llama.backends.onednn import can_pack
 from llama.engine import Engine
 from llama.engine import static as decode
 from llama.engine.request import Request
@@ -225,7 +225,7 @@ def test_compiled_around_operators_that_the_compiler_does_not_know(scheme: str) 
     if not can_pack(model.output.weight):
         pytest.skip("this CPU or build of PyTorch has no packed bf16")
     if scheme == "packed":
-        pack(model)
+        backends.apply(backends.plan(model, whole_steps=False), model)
     else:
         quantize(model, scheme)
     tokens = torch.randint(64, (2, 9))

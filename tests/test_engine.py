@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from llama.backends.onednn import pack
+from llama import backends
 from llama.engine import Engine, PromptError, Request
 from llama.engine.invariance import check_batch_invariance
 from llama.loading import quantize
@@ -441,7 +441,7 @@ def test_batch_invariance_is_bitwise(weights):
     shape = dict(dim=128, n_heads=8, n_kv_heads=4, vocab_size=50_000, max_batch_size=8)
     model = small_model(std=0.1, dtype=torch.float32 if weights == "fp32" else torch.bfloat16, **shape)
     if weights == "packed":
-        pack(model)
+        backends.apply(backends.plan(model, whole_steps=False), model)
     elif weights.startswith("int"):
         quantize(model, weights)
 

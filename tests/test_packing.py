@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llama import Llama
-from llama.backends.onednn import Packed, can_pack, pack
+from llama import Llama, backends
+from llama.backends.onednn import Packed, can_pack
 from llama.parallel import Joined, Linear
 from tests.support import tiny
 
@@ -32,7 +32,7 @@ def test_a_packed_model_has_every_linear_packed_once_and_says_the_same() -> None
     exact = tiny.random_model(std=0.1)(tokens, 0).log_softmax(-1)
     model = tiny.random_model(std=0.1).bfloat16()
     plain = model(tokens, 0).log_softmax(-1)
-    pack(model)
+    backends.apply(backends.plan(model, whole_steps=False), model)
     packed = model(tokens, 0).log_softmax(-1)
     assert (packed - exact).abs().mean() < 1.2 * (plain - exact).abs().mean()
     held = [m for m in model.modules() if isinstance(m, Linear | Joined) and m.backend]
@@ -43,7 +43,7 @@ def test_a_packed_model_has_every_linear_packed_once_and_says_the_same() -> None
 @packable
 def test_a_single_token_goes_through_the_linears_in_four_rows_that_change_nothing() -> None:
     model = tiny.random_model(std=0.1).bfloat16()
-    pack(model)
+    backends.apply(backends.plan(model, whole_steps=False), model)
     tokens = torch.randint(0, tiny.VOCAB, (1, 6))
     heights: list[int] = []
     for module in model.modules():
@@ -59,7 +59,7 @@ def test_a_single_token_goes_through_the_linears_in_four_rows_that_change_nothin
 def test_other_dtypes_and_devices_are_left_alone() -> None:
     model = tiny.random_model()
     before = list(model.state_dict())
-    pack(model)
+    backends.apply(backends.plan(model, whole_steps=False), model)
     assert list(model.state_dict()) == before
     assert not can_pack(torch.zeros(1, dtype=torch.bfloat16, device="meta"))
 

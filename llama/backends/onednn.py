@@ -10,8 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llama.model import Transformer
-from llama.parallel import Joined, matrices
+from llama.parallel import matrices
 
 
 class Packed:
@@ -34,19 +33,6 @@ def can_pack(weight: Tensor) -> bool:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     except (AttributeError, RuntimeError):
         return False
-
-
-def pack(model: Transformer) -> None:
-    """Lay out every linear of a loaded model for its kernels: packed on a CPU where that is possible; on
-    other devices, whatever reads the same input as one matrix."""
-    if model.device.type not in ("cpu", "meta"):
-        for module in model.modules():
-            if isinstance(module, Joined):
-                module.join()
-    if can_pack(model.output.weight):
-        replace_weights(model, lambda _, weight: Packed(weight))
-        # oneDNN 3.12 takes 1.3 times as long for one to three rows as for four.
-        model.least_rows = 4
 
 
 def replace_weights(

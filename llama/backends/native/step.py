@@ -44,7 +44,7 @@ class PackedMatrix:
 
 
 def pack(weight: Tensor, *, in_place: bool = False, target: str | None = None) -> PackedMatrix:
-    """A plain matrix, bf16 or fp32 (out, in), in tiles; in_place: read from where it lies, which is slower."""
+    """A plain matrix, bf16 or fp32 (out, in), in tiles, or in_place: as it lies, which is slower to read."""
     kind, (rows, cols) = KINDS[weight.dtype], weight.shape
     if in_place:
         return PackedMatrix(kind, rows, cols, weight.contiguous(), tiled=False)
@@ -86,6 +86,10 @@ def _tiled_scales(scales: Tensor, target: str | None) -> Tensor:
 
 def check(model: Transformer, target: str | None = None) -> None:
     """Raise UnavailableError, saying why, for a model that has no native step here."""
+    if model.device.type != "cpu":
+        raise UnavailableError(f"it is for CPUs, and this model is on {model.device}")
+    if model.parallel.size > 1:
+        raise UnavailableError(f"it runs on one rank, and this model has {model.parallel.size}")
     args, lanes = model.params, library(target).llama_lanes()
     if model.dtype not in KINDS:
         raise UnavailableError(f"it computes in bfloat16 and float32, not {str(model.dtype)[6:]}")

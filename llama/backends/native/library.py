@@ -12,6 +12,7 @@ import tempfile
 from ctypes import POINTER, c_float, c_int32, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from llama.device import cache_folder
 
@@ -60,7 +61,7 @@ class Row(ctypes.Structure):
     _fields_ = [(name, c_int32) for name in ("slot", "start", "length")]
 
 
-SIGNATURES = {
+SIGNATURES: dict[str, list[Any]] = {  # what each function returns, and its arguments
     "llama_lanes": [c_int32],
     "llama_tile_bytes": [ctypes.c_int64, c_int32, c_int32],
     "llama_pack": [None, c_int32, c_void_p, c_int32, c_int32, c_void_p, c_int32],

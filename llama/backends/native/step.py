@@ -62,8 +62,9 @@ def pack_groups(
     """
     rows, cols = values.shape
     kind = {8: INT8, 5: INT5, 4: INT4}[bits]
-    packed = [None if part is None else _tiled_scales(part, target) for part in (scales, mins)]
-    return PackedMatrix(kind, rows, cols, _tiles(kind, values.contiguous(), target), *packed)
+    weight = _tiles(kind, values.contiguous(), target)
+    low = None if mins is None else _tiled_scales(mins, target)
+    return PackedMatrix(kind, rows, cols, weight, _tiled_scales(scales, target), low)
 
 
 def _tiles(kind: int, values: Tensor, target: str | None) -> Tensor:
@@ -126,24 +127,22 @@ class NativeStep:
         def matrix(name: str) -> Matrix:
             return matrices[name].structure()
 
-        def norm(weight: Tensor) -> int:
-            self.norms.append(weight.detach().float().contiguous())
+        def norm(name: str) -> int:
+            self.norms.append(model.get_parameter(f"{name}.weight").detach().float().contiguous())
             return self.norms[-1].data_ptr()
 
         layers = (Layer * args.n_layers)()
-        for i, (layer, block) in enumerate(zip(layers, model.layers, strict=True)):
+        for i, layer in enumerate(layers):
             for part, names in LINEARS.items():
                 for name in names:
                     setattr(layer, name, matrix(f"layers.{i}.{part}.{name}"))
-            layer.attention_norm, layer.ffn_norm = (
-                norm(block.attention_norm.weight),
-                norm(block.ffn_norm.weight),
-            )
+            for name in ("attention_norm", "ffn_norm"):
+                setattr(layer, name, norm(f"layers.{i}.{name}"))
         shape = (
             args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.head_dim, args.hidden_dim,
             args.vocab_size, args.max_batch_size, args.max_seq_len, KINDS[model.dtype], args.norm_eps,
         )  # fmt: skip
-        structure = Model(*shape, layers, matrix("tok_embeddings"), matrix("output"), norm(model.norm.weight))
+        structure = Model(*shape, layers, matrix("tok_embeddings"), matrix("output"), norm("norm"))
         self._layers = layers  # to which the runtime's copy of the structure points
         runtime = self.library.llama_new(ctypes.byref(structure), threads or torch.get_num_threads())
         self._runtime = runtime

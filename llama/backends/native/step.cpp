@@ -1,28 +1,22 @@
 // One step of a Llama model on a CPU, all layers in one call: model.py's forward pass for any rows.
 //
-// A matrix is stored in tiles of LANES output rows, units of 4 bytes of each row side by side: a vector
-// holds the same few inputs of LANES rows, so every sum stays in its lane. A unit is 1 fp32, 2 bf16 or 4
-// int8. int8, int5 and int4 come in groups of 32 inputs with an fp16 scale (and min) for each output row,
-// w = scale · q + min; they multiply activations of int8, with a scale for each 32 as well.
-//
-// An output element is summed in one order, whatever else is computed beside it: along its inputs, one
-// after the other. So a sequence gets the same bits alone, in company, in one prefill or token by token.
-#include "machine.h"
+// An output element is summed in one order, whatever else is computed beside it: along its inputs, or its
+// positions, one after the other. So a sequence gets the same bits alone, in company, in one prefill or
+// token by token, with any number of threads.
+#include "matrix.h"
 
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
 #include <mutex>
+#include <thread>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
-constexpr int GROUP = 32;                      // inputs that share a scale
-constexpr int ROWS = LANES == 16 ? 8 : 4;      // of activations, multiplied at once: as registers allow
-constexpr int CHUNK = 256;                     // positions of the cache that are attended to as one
-constexpr int QUERY_TOKENS = 8;                // of one sequence, that attend together
+constexpr int CHUNK = 256;       // positions of the cache that are attended to as one
+constexpr int QUERY_TOKENS = 8;  // of one sequence, that attend together
 
-enum Kind : int32_t { FP32, BF16, INT8, INT5, INT4 };
-
-struct Matrix {                  // (rows, cols)
-  int32_t kind, rows, cols, tiled;  // not tiled: fp32 or bf16 as in a file, row after row
-  const uint8_t* weight;
-  const uint16_t *scale, *min;   // fp16, tiles of (cols / 32, LANES); min may be null: symmetric, -8 or -16 · scale
-};
 struct Layer {
   Matrix wq, wk, wv, wo, w1, w2, w3;
   const float *attention_norm, *ffn_norm;
@@ -37,193 +31,96 @@ struct Model {
 };
 struct Row { int32_t slot, start, length; };
 
-// ---- the layout of matrices
+// ---- threads
 
-constexpr int tiles_of(int rows) { return (rows + LANES - 1) / LANES; }
-constexpr bool grouped(int kind) { return kind >= INT8; }
-// Bytes of LANES rows and one group. int5: nibbles as int4, then a vector with the fifth bits.
-constexpr int group_bytes(int kind) { return 4 * LANES * (kind == INT8 ? 8 : kind == INT5 ? 5 : 4); }
-static size_t tile_bytes(int kind, int cols) {
-  return grouped(kind) ? size_t(cols / GROUP) * group_bytes(kind) : size_t(cols) * LANES * (kind == FP32 ? 4 : 2);
+static inline void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");
+#endif
 }
 
-// `rows` ≤ LANES rows of `units`, each `stride` bytes behind the last, as one tile; rows that are missing are 0.
-static void tile_units(const uint8_t* from, size_t stride, int rows, int units, uint32_t* to) {
-  int k = 0;
-  for (; k + LANES <= units; k += LANES, to += LANES * LANES) {
-    U v[LANES];
-    for (int r = 0; r < LANES; r++) v[r] = r < rows ? load<U>(from + r * stride + 4 * k) : U{};
-    transpose(v);
-    for (int r = 0; r < LANES; r++) store(to + r * LANES, v[r]);
-  }
-  for (; k < units; k++, to += LANES)
-    for (int r = 0; r < LANES; r++) to[r] = r < rows ? load<uint32_t>(from + r * stride + 4 * k) : 0;
-}
+// A team of threads that runs one function at a time, the caller being its first member. They spin for
+// a moment where they wait, then sleep: whoever else needs the core gets it.
+class Pool {
+ public:
+  const int threads;
 
-// The 8 vectors of a group: inputs 4 j … 4 j + 3 in vector j. A byte's low nibble is an input of the
-// group's first half, its high nibble one of the second.
-template <int K> static inline void unpack(const uint8_t* group, Bytes w[8]) {
-  if (K == INT8) {
-    for (int j = 0; j < 8; j++) w[j] = load<Bytes>(group + j * sizeof(U));
-    return;
+  explicit Pool(int n) : threads(n) {
+    for (int t = 1; t < n; t++) workers.emplace_back([this, t] { work(t); });
   }
-  for (int j = 0; j < 4; j++) {
-    const U both = load<U>(group + j * sizeof(U));
-    U low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
-    if (K == INT5) {
-      const U fifth = load<U>(group + 4 * sizeof(U));  // bit j: of vector j
-      low |= (fifth << (4 - j)) & 0x10101010, high |= (fifth >> j) & 0x10101010;
+  ~Pool() {
+    call = nullptr;
+    job.fetch_add(1);
+    job.notify_all();
+    for (auto& worker : workers) worker.join();
+  }
+  // function(t) on every thread t.
+  template <class Function> void run(Function function) {
+    call = [](void* f, int t) { (*(Function*)f)(t); };
+    argument = &function;
+    job.fetch_add(1, std::memory_order_release);
+    job.notify_all();
+    function(0);
+    barrier();
+  }
+  // Until every thread is here. Then `take` begins anew.
+  void barrier() {
+    const uint32_t now = phase.load(std::memory_order_relaxed);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < uint32_t(threads)) return wait(phase, now);
+    arrived.store(0, std::memory_order_relaxed);
+    taken.store(0, std::memory_order_relaxed);
+    phase.store(now + 1, std::memory_order_release);
+    phase.notify_all();
+  }
+  // The next few of `total` pieces of work, from … to - 1; false when none are left. The fewer remain,
+  // the fewer are taken at once, so that all threads end together, even one that was interrupted.
+  bool take(int total, int& from, int& to) {
+    uint32_t first = taken.load(std::memory_order_relaxed);
+    do {
+      from = to = int(first);
+      if (from >= total) return false;
+      to += std::max(std::min((total - from) / (2 * threads), 8) & ~1, 1);
+    } while (!taken.compare_exchange_weak(first, uint32_t(to), std::memory_order_relaxed));
+    return true;
+  }
+
+ private:
+  std::vector<std::thread> workers;
+  alignas(64) std::atomic<uint32_t> job{0};
+  alignas(64) std::atomic<uint32_t> arrived{0};
+  alignas(64) std::atomic<uint32_t> phase{0};
+  alignas(64) std::atomic<uint32_t> taken{0};
+  void (*call)(void*, int) = nullptr;
+  void* argument = nullptr;
+
+  static void wait(std::atomic<uint32_t>& value, uint32_t old) {
+    using clock = std::chrono::steady_clock;
+    const auto end = clock::now() + std::chrono::microseconds(50);
+    do {
+      for (int i = 0; i < 16; i++, relax())
+        if (value.load(std::memory_order_acquire) != old) return;
+    } while (clock::now() < end);
+    while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+  }
+  void work(int t) {
+#if defined(__linux__)
+    // OpenMP pins the thread that made this one, and its children would inherit that one core.
+    if (getenv("OMP_PROC_BIND") || getenv("GOMP_CPU_AFFINITY") || getenv("KMP_AFFINITY")) {
+      cpu_set_t all;
+      memset(&all, 0xff, sizeof all);
+      sched_setaffinity(0, sizeof all, &all);
     }
-    w[j] = (Bytes)low, w[j + 4] = (Bytes)high;
-  }
-}
-static void pack_group(int kind, const U w[8], uint8_t* to) {
-  if (kind == INT8)
-    for (int j = 0; j < 8; j++) store(to + j * sizeof(U), w[j] ^ FLIP);
-  else {
-    U fifth = {};
-    for (int j = 0; j < 4; j++) store(to + j * sizeof(U), (w[j] & 0x0f0f0f0f) | (w[j + 4] & 0x0f0f0f0f) << 4);
-    for (int j = 0; j < 8; j++) fifth |= ((w[j] >> 4) & 0x01010101) << j;
-    if (kind == INT5) store(to + 4 * sizeof(U), fifth);
-  }
-}
-
-// What int5 and int4 without a min subtract from each value, times the scale.
-constexpr float middle(int kind) { return kind == INT5 ? 16 : kind == INT4 ? 8 : 0; }
-
-// One row as fp32: an embedding.
-static void read_row(const Matrix& m, int row, float* out) {
-  const int lane = row % LANES, per_unit = m.kind == FP32 ? 1 : m.kind == BF16 ? 2 : 4;
-  const uint8_t* tile = m.weight + row / LANES * tile_bytes(m.kind, m.cols);
-  for (int k = 0; k < m.cols; k++) {
-    if (grouped(m.kind)) {
-      const size_t at = (size_t(row / LANES) * (m.cols / GROUP) + k / GROUP) * LANES + lane;
-      const uint8_t* group = tile + k / GROUP * group_bytes(m.kind);
-      const int i = k % GROUP, byte = lane * 4 + i % 4, vector = m.kind == INT8 ? i / 4 : i / 4 % 4;
-      int q = group[vector * sizeof(U) + byte];
-      if (m.kind == INT8) q = int8_t(q ^ uint8_t(FLIP));
-      else q = (i < 16 ? q & 15 : q >> 4) | (m.kind == INT5 ? (group[4 * sizeof(U) + byte] >> (i / 4) & 1) << 4 : 0);
-      const float scale = from_half(m.scale[at]);
-      out[k] = scale * q + (m.min ? from_half(m.min[at]) : -middle(m.kind) * scale);
-    } else {
-      const size_t unit = m.tiled ? size_t(k / per_unit) * LANES + lane : size_t(row) * (m.cols / per_unit) + k / per_unit;
-      const uint8_t* at = (m.tiled ? tile : m.weight) + unit * 4;
-      out[k] = m.kind == FP32 ? load<float>(at) : from_bf16(load<uint16_t>(at + k % 2 * 2));
-    }
-  }
-}
-
-// ---- products
-
-// Rows of activations in the form that a kind of matrix multiplies: bf16, fp32, or int8 in groups.
-struct Inputs {
-  std::vector<uint32_t> values;
-  std::vector<float> scale, scaled_sum;  // of each group
-  std::vector<int32_t> offset;           // where its sum starts, if int8 weights have 128 added
-  int stride = 0, groups = 0;
-
-  void resize(int rows, int cols) {
-    // A row takes one cache line more than it needs, or rows of 2^n would all fall into the same cache set.
-    stride = cols + 16, groups = cols / GROUP;
-    values.resize(size_t(rows) * stride);
-    scale.resize(size_t(rows) * groups), scaled_sum.resize(scale.size()), offset.resize(scale.size());
-  }
-  const uint32_t* row(int i) const { return values.data() + size_t(i) * stride; }
-  void put(int kind, int i, int col, F x) {
-    uint32_t* to = values.data() + size_t(i) * stride;
-    if (kind == BF16 && BF16_PRODUCTS) store((uint16_t*)to + col, to_bf16(x));
-    else store(to + col, x);
-  }
-  void set(const Matrix& m, int i, const float* x) {
-    if (!grouped(m.kind)) {
-      for (int k = 0; k < m.cols; k += LANES) put(m.kind, i, k, load<F>(x + k));
-      return;
-    }
-    int8_t* to = (int8_t*)(values.data() + size_t(i) * stride);
-    for (int g = 0; g < m.cols / GROUP; g++, x += GROUP, to += GROUP) {
-      I bits = {};  // the largest size, found among whole numbers: there NaN is larger than all others
-      for (int k = 0; k < GROUP; k += LANES) {
-        const I v = load<I>(x + k) & 0x7fffffff;
-        bits = v > bits ? v : bits;
-      }
-      int32_t most_bits = 0;
-      for (int k = 0; k < LANES; k++) most_bits = std::max(most_bits, bits[k]);
-      const float most = load<float>(&most_bits), inverse = most > 1e-30f ? 127 / most : 0;
-      I total = {};
-      for (int k = 0; k < GROUP; k += LANES) {
-        const F rounded = load<F>(x + k) * inverse + 12582912.f;  // 1.5 · 2^23: what is left is the integer
-        const I q = (I)rounded - 0x4b400000;
-        total += q;
-        store(to + k, __builtin_convertvector(q, Quarters));
-      }
-      int whole = 0;
-      for (int k = 0; k < LANES; k++) whole += total[k];
-      const size_t at = size_t(i) * groups + g;
-      scale[at] = most / 127, scaled_sum[at] = scale[at] * whole, offset[at] = FLIP ? -128 * whole : 0;
+#endif
+    for (uint32_t seen = 0;; seen++) {
+      wait(job, seen);
+      if (!call) return;
+      call(argument, t);
+      barrier();
     }
   }
 };
-
-struct Tile { const uint8_t* weight; const uint16_t *scale, *min; };
-
-// out[b][t] = products of tile t with row first + b of x.
-template <int K, int T, int B>
-__attribute__((noinline)) static void product(const Tile* tiles, int cols, const Inputs& x, int first, F (*out)[T]) {
-  F acc[B][T] = {};
-  const uint32_t* from = x.row(first);
-  const size_t stride = x.stride;
-  if constexpr (grouped(K)) {
-    const float *scales = &x.scale[size_t(first) * x.groups], *sums = &x.scaled_sum[size_t(first) * x.groups];
-    const int32_t* offsets = &x.offset[size_t(first) * x.groups];
-    for (int g = 0; g < cols / GROUP; g++)
-#pragma GCC unroll 2
-      for (int t = 0; t < T; t++) {
-        Bytes w[8];
-        unpack<K>(tiles[t].weight + size_t(g) * group_bytes(K), w);
-        const F scale = from_half(load<Halves>(tiles[t].scale + g * LANES));
-        const F min = tiles[t].min ? from_half(load<Halves>(tiles[t].min + g * LANES)) : scale * -middle(K);
-#pragma GCC unroll 8
-        for (int b = 0; b < B; b++) {
-          const int at = b * x.groups + g;
-          const F sum = dot32<K != INT8>(w, (const uint8_t*)(from + b * stride) + g * GROUP, K == INT8 ? offsets[at] : 0);
-          acc[b][t] = fma(sum, scale * scales[at], acc[b][t]);
-          if (K != INT8) acc[b][t] = fma(min, splat(sums[at]), acc[b][t]);
-        }
-      }
-  } else {
-    constexpr int STEP = K == BF16 && !BF16_PRODUCTS ? 2 : 1;  // numbers of x that meet a unit of w
-    const int units = K == FP32 ? cols : cols / 2;
-    for (int k = 0; k < units; k++)
-#pragma GCC unroll 2
-      for (int t = 0; t < T; t++) {
-        const U w = load<U>(tiles[t].weight + size_t(k) * sizeof(U));
-#pragma GCC unroll 8
-        for (int b = 0; b < B; b++) {
-          const uint32_t* in = from + b * stride + k * STEP;
-          acc[b][t] = K == FP32 ? fma((F)w, splat(load<float>(in)), acc[b][t]) : dot2(acc[b][t], w, in);
-        }
-      }
-  }
-  for (int b = 0; b < B; b++)
-    for (int t = 0; t < T; t++) out[b][t] = acc[b][t];
-}
-
-// use(row, products of T tiles) for n rows of x.
-template <int T, int B = ROWS, class Use>
-static void for_rows(int kind, const Tile (&tiles)[T], int cols, const Inputs& x, int first, int n, Use& use) {
-  if constexpr (B > 0) {
-    for (; n >= B; first += B, n -= B) {
-      F out[B][T];
-      if (kind == FP32) product<FP32, T, B>(tiles, cols, x, first, out);
-      else if (kind == BF16) product<BF16, T, B>(tiles, cols, x, first, out);
-      else if (kind == INT8) product<INT8, T, B>(tiles, cols, x, first, out);
-      else if (kind == INT5) product<INT5, T, B>(tiles, cols, x, first, out);
-      else product<INT4, T, B>(tiles, cols, x, first, out);
-      for (int b = 0; b < B; b++) use(first + b, out[b]);
-    }
-    if (n) for_rows<T, B - 1>(kind, tiles, cols, x, first, n, use);
-  }
-}
 
 // ---- attention
 

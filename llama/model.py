@@ -68,7 +68,7 @@ class ModelArgs:
         if self.head_dim is None:
             self.head_dim = self.dim // self.n_heads if self.dim % self.n_heads == 0 else 1
         if self.head_dim % 2:
-            raise ArgumentError(f"dim={self.dim} does not split into {self.n_heads} heads of even size")
+            raise ArgumentError(f"dim={self.dim} does not split into n_heads={self.n_heads} even sizes")
         if self.n_heads % self.n_kv_heads:
             raise ArgumentError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.use_scaled_rope and self.rope_scaling_factor is None:

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -120,13 +120,19 @@ class Reader:
     """Turns the engine's events of one request into stream events.
 
     index: which answer of the call it is.
+    cancel: ends the request, once a stop string is complete.
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Decoder, request: Request, source: TextRequest, index: int
+        self,
+        tokenizer: Decoder,
+        request: Request,
+        source: TextRequest,
+        index: int,
+        cancel: Callable[[Request], object],
     ) -> None:
-        self._engine = engine
         self._request = request
+        self._cancel = cancel
         self._index = index
         self._text = TextStream(tokenizer, source.stop)
         self._echo = source.echo
@@ -135,7 +141,7 @@ class Reader:
         self._count = 0
 
     def read(self, event: Event) -> Iterator[StreamEvent]:
-        """What an event brings. Cancels the request once a stop string is complete."""
+        """What an event brings."""
         if self._echo and event.finish_reason not in ("error", "cancelled"):
             self._echo = False
             yield from self._prompt()
@@ -147,7 +153,7 @@ class Reader:
             piece = self._text.push(event.token)
             yield StreamEvent(self._index, piece, event.token, event.logprob, event.top_logprobs)
             if self._text.stopped is not None:
-                self._engine.cancel(self._request)
+                self._cancel(self._request)
 
     def _prompt(self) -> Iterator[StreamEvent]:
         request = self._request
@@ -184,7 +190,7 @@ def _queued(
     try:
         for index, source in enumerate(sources):
             request = engine.add(source.prompt, source.params)
-            readers[request] = Reader(engine, tokenizer, request, source, index)
+            readers[request] = Reader(tokenizer, request, source, index, engine.cancel)
         yield readers
     finally:
         for request in readers:

@@ -11,7 +11,7 @@ import torch
 from llama import Llama
 from llama.errors import ArgumentError, PromptError
 from llama.sampling import derive_seed
-from tests.small import byte_tokenizer, tiny_model
+from tests.support.tiny import byte_tokenizer, small_model
 
 DRAWN = {"temperature": 1.5, "top_p": 1.0, "max_gen_len": 12}
 
@@ -19,7 +19,7 @@ DRAWN = {"temperature": 1.5, "top_p": 1.0, "max_gen_len": 12}
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Llama:
     tokenizer = byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return Llama(tiny_model(vocab_size=tokenizer.n_words, max_batch_size=3, max_seq_len=128), tokenizer)
+    return Llama(small_model(vocab_size=tokenizer.n_words, max_batch_size=3, max_seq_len=128), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_streams_for_asyncio(llama: Llama) -> None:
         async def one(dialog: list) -> str:
             return "".join([event.text async for event in llama.astream_chat([dialog], seed=4, **DRAWN)])
 
-        return list(await asyncio.gather(*map(one, dialogs)))
+        return [await one(dialog) for dialog in dialogs]
 
     expected = [a["generation"]["content"] for a in llama.chat_completion(dialogs, seed=4, **DRAWN)]  # type: ignore
     assert asyncio.run(answers()) == expected

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from llama import parallel
 from llama.checkpoint import open_checkpoint
-from llama.device import default_device, default_dtype, parse_dtype
+from llama.device import default_device, default_dtype, parse_device, parse_dtype
 from llama.engine import Engine
 from llama.engine.static import check_compile
 from llama.errors import ArgumentError
@@ -104,9 +104,7 @@ class Llama:
         to blame) where they, the arguments and the ranks do not fit, MemoryError where weights and
         cache are larger than the device's memory.
         """
-        device = torch.device(device) if device is not None else default_device()
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = parse_device(device) if device is not None else default_device()
         dtype = parse_dtype(dtype) if dtype is not None else default_dtype(device)
         check_quantize(quantize, device)
         if compile is True and batch_invariant:

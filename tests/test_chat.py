@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.cli.chat import Chat, Conversation, Turn
+from llama.cli.chat import Chat
+from llama.cli.conversation import Conversation, Turn
+from llama.cli.options import SamplingOptions
 from llama.tokenizer import Tokenizer
 from llama.tokenizer.chat_format import chat_format
 from tests.support.tiny import byte_tokenizer, save_model, small_model
@@ -48,7 +50,7 @@ def llama(folder):
 
 @pytest.fixture
 def chat(llama):
-    return Chat(llama, Conversation(), {"temperature": 0, "max_gen_len": 8})
+    return Chat(llama, Conversation(), SamplingOptions(temperature=0, max_gen_len=8))
 
 
 def said(capsys) -> str:
@@ -110,7 +112,10 @@ def test_answers_and_commands(chat, capsys, tmp_path):
     assert chat.conversation == saved
     capsys.readouterr()
     chat.take("/params temperature=0.5 top_k=4 max_gen_len=none")
-    assert said(capsys) == "[temperature=0.5 max_gen_len=None top_k=4]\n"
+    assert "[temperature=0.5 top_p=0.9 top_k=4 min_p=0.0" in (shown := said(capsys))
+    assert "max_gen_len=None" in shown
+    chat.take("/params stop='a b'")
+    assert chat.sampling.stop == ("a b",)
     chat.take("/help")
     assert "/retry" in said(capsys)
     chat.take("")
@@ -123,7 +128,7 @@ def test_answers_and_commands(chat, capsys, tmp_path):
         ("/nonsense", "there is no /nonsense; /help lists"),
         ("/retry", "no message to answer again"),
         ("/params temperature=-1", "temperature must be 0"),
-        ("/params seed=x", "seed must be a number or None, not 'x'"),
+        ("/params seed=x", "seed must be a whole number, not 'x'"),
         ("/params heat=1", "'heat=1' is not name=value"),
         ("/save", "which file"),
         ("/load", "which file"),
@@ -132,10 +137,10 @@ def test_answers_and_commands(chat, capsys, tmp_path):
     ],
 )
 def test_mistakes_change_nothing(chat, line, message):
-    params = dict(chat.params)
+    sampling = chat.sampling
     with pytest.raises((ValueError, OSError), match=message):
         chat.take(line)
-    assert (chat.conversation, chat.params) == (Conversation(), params)
+    assert (chat.conversation, chat.sampling) == (Conversation(), sampling)
 
 
 def test_a_saved_conversation_of_another_tokenizer_is_encoded_anew(llama):
@@ -181,7 +186,7 @@ def test_complete_prints_plain_text_and_takes_a_pipe(folder):
 def test_quantized_as_told(folder, command):
     result = run([*PYTHON, "llama", command, str(folder), "--quantize", "int3"], "12\n")
     assert result.returncode == 1
-    assert result.stderr == "error: quantize must be None, 'int8', 'int4' or 'fp8', not 'int3'\n"
+    assert result.stderr == "error: quantize must be int8 or int4 or fp8, not 'int3'\n"
     if "fbgemm" in torch.backends.quantized.supported_engines:
         options = ["--quantize", "int4", "--max_gen_len", "9", "--temperature", "0"]
         result = run([*PYTHON, "llama", command, str(folder), *options], "12\n")

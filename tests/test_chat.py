@@ -208,10 +208,9 @@ def test_complete_ends_quietly_when_nobody_reads(folder):
 # A real terminal
 
 
-def spawn(command: list[str]):
-    child = pexpect.spawn(
-        command[0], command[1:], encoding="utf-8", timeout=30, env={**os.environ, "TERM": "dumb"}
-    )
+def spawn(command: list[str], state: Path):
+    env = {**os.environ, "TERM": "dumb", "XDG_STATE_HOME": str(state)}
+    child = pexpect.spawn(command[0], command[1:], encoding="utf-8", timeout=60, env=env)
     child.setwinsize(40, 400)
     return child
 
@@ -220,7 +219,7 @@ def spawn(command: list[str]):
 @pytest.mark.parametrize("launcher", [PYTHON, TORCHRUN], ids=["one", "torchrun"])
 def test_typed_into_a_terminal(folder, launcher, tmp_path):
     options = ["--temperature", "0", "--device", "cpu", "--dtype", "float32", "--max_seq_len", "6000"]
-    child = spawn([*launcher, "llama", "chat", str(folder), *options])
+    child = spawn([*launcher, "llama", "chat", str(folder), *options], tmp_path)
     child.expect_exact("Ctrl-D leaves.")
     child.expect_exact("> ")
 
@@ -253,20 +252,34 @@ def test_typed_into_a_terminal(folder, launcher, tmp_path):
     child.sendline(f"/load {tmp_path}/missing.json")
     child.expect_exact("No such file")
     child.sendline("/params max_gen_len=4")
-    child.sendline("four")
+    child.sendline("four\nlines of it\n\nare one message")  # delivered at once, so pasted
     child.expect(r"\[4 tokens at .* were in the cache")
     child.expect_exact("> ")
-    child.sendeof()
+    child.sendline("//five")
+    child.expect(r"\[4 tokens at .* were in the cache")
+    child.expect_exact("> ")
+    child.send("/sa\t")
+    child.expect_exact("/save")
+    child.sendline(f" {tmp_path}/c.j\t")
+    child.expect_exact("[saved 5 turns")
+    child.expect_exact("> ")
+    child.sendline("/quit")
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
     saved = json.loads((tmp_path / "c.json").read_text())
-    assert [turn["user"] for turn in saved["turns"]] == ["hello", "one \ntwo", "three"]
+    assert [turn["user"] for turn in saved["turns"]] == [
+        *("hello", "one \ntwo", "three"),
+        *("four\nlines of it\n\nare one message", "/five"),
+    ]
+    history = (tmp_path / "llama" / "history").read_text().splitlines()
+    assert history[0] == "hello"
+    assert history[-1] == "/quit"
 
 
 @pytest.mark.slow
 def test_the_terminal_is_as_it_was_when_the_program_is_ended(folder):
-    child = spawn(["sh", "-i"])
+    child = spawn(["sh", "-i"], folder)
     command = f"{sys.executable} -m llama chat {folder} --temperature 0 --max_seq_len 6000"
     child.sendline(f"stty -a > {folder}/before; sh -c 'echo $$ > {folder}/pid; exec {command}'")
     child.expect_exact("Ctrl-D leaves.")

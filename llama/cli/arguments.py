@@ -59,7 +59,7 @@ class Option(NamedTuple):
         for kind in self.kinds:
             try:
                 return _parse(kind, text)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, AttributeError):
                 continue
         listed = " or ".join(self.choices or [_word(kind, 0) for kind in self.kinds if kind is not NoneType])
         raise ArgumentError(f"{self.name} must be {listed}, not {text!r}")

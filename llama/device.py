@@ -26,25 +26,20 @@ def default_device() -> torch.device:
 
 
 def parse_device(device: str | torch.device) -> torch.device:
-    """A device by its name, or itself; "cuda" is this rank's.
-
-    Raises ArgumentError for one that this machine, or this build of torch, does not have.
-    """
+    """A device of this machine by its name, or itself; "cuda" is this rank's. Raises ArgumentError."""
     try:
         found = torch.device(device)
-    except RuntimeError:
-        found = None
-    if found is None or found.type not in ("cpu", "cuda", "mps"):
-        raise ArgumentError(f"device must be cuda, cuda:N, mps or cpu, not {str(device)!r}")
+    except (RuntimeError, TypeError):
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise ArgumentError(f"device must be cpu, cuda, cuda:N or mps, not {str(device)!r}")
     if found.type == "mps" and not torch.backends.mps.is_available():
-        raise ArgumentError("device mps is not available here: pass cpu, or leave the device out")
-    if found.type != "cuda":
-        return found
-    found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if found.index is None else found.index)
-    if found.index >= (count := torch.cuda.device_count()):
-        why = f"there are {count} CUDA devices" if count else "torch sees no CUDA device here"
-        built = "" if torch.version.cuda else f"; torch {torch.__version__} is built for the CPU only"
-        raise ArgumentError(f"device {found} is not available: {why}{built}")
+        raise ArgumentError("device is mps, but PyTorch finds no Apple GPU here; use cpu")
+    if found.type == "cuda":
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        found = torch.device("cuda", rank if found.index is None else found.index)
+        if found.index >= (count := torch.cuda.device_count()):
+            raise ArgumentError(f"device is {found}, but PyTorch finds {count} CUDA devices here; use cpu")
     return found
 
 

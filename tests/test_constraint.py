@@ -46,9 +46,9 @@ def test_only_what_is_allowed_is_generated_and_others_go_on(static: bool, temper
     beside = engine.add([5, 6], free)
     requests = [
         engine.add(
-            [1, 2, i], SamplingParams(temperature=temperature, seed=i), constraint=OneOf(*SEQUENCES)
+            [1, 2, i], SamplingParams(temperature=temperature, top_p=1, seed=i), constraint=OneOf(*SEQUENCES)
         )
-        for i in range(8)
+        for i in range(16)
     ]
     run(engine, beside, *requests)
     assert beside.tokens == alone.tokens

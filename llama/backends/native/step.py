@@ -164,7 +164,7 @@ class NativeStep:
             (Row * len(rows))(*(Row(*row) for row in rows)),
             len(rows),
             self.model.rotations.data_ptr(),
-            self.model.cache.data_ptr(),
+            self.model.cache.data.data_ptr(),
             out.data_ptr(),
         )
         return out

@@ -306,9 +306,12 @@ class TransformerBlock(nn.Module):
 
 
 class StepBackend(Protocol):
-    """Computes whole steps in place of the layers; the methods are those of `Transformer`."""
+    """Computes whole steps in place of the layers; the methods are those of `Transformer`.
 
-    def hidden(self, tokens: Tensor, rows: Sequence[Row]) -> Tensor: ...
+    cache and rotations: those of the model.
+    """
+
+    def hidden(self, tokens: Tensor, rows: Sequence[Row], cache: Tensor, rotations: Tensor) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -398,7 +401,7 @@ class Transformer(nn.Module):
                     f"max_batch_size={slots}, max_seq_len={length}"
                 )
         if self.step_backend:
-            return self.step_backend.hidden(tokens, rows)
+            return self.step_backend.hidden(tokens, rows, self.cache.data, self.rotations)
         n = len(tokens)
         tokens = F.pad(tokens, (0, max(0, self.least_rows - n)))
         padding = len(tokens) - sum(row.length for row in rows)

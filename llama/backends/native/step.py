@@ -121,7 +121,7 @@ class NativeStep:
         target: str | None = None,
     ) -> None:
         self.library, self.matrices, args = library(target), matrices, model.params
-        self.model = weakref.proxy(model)
+        self.params = args
         self.norms: list[Tensor] = []
 
         def matrix(name: str) -> Matrix:
@@ -144,27 +144,26 @@ class NativeStep:
         )  # fmt: skip
         structure = Model(*shape, layers, matrix("tok_embeddings"), matrix("output"), norm("norm"))
         self._layers = layers  # to which the runtime's copy of the structure points
-        runtime = self.library.llama_new(ctypes.byref(structure), threads or torch.get_num_threads())
-        self._runtime = runtime
-        self.close = weakref.finalize(self, self.library.llama_free, runtime)
+        self._runtime = self.library.llama_new(ctypes.byref(structure), threads or torch.get_num_threads())
+        weakref.finalize(self, self.library.llama_free, self._runtime)
 
-    def hidden(self, tokens: Tensor, rows: Sequence[ModelRow]) -> Tensor:
+    def hidden(self, tokens: Tensor, rows: Sequence[ModelRow], cache: Tensor, rotations: Tensor) -> Tensor:
         """As `Transformer.hidden`, in fp32. Raises IndexError for a token outside the vocabulary."""
         tokens = tokens.to(torch.int32).contiguous()
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.model.params.vocab_size:
-            raise IndexError(f"token ids must be from 0 to {self.model.params.vocab_size - 1}")
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.params.vocab_size:
+            raise IndexError(f"token ids must be from 0 to {self.params.vocab_size - 1}")
         used = sum(row.length for row in rows)
         if used > len(tokens):
             raise ValueError(f"the rows want {used} tokens, and there are {len(tokens)}")
-        out = torch.empty(len(tokens), self.model.params.dim)
+        out = torch.empty(len(tokens), self.params.dim)
         out[used:] = 0  # of padding
         self.library.llama_hidden(
             self._runtime,
             tokens.data_ptr(),
             (Row * len(rows))(*(Row(*row) for row in rows)),
             len(rows),
-            self.model.rotations.data_ptr(),
-            self.model.cache.data.data_ptr(),
+            rotations.data_ptr(),
+            cache.data_ptr(),
             out.data_ptr(),
         )
         return out
@@ -172,7 +171,7 @@ class NativeStep:
     def logits(self, hidden: Tensor) -> Tensor:
         """As `Transformer.logits`: fp32 (N, dim) to (N, vocab_size)."""
         hidden = hidden.float().contiguous()
-        out = torch.empty(len(hidden), self.model.params.vocab_size)
+        out = torch.empty(len(hidden), self.params.vocab_size)
         self.library.llama_logits(self._runtime, hidden.data_ptr(), len(hidden), out.data_ptr())
         return out
 

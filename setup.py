@@ -15,6 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["llama", "llama.*"]),
+    package_data={"llama.backends.native": ["*.cpp", "*.h"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama.backends.native.library import Layer, Matrix, Model, Row, UnavailableError, library
+from llama.backends.native.compiler import Layer, Matrix, Model, Row, UnavailableError, library
 from llama.model import Row as ModelRow
 from llama.model import Transformer
 from llama.parallel import Linear

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llama.errors import PromptError
+from llama.errors import ArgumentError, MissingPackageError
 
 # What Meta trained the models to call by <|python_tag|>; they need no definition in the prompt.
 BUILTIN_TOOLS = {
@@ -54,15 +54,15 @@ def parse_tools(tools: Sequence[Any]) -> list[Tool]:
     tools: each an OpenAI object, the function object within one, a Python function, the name of one of
     Meta's built-in tools, or a `Tool`.
 
-    Raises PromptError for anything else, and for two tools of one name; ImportError for a Python
+    Raises ArgumentError for anything else, and for two tools of one name; MissingPackageError for a Python
     function without the pydantic package.
     """
     if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
-        raise PromptError(f"tools must be a list, not {type(tools).__name__}")
+        raise ArgumentError(f"tools must be a list, not {type(tools).__name__}")
     parsed = [_parse(tool) for tool in tools]
     names = [tool.name for tool in parsed]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise PromptError(f"two tools are named {twice!r}; names must be unique")
+        raise ArgumentError(f"two tools are named {twice!r}; names must be unique")
     return parsed
 
 
@@ -71,7 +71,7 @@ def _parse(tool: Any) -> Tool:
         return tool
     if isinstance(tool, str):
         if tool not in BUILTIN_TOOLS:
-            raise PromptError(f"{tool!r} is not a built-in tool; use one of {', '.join(BUILTIN_TOOLS)}")
+            raise ArgumentError(f"{tool!r} is not a built-in tool; use one of {', '.join(BUILTIN_TOOLS)}")
         argument = BUILTIN_TOOLS[tool]
         schema = {"type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}
         return Tool({"type": "function", "function": {"name": tool, "parameters": schema}}, builtin=True)
@@ -83,31 +83,31 @@ def _parse(tool: Any) -> Tool:
         definition = describe_function(tool)
         check_definition(definition)
         return Tool(definition, tool)
-    raise PromptError(
+    raise ArgumentError(
         "a tool must be an OpenAI function object, a Python function, or the name of a built-in tool; "
         f"got {type(tool).__name__}"
     )
 
 
 def check_definition(definition: Mapping[str, Any]) -> None:
-    """Raise PromptError unless an OpenAI object defines a function."""
+    """Raise ArgumentError unless an OpenAI object defines a function."""
     function = definition["function"]
     if not isinstance(function, Mapping) or definition.get("type", "function") != "function":
-        raise PromptError(
+        raise ArgumentError(
             'a tool must look like {"type": "function", "function": {"name": …, "description": …, '
             f'"parameters": …}}}}; got {definition!r}'
         )
     name = function.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise PromptError(
+        raise ArgumentError(
             f"a tool's name must be 1 to 64 letters, digits, '_', '-' or '.'; got {name!r}"
         )
     if not isinstance(function.get("description") or "", str):
-        raise PromptError(f"tool {name!r}: description must be a string")
+        raise ArgumentError(f"tool {name!r}: description must be a string")
     parameters = function.get("parameters") or {}
     properties = parameters.get("properties") or {} if isinstance(parameters, Mapping) else None
     if not isinstance(properties, Mapping) or not all(isinstance(p, Mapping) for p in properties.values()):
-        raise PromptError(
+        raise ArgumentError(
             f'tool {name!r}: parameters must be a JSON Schema like {{"type": "object", "properties": '
             f'{{"city": {{"type": "string"}}}}}}; got {parameters!r}'
         )
@@ -136,7 +136,7 @@ def describe_function(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def arguments_schema(function: Callable[..., Any]) -> dict[str, Any]:
-    """JSON Schema of a function's arguments. Raises PromptError where a type has none."""
+    """JSON Schema of a function's arguments. Raises ArgumentError where a type has none."""
     pydantic = _pydantic()
 
     class Untitled(pydantic.json_schema.GenerateJsonSchema):  # type: ignore[misc, name-defined]
@@ -146,11 +146,11 @@ def arguments_schema(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         schema: dict[str, Any] = pydantic.TypeAdapter(function).json_schema(schema_generator=Untitled)
     except pydantic.errors.PydanticUserError as error:
-        raise PromptError(
+        raise ArgumentError(
             f"the arguments of {getattr(function, '__name__', function)!r} have no JSON Schema: {error.message}"
         ) from None
     if schema.get("type") != "object":
-        raise PromptError(
+        raise ArgumentError(
             f"{getattr(function, '__name__', function)!r} has positional-only or variadic arguments; "
             "a tool's arguments must have names"
         )
@@ -160,7 +160,7 @@ def arguments_schema(function: Callable[..., Any]) -> dict[str, Any]:
 def call_function(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     """Call a function with a model's arguments, converted to the types of its signature.
 
-    Raises PromptError, whose text is meant for the model, if they do not fit; and whatever the function raises.
+    Raises ArgumentError, whose text is meant for the model, if they do not fit; and whatever the function raises.
     """
     pydantic = _pydantic()
     # Checked by a stand-in, so that an error from within the function is not mistaken for the model's.
@@ -171,7 +171,7 @@ def call_function(function: Callable[..., Any], arguments: Mapping[str, Any]) ->
         problems = "; ".join(
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
         )
-        raise PromptError(f"these arguments do not fit {function.__name__}: {problems}") from None
+        raise ArgumentError(f"these arguments do not fit {function.__name__}: {problems}") from None
     return function(*args, **kwargs)
 
 
@@ -181,7 +181,7 @@ def _pydantic() -> Any:
         import pydantic.errors
         import pydantic.json_schema
     except ImportError:
-        raise ImportError(
+        raise MissingPackageError(
             "Python functions as tools need the pydantic package: pip install -e '.[tools]'"
         ) from None
     return pydantic

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llama.errors import PromptError
+from llama.errors import ArgumentError
 from llama.tools.definitions import BUILTIN_TOOLS, Tool
 
 PROMPTS = Path(__file__).with_name("prompts")
@@ -175,9 +175,9 @@ FORMATS = {
 
 
 def tool_format(name: str) -> ToolFormat:
-    """A form by its name. Raises PromptError for an unknown one."""
+    """A form by its name. Raises ArgumentError for an unknown one."""
     if name not in FORMATS:
-        raise PromptError(f"unknown tool_format {name!r}; use one of {', '.join(FORMATS)}")
+        raise ArgumentError(f"unknown tool_format {name!r}; use one of {', '.join(FORMATS)}")
     return FORMATS[name]
 
 

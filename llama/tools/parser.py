@@ -85,7 +85,7 @@ class ToolParser:
     """Reads an answer piece by piece.
 
     A call is tried at every place where one may begin. Until its tool is known nothing of it is sent, and
-    if it turns out not to be a call, the place's first character is text and the search goes on behind it.
+    if it turns out not to be a call, what was read so far is text and the search goes on behind it.
 
     closed: calls that are complete.
     """
@@ -98,6 +98,7 @@ class ToolParser:
         self._at = 0  # where the parser reads
         self._start = 0  # text from here on has not become content or a call yet
         self._ended = False
+        self._failed = 0  # where what was tried last turned out not to be a call
         self._opened = 0  # calls begun
         self._raw_from: int | None = None  # arguments that pass unchanged are sent up to here
         self._out: list[Delta] = []
@@ -146,7 +147,7 @@ class ToolParser:
                 yield from self._code()
                 between = True
             elif (yield from self._peek()):
-                following = CANDIDATE.search(self._text, self._at + 1)
+                following = CANDIDATE.search(self._text, max(self._failed, self._at + 1))
                 self._at = following.start() if following else len(self._text)
                 self._release()
                 between = False
@@ -154,6 +155,7 @@ class ToolParser:
     def _call(self, tagged: bool, first: bool) -> Parse[bool]:
         """Read a call, or a list of them; False, and nothing read, if there is none."""
         begin, opened = self._at, self._opened
+        self._failed = begin
         try:
             char = yield from self._peek()
             if char == "{":
@@ -169,6 +171,7 @@ class ToolParser:
         except _NoMatchError:
             if self._opened > self.closed:  # too late to take back: what there is of it is the call
                 self._close()
+            self._failed = self._at
             self._at = begin if self._opened == opened else self._start
         return self._opened > opened
 
@@ -191,9 +194,11 @@ class ToolParser:
                     yield from self._raw_object()
                 else:
                     arguments = yield from self._value()
-            else:
+            elif name or key == "type":
                 others = others or key != "type"
                 yield from self._value()
+            else:
+                raise _NoMatchError
             if (yield from self._expect(",}")) == "}":
                 break
         if self._opened == opened:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from llama.errors import PromptError
+from llama.errors import ArgumentError
 from llama.tokenizer import TextTokenizer
 from llama.tools.definitions import BUILTIN_TOOLS, Tool
 from llama.tools.formats import ToolFormat, write_builtin
@@ -82,7 +82,7 @@ def render(
     "tool_call_id".
     today: the date that Llama 3.1's system message tells.
 
-    Raises PromptError for calls and results that do not fit each other, or if there is no user message
+    Raises ArgumentError for calls and results that do not fit each other, or if there is no user message
     that tools could stand with.
     """
     messages = [message for message in dialog]
@@ -95,13 +95,13 @@ def render(
     elif tools and form.place == "user":
         system = system_3_1(builtin, system, today)
     elif builtin:
-        raise PromptError(f"tool_format {form.name!r} has no built-in tools; use tool_format='json'")
+        raise ArgumentError(f"tool_format {form.name!r} has no built-in tools; use tool_format='json'")
     if system:
         turns.append(Turn("system", system))
     question = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
     if custom and form.place != "system":
         if question is None:
-            raise PromptError("tools need a user message in the dialog")
+            raise ArgumentError("tools need a user message in the dialog")
         text = form.fill(custom, messages[question]["content"].strip())
         if form.place == "user":
             messages.insert(question, {"role": "user", "content": text})
@@ -147,7 +147,7 @@ def pair_results(
 ) -> list[tuple[Mapping[str, Any], list[Mapping[str, Any]]]]:
     """Each message, and if it has tool calls, the results that follow it, in the order of the calls.
 
-    Raises PromptError for a result that names a call which is not there, or more results than calls.
+    Raises ArgumentError for a result that names a call which is not there, or more results than calls.
     """
     paired: list[tuple[Mapping[str, Any], list[Mapping[str, Any]]]] = []
     for message in messages:
@@ -163,12 +163,12 @@ def pair_results(
         order = {call.get("id"): i for i, call in enumerate(calls)}
         named = [result["tool_call_id"] for result in results if result.get("tool_call_id") is not None]
         if missing := [name for name in named if name not in order]:
-            raise PromptError(
+            raise ArgumentError(
                 f"a tool message answers call {missing[0]!r}, but the assistant's message before it has "
                 f"{', '.join(repr(name) for name in order)}"
             )
         if len(results) > len(calls) or len(set(named)) < len(named):
-            raise PromptError(f"{len(results)} tool messages follow a message with {len(calls)} tool calls")
+            raise ArgumentError(f"{len(results)} tool messages follow a message with {len(calls)} tool calls")
         if len(named) == len(results):
             results.sort(key=lambda result: order[result["tool_call_id"]])
     return paired
@@ -177,18 +177,18 @@ def pair_results(
 def parse_call(call: Any) -> tuple[str, Mapping[str, Any]]:
     """Name and arguments of {"function": {"name": …, "arguments": JSON text or an object}}.
 
-    Raises PromptError for something else.
+    Raises ArgumentError for something else.
     """
     function = call.get("function") if isinstance(call, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str):
-        raise PromptError(f'a tool call must look like {{"function": {{"name": …, "arguments": …}}}}; got {call!r}')
+        raise ArgumentError(f'a tool call must look like {{"function": {{"name": …, "arguments": …}}}}; got {call!r}')
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
         except ValueError as error:
-            raise PromptError(f"the arguments of a call to {name} are not JSON ({error}): {arguments!r}") from None
+            raise ArgumentError(f"the arguments of a call to {name} are not JSON ({error}): {arguments!r}") from None
     if not isinstance(arguments, Mapping):
-        raise PromptError(f"the arguments of a call to {name} must be an object; got {arguments!r}")
+        raise ArgumentError(f"the arguments of a call to {name} must be an object; got {arguments!r}")
     return name, arguments

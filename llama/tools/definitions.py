@@ -99,9 +99,7 @@ def check_definition(definition: Mapping[str, Any]) -> None:
         )
     name = function.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise ArgumentError(
-            f"a tool's name must be 1 to 64 letters, digits, '_', '-' or '.'; got {name!r}"
-        )
+        raise ArgumentError(f"a tool's name must be 1 to 64 letters, digits, '_', '-' or '.'; got {name!r}")
     if not isinstance(function.get("description") or "", str):
         raise ArgumentError(f"tool {name!r}: description must be a string")
     parameters = function.get("parameters") or {}
@@ -143,24 +141,39 @@ def arguments_schema(function: Callable[..., Any]) -> dict[str, Any]:
         def field_title_should_be_set(self, schema: Any) -> bool:
             return False
 
+    name = getattr(function, "__name__", repr(function))
     try:
         schema: dict[str, Any] = pydantic.TypeAdapter(function).json_schema(schema_generator=Untitled)
     except pydantic.errors.PydanticUserError as error:
-        raise ArgumentError(
-            f"the arguments of {getattr(function, '__name__', function)!r} have no JSON Schema: {error.message}"
-        ) from None
+        raise ArgumentError(f"the arguments of {name!r} have no JSON Schema: {error.message}") from None
     if schema.get("type") != "object":
         raise ArgumentError(
-            f"{getattr(function, '__name__', function)!r} has positional-only or variadic arguments; "
-            "a tool's arguments must have names"
+            f"{name!r} has positional-only or variadic arguments; a tool's arguments must have names"
         )
-    return {"type": "object", "properties": {}} | schema
+    # Prompts show arguments one by one, so what several share is written out in each.
+    definitions = schema.pop("$defs", {})
+    return {"type": "object", "properties": {}} | _written_out(schema, definitions)
+
+
+def _written_out(schema: Any, definitions: Mapping[str, Any], within: tuple[str, ...] = ()) -> Any:
+    if isinstance(schema, list):
+        return [_written_out(item, definitions, within) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    schema = {key: _written_out(value, definitions, within) for key, value in schema.items()}
+    if isinstance(reference := schema.pop("$ref", None), str):
+        name = reference.rpartition("/")[2]
+        if name in within:
+            raise ArgumentError(f"the type {name} contains itself; a tool's arguments must not")
+        schema = _written_out(definitions[name], definitions, (*within, name)) | schema
+        schema.pop("title", None)
+    return schema
 
 
 def call_function(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     """Call a function with a model's arguments, converted to the types of its signature.
 
-    Raises ArgumentError, whose text is meant for the model, if they do not fit; and whatever the function raises.
+    Raises ArgumentError, whose text is meant for the model, if they do not fit, and what the function raises.
     """
     pydantic = _pydantic()
     # Checked by a stand-in, so that an error from within the function is not mistaken for the model's.

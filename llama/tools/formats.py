@@ -113,7 +113,13 @@ def lay_out(value: Any, indent: int = 0) -> str:
         items = [f"{_string(key)}: {lay_out(item, indent + 4)}" for key, item in value.items()]
         return "{" + inner * bool(items) + ("," + inner).join(items) + outer + "}"
     if isinstance(value, tuple):
-        return "[" + inner * bool(value) + ("," + inner).join(lay_out(v, indent + 4) for v in value) + outer + "]"
+        return (
+            "["
+            + inner * bool(value)
+            + ("," + inner).join(lay_out(v, indent + 4) for v in value)
+            + outer
+            + "]"
+        )
     return _string(value)
 
 
@@ -128,9 +134,7 @@ def _sorted_json(value: Any) -> str:
 
 
 def _write_json(calls: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    return [
-        _string({"type": "function", "name": name, "parameters": arguments}) for name, arguments in calls
-    ]
+    return [_string({"type": "function", "name": name, "parameters": arguments}) for name, arguments in calls]
 
 
 def _write_function_tag(calls: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:

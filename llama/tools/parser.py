@@ -9,21 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Generator
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from llama.tools.literals import json_object, literal_to_json
-
-T = TypeVar("T")
-Parse = Generator[None, None, T]  # a part of the parser: it yields where it needs more text
+from llama.tools.reader import NAME, SPACE, NoMatchError, Parse, Reader
 
 FUNCTION, FUNCTION_END = "<function=", "</function>"
 TAGS = ("<|python_tag|>", "<|python_start|>")
 PYTHON_END = "<|python_end|>"
-SPACE = " \t\r\n"
-NAME = re.compile(r"[\w.-]")
-LONGEST_NAME = 128
 CANDIDATE = re.compile(r"[{\[<]")  # what a call, or a tag before one, begins with
 
 
@@ -77,11 +71,7 @@ def parse_answer(text: str, tools: Collection[str]) -> ParsedAnswer:
     return answer
 
 
-class _NoMatchError(Exception):
-    """The text is not of the form that was tried, or it ended."""
-
-
-class ToolParser:
+class ToolParser(Reader):
     """Reads an answer piece by piece.
 
     A call is tried at every place where one may begin. Until its tool is known nothing of it is sent, and
@@ -92,12 +82,10 @@ class ToolParser:
 
     def __init__(self, tools: Collection[str]) -> None:
         """tools: names of those that may be called; with "code_interpreter", code after a tag is a call."""
+        super().__init__()
         self.closed = 0
         self._tools = frozenset(tools)
-        self._text = ""
-        self._at = 0  # where the parser reads
         self._start = 0  # text from here on has not become content or a call yet
-        self._ended = False
         self._failed = 0  # where what was tried last turned out not to be a call
         self._opened = 0  # calls begun
         self._raw_from: int | None = None  # arguments that pass unchanged are sent up to here
@@ -106,12 +94,12 @@ class ToolParser:
 
     def push(self, text: str) -> list[Delta]:
         """Take more of the answer; returns what is certain now."""
-        self._text += text
+        self.text += text
         return self._advance()
 
     def finish(self) -> list[Delta]:
         """What was held back, once no text follows."""
-        self._ended = True
+        self.ended = True
         return self._advance()
 
     def _advance(self) -> list[Delta]:
@@ -125,128 +113,130 @@ class ToolParser:
     def _answer(self) -> Parse[None]:
         between = True  # nothing but space, and after a call separators, since a call or the beginning
         while True:
-            self._text, self._at, self._start = self._text[self._start :], self._at - self._start, 0
-            while between and (char := (yield from self._peek())) and char in SPACE + ";," * bool(self._opened):
-                self._at += 1
-            if not (yield from self._peek()):
+            self.text, self.at, self._start = self.text[self._start :], self.at - self._start, 0
+            while (
+                between and (char := (yield from self.peek())) and char in SPACE + ";," * bool(self._opened)
+            ):
+                self.at += 1
+            if not (yield from self.peek()):
                 if not self._opened or not between:
                     self._release()
                 return
-            before, tag = self._at, ""
-            while found := (yield from self._one_of(*TAGS, PYTHON_END)):
+            before, tag = self.at, ""
+            while found := (yield from self.one_of(*TAGS, PYTHON_END)):
                 tag = found
             tagged = tag in TAGS
             if tag:
-                yield from self._space()
+                yield from self.space()
             if (yield from self._call(tagged, first=between and not self._opened)):
                 between = True
                 continue
             self._release(before)
-            self._start = self._at  # without the tag
+            self._start = self.at  # without the tag
             if tagged and "code_interpreter" in self._tools:
                 yield from self._code()
                 between = True
-            elif (yield from self._peek()):
-                following = CANDIDATE.search(self._text, max(self._failed, self._at + 1))
-                self._at = following.start() if following else len(self._text)
+            elif (yield from self.peek()):
+                following = CANDIDATE.search(self.text, max(self._failed, self.at + 1))
+                self.at = following.start() if following else len(self.text)
                 self._release()
                 between = False
 
     def _call(self, tagged: bool, first: bool) -> Parse[bool]:
         """Read a call, or a list of them; False, and nothing read, if there is none."""
-        begin, opened = self._at, self._opened
+        begin, opened = self.at, self._opened
         self._failed = begin
         try:
-            char = yield from self._peek()
+            char = yield from self.peek()
             if char == "{":
                 yield from self._json_call()
             elif char == "[":
                 yield from self._list()
-            elif char == "<" and (yield from self._one_of(FUNCTION)):
+            elif char == "<" and (yield from self.one_of(FUNCTION)):
                 yield from self._function_tag()
             elif (tagged or first) and char and NAME.match(char):
                 yield from self._python_call(bare=tagged)
             else:
                 return False
-        except _NoMatchError:
+        except NoMatchError:
             if self._opened > self.closed:  # too late to take back: what there is of it is the call
                 self._close()
-            self._failed = self._at
-            self._at = begin if self._opened == opened else self._start
+            self._failed = self.at
+            self.at = begin if self._opened == opened else self._start
         return self._opened > opened
 
     # -- the forms --
 
     def _json_call(self) -> Parse[None]:
         """{"name": …, "parameters": {…}} with its keys in any order, and perhaps others."""
-        self._at += 1
+        self.at += 1
         name, arguments, others, opened = "", "", False, self._opened
         while True:
-            key = yield from self._json_string()
-            yield from self._expect(":")
-            yield from self._space()
+            key = yield from self.json_string()
+            yield from self.expect(":")
+            yield from self.space()
             if key == "name" and not name:
-                name = yield from self._json_string()
+                name = yield from self.json_string()
                 self._check(name)
             elif key in ("parameters", "arguments") and not arguments and self._opened == opened:
-                if name and (yield from self._peek()) == "{":
+                if name and (yield from self.peek()) == "{":
                     self._open(name)
                     yield from self._raw_object()
                 else:
-                    arguments = yield from self._value()
+                    arguments = yield from self.value()
             elif name or key == "type":
                 others = others or key != "type"
-                yield from self._value()
+                yield from self.value()
             else:
-                raise _NoMatchError
-            if (yield from self._expect(",}")) == "}":
+                raise NoMatchError
+            if (yield from self.expect(",}")) == "}":
                 break
         if self._opened == opened:
             checked = json_object(arguments or "null")
             # An object with a name and something else may be anything.
             if not name or checked is None or (others and not arguments):
-                raise _NoMatchError
+                raise NoMatchError
             self._open(name)
             self._send(arguments=checked)
         self._close()
 
     def _list(self) -> Parse[None]:
         """[f(a=1), g()], or a list of JSON calls."""
-        self._at += 1
+        self.at += 1
         while True:
-            yield from self._space()
-            yield from self._json_call() if (yield from self._peek()) == "{" else self._python_call()
-            if (yield from self._expect(",]")) == "]":
-                self._start = self._at
+            yield from self.space()
+            yield from self._json_call() if (yield from self.peek()) == "{" else self._python_call()
+            if (yield from self.expect(",]")) == "]":
+                self._start = self.at
                 return
 
     def _python_call(self, bare: bool = True) -> Parse[None]:
         """f(a=1, b="x"), or f.call(…), which is the only form of the two unless `bare`."""
-        written = yield from self._name()
+        written = yield from self.name()
         name = written.removesuffix(".call")
         if written in self._tools and bare:
             name = written
         elif name == written:
-            raise _NoMatchError
+            raise NoMatchError
         self._check(name)
-        yield from self._expect("(")
+        yield from self.expect("(")
         separator, opened = "{", self._opened
         while True:
-            yield from self._space()
-            if (yield from self._one_of(")")):
+            yield from self.space()
+            if (yield from self.one_of(")")):
                 break
-            key = yield from self._name()
-            yield from self._expect("=")
+            key = yield from self.name()
+            yield from self.expect("=")
             if self._opened == opened:
                 self._open(name)
             value = yield from self._python_value()
             self._send(arguments=f"{separator}{json.dumps(key, ensure_ascii=False)}: {value}")
             separator = ", "
             try:
-                if (yield from self._expect(",)")) == ")":
+                if (yield from self.expect(",)")) == ")":
                     break
-            except _NoMatchError:
-                if not self._ended:  # what follows is no argument, but those before it are whole
+            except NoMatchError:
+                if not self.ended:  # what follows is no argument, but those before it are whole
                     self._send(arguments="}")
                 raise
         if self._opened == opened:
@@ -256,148 +246,68 @@ class ToolParser:
 
     def _function_tag(self) -> Parse[None]:
         """<function=f>{…}</function>, from the name on."""
-        name = yield from self._name()
+        name = yield from self.name()
         self._check(name)
-        yield from self._expect(">")
-        yield from self._space()
-        if (yield from self._peek()) == "{":
+        yield from self.expect(">")
+        yield from self.space()
+        if (yield from self.peek()) == "{":
             self._open(name)
             yield from self._raw_object()
-            yield from self._space()
-            yield from self._one_of('"')  # which small models add
-            yield from self._one_of(FUNCTION_END)
-        elif (yield from self._one_of(FUNCTION_END)):
+            yield from self.space()
+            yield from self.one_of('"')  # which small models add
+            yield from self.one_of(FUNCTION_END)
+        elif (yield from self.one_of(FUNCTION_END)):
             self._open(name)
             self._send(arguments="{}")
         else:
-            raise _NoMatchError
+            raise NoMatchError
         self._close()
 
     def _code(self) -> Parse[None]:
         """All that follows, as an argument of the code interpreter."""
         self._open("code_interpreter")
         self._send(arguments='{"code": "')
-        while (yield from self._peek()) and not (yield from self._one_of(PYTHON_END)):
-            end = self._text.find("<", self._at + 1)
-            piece = self._text[self._at : end if end >= 0 else len(self._text)]
+        while (yield from self.peek()) and not (yield from self.one_of(PYTHON_END)):
+            end = self.text.find("<", self.at + 1)
+            piece = self.text[self.at : end if end >= 0 else len(self.text)]
             self._send(arguments=json.dumps(piece, ensure_ascii=False)[1:-1])
-            self._at += len(piece)
+            self.at += len(piece)
         self._send(arguments='"}')
         self._close()
 
-    # -- parts of them; they raise _NoMatchError --
+    # -- parts of them; they raise NoMatchError --
 
     def _raw_object(self) -> Parse[None]:
         """A JSON object that is sent as it is, and as it comes."""
-        self._raw_from = self._at
-        yield from self._value()
+        self._raw_from = self.at
+        yield from self.value()
         self._send_raw()
         self._raw_from = None
 
-    def _value(self) -> Parse[str]:
-        """The text of a JSON value, of which strings and brackets are understood."""
-        start, depth = self._at, 0
-        while True:
-            char = yield from self._peek()
-            if char == '"':
-                yield from self._json_string()
-            elif depth == 0 and (char in ",}]" or char in SPACE):
-                break
-            else:
-                depth += (char in "{[") - (char in "}]")
-                yield from self._next()
-            if depth == 0 and char in '"}]':
-                break
-        return self._text[start : self._at]
-
-    def _json_string(self) -> Parse[str]:
-        yield from self._space()
-        start = self._at
-        yield from self._expect('"')
-        while (char := (yield from self._next())) != '"':
-            if char == "\\":
-                yield from self._next()
-        try:
-            return str(json.loads(self._text[start : self._at], strict=False))
-        except ValueError:
-            raise _NoMatchError from None
-
     def _python_value(self) -> Parse[str]:
         """A Python literal, as JSON."""
-        start, depth = self._at, 0
+        start, depth = self.at, 0
         while True:
-            char = yield from self._peek()
+            char = yield from self.peek()
             if char and char in "'\"":
-                yield from self._python_string(char)
+                yield from self.python_string(char)
             elif depth == 0 and char and char in ",)":
-                return literal_to_json(self._text[start : self._at])
+                return literal_to_json(self.text[start : self.at])
             else:
-                yield from self._next()
+                yield from self.next()
                 depth += (char in "([{") - (char in ")]}")
-
-    def _python_string(self, quote: str) -> Parse[None]:
-        quote = (yield from self._one_of(quote * 3)) or (yield from self._next())
-        while not (yield from self._one_of(quote)):
-            if (yield from self._next()) == "\\":
-                yield from self._next()
-
-    def _name(self) -> Parse[str]:
-        start = self._at
-        while (char := (yield from self._peek())) and NAME.match(char) and self._at - start < LONGEST_NAME:
-            self._at += 1
-        if start == self._at:
-            raise _NoMatchError
-        return self._text[start : self._at]
 
     def _check(self, name: str) -> None:
         if name not in self._tools:
-            raise _NoMatchError
-
-    def _expect(self, characters: str) -> Parse[str]:
-        """One of some characters, after any space."""
-        yield from self._space()
-        char = yield from self._next()
-        if char not in characters:
-            self._at -= 1
-            raise _NoMatchError
-        return char
-
-    def _space(self) -> Parse[None]:
-        while (char := (yield from self._peek())) and char in SPACE:
-            self._at += 1
-
-    def _one_of(self, *texts: str) -> Parse[str]:
-        """The one of some texts that stands here, and go behind it; else ""."""
-        while True:
-            for text in texts:
-                if self._text.startswith(text, self._at):
-                    self._at += len(text)
-                    return text
-            rest = self._text[self._at :]
-            if self._ended or not any(text.startswith(rest) for text in texts):
-                return ""
-            yield
-
-    def _next(self) -> Parse[str]:
-        char = yield from self._peek()
-        if not char:
-            raise _NoMatchError
-        self._at += 1
-        return char
-
-    def _peek(self) -> Parse[str]:
-        """The next character, or "" at the end of the answer."""
-        while self._at == len(self._text) and not self._ended:
-            yield
-        return self._text[self._at : self._at + 1]
+            raise NoMatchError
 
     # -- what is certain --
 
     def _release(self, end: int | None = None) -> None:
         """What is not accounted for, up to `end`, is text."""
-        end = self._at if end is None else end
+        end = self.at if end is None else end
         if end > self._start:
-            self._out.append(Delta(content=self._text[self._start : end]))
+            self._out.append(Delta(content=self.text[self._start : end]))
             self._start = end
 
     def _open(self, name: str) -> None:
@@ -408,12 +318,12 @@ class ToolParser:
         self._out.append(Delta(call=self._opened - 1, arguments=arguments))
 
     def _send_raw(self) -> None:
-        if self._raw_from is not None and self._at > self._raw_from:
-            self._send(self._text[self._raw_from : self._at])
-            self._raw_from = self._at
+        if self._raw_from is not None and self.at > self._raw_from:
+            self._send(self.text[self._raw_from : self.at])
+            self._raw_from = self.at
 
     def _close(self) -> None:
         self._send_raw()
         self._raw_from = None
-        self._start = self._at
+        self._start = self.at
         self.closed += 1

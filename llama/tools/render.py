@@ -85,7 +85,7 @@ def render(
     Raises ArgumentError for calls and results that do not fit each other, or if there is no user message
     that tools could stand with.
     """
-    messages = [message for message in dialog]
+    messages = list(dialog)
     custom = [tool for tool in tools if not tool.builtin]
     builtin = [tool.name for tool in tools if tool.builtin]
     system = messages.pop(0)["content"].strip() if messages and messages[0]["role"] == "system" else ""
@@ -180,15 +180,18 @@ def parse_call(call: Any) -> tuple[str, Mapping[str, Any]]:
     Raises ArgumentError for something else.
     """
     function = call.get("function") if isinstance(call, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(name, str):
-        raise ArgumentError(f'a tool call must look like {{"function": {{"name": …, "arguments": …}}}}; got {call!r}')
+    if not isinstance(function, Mapping) or not isinstance(name := function.get("name"), str):
+        raise ArgumentError(
+            f'a tool call must look like {{"function": {{"name": …, "arguments": …}}}}; got {call!r}'
+        )
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
         except ValueError as error:
-            raise ArgumentError(f"the arguments of a call to {name} are not JSON ({error}): {arguments!r}") from None
+            raise ArgumentError(
+                f"the arguments of a call to {name} are not JSON ({error}): {arguments!r}"
+            ) from None
     if not isinstance(arguments, Mapping):
         raise ArgumentError(f"the arguments of a call to {name} must be an object; got {arguments!r}")
     return name, arguments

@@ -5,7 +5,6 @@ A message's text never becomes a special token here either: only headers, ends a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -13,6 +12,7 @@ from typing import Any
 
 from llama.errors import ArgumentError
 from llama.tokenizer import TextTokenizer
+from llama.tokenizer.chat_format import parse_call
 from llama.tools.definitions import BUILTIN_TOOLS, Tool
 from llama.tools.formats import ToolFormat, write_builtin
 
@@ -172,26 +172,3 @@ def pair_results(
         if len(named) == len(results):
             results.sort(key=lambda result: order[result["tool_call_id"]])
     return paired
-
-
-def parse_call(call: Any) -> tuple[str, Mapping[str, Any]]:
-    """Name and arguments of {"function": {"name": …, "arguments": JSON text or an object}}.
-
-    Raises ArgumentError for something else.
-    """
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(name := function.get("name"), str):
-        raise ArgumentError(
-            f'a tool call must look like {{"function": {{"name": …, "arguments": …}}}}; got {call!r}'
-        )
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError as error:
-            raise ArgumentError(
-                f"the arguments of a call to {name} are not JSON ({error}): {arguments!r}"
-            ) from None
-    if not isinstance(arguments, Mapping):
-        raise ArgumentError(f"the arguments of a call to {name} must be an object; got {arguments!r}")
-    return name, arguments

@@ -125,7 +125,7 @@ class Guard:
         known = version.categories if categories is None else categories
         safe, unsafe = (tokenizer.encode(word, bos=False, eos=False)[0] for word in ("safe", "unsafe"))
         verdicts = []
-        for dialog, answer in zip(dialogs, collect(events, len(prompts)), strict=True):
+        for dialog, answer in zip(dialogs, collect(events), strict=True):
             logprobs = dict(answer.top_logprobs[0]) if answer.top_logprobs else {}
             odds = logprobs.get(unsafe, -math.inf), logprobs.get(safe, -math.inf)
             is_safe, named = parse_verdict(answer.text, known)

@@ -17,6 +17,8 @@ from llama.tools.definitions import BUILTIN_TOOLS, Tool
 
 PROMPTS = Path(__file__).with_name("prompts")
 
+Calls = Sequence[tuple[str, Mapping[str, Any]]]  # names and arguments
+
 
 @dataclass(frozen=True)
 class ToolFormat:
@@ -26,14 +28,19 @@ class ToolFormat:
     place: where the text goes: at the head of the "system" message, in a "user" message of its own before
     the first question, or "around" that question.
     describe: the text of the slot {tools}.
-    write: calls as the model writes them, one text for each that it writes by itself.
+    write: the calls of one message as the model writes them.
     """
 
     name: str
     prompt: str
     place: Literal["system", "user", "around"]
     describe: Callable[[Sequence[Tool]], str]
-    write: Callable[[Sequence[tuple[str, Mapping[str, Any]]]], list[str]]
+    write: Callable[[Calls], str]
+
+    @property
+    def parallel(self) -> bool:
+        """Whether a message may hold several calls."""
+        return self.write is _write_pythonic
 
     def fill(self, tools: Sequence[Tool], question: str = "") -> str:
         """The prompt for tools, with the question in its place if this form puts it there."""
@@ -133,19 +140,21 @@ def _sorted_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True).translate(escapes)
 
 
-def _write_json(calls: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    return [_string({"type": "function", "name": name, "parameters": arguments}) for name, arguments in calls]
+def _write_json(calls: Calls) -> str:
+    return "; ".join(
+        _string({"type": "function", "name": name, "parameters": arguments}) for name, arguments in calls
+    )
 
 
-def _write_function_tag(calls: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    return [f"<function={name}>{_string(arguments)}</function>" for name, arguments in calls]
+def _write_function_tag(calls: Calls) -> str:
+    return "".join(f"<function={name}>{_string(arguments)}</function>" for name, arguments in calls)
 
 
-def _write_pythonic(calls: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+def _write_pythonic(calls: Calls) -> str:
     def call(name: str, arguments: Mapping[str, Any]) -> str:
         return f"{name}({', '.join(f'{key}={python_literal(value)}' for key, value in arguments.items())})"
 
-    return [f"[{', '.join(call(name, arguments) for name, arguments in calls)}]"]
+    return f"[{', '.join(call(name, arguments) for name, arguments in calls)}]"
 
 
 def python_literal(value: Any) -> str:

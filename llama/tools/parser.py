@@ -7,10 +7,12 @@ all forms: JSON objects, `<function=…>`, Python lists of calls, `name.call(…
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from llama.tools.literals import json_object, literal_to_json
 from llama.tools.reader import NAME, SPACE, NoMatchError, Parse, Reader
@@ -27,12 +29,14 @@ class Delta:
 
     content: text.
     call: which tool call this is about, counting from 0; None for text.
+    id: of the call, where it begins; no other call of the dialog has it.
     name: of the tool, complete, where a call begins.
     arguments: a piece of JSON text.
     """
 
     content: str = ""
     call: int | None = None
+    id: str = ""
     name: str = ""
     arguments: str = ""
 
@@ -41,11 +45,18 @@ class Delta:
 class ToolCall:
     """A call that a model made.
 
+    id: by which a tool's message may say whose result it is.
     arguments: JSON text of an object, unless the answer was cut off within it.
     """
 
+    id: str
     name: str
     arguments: str = ""
+
+    def to_message(self) -> dict[str, Any]:
+        """As it stands in a message's tool_calls."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclass
@@ -57,10 +68,16 @@ class ParsedAnswer:
 
     def add(self, delta: Delta) -> None:
         self.content += delta.content
+        add_deltas(self.calls, [delta])
+
+
+def add_deltas(calls: list[ToolCall], deltas: Iterable[Delta]) -> None:
+    """Put what has become certain into calls."""
+    for delta in deltas:
         if delta.call is not None:
             if delta.name:
-                self.calls.append(ToolCall(delta.name))
-            self.calls[delta.call].arguments += delta.arguments
+                calls.append(ToolCall(delta.id, delta.name))
+            calls[delta.call].arguments += delta.arguments
 
 
 def parse_answer(text: str, tools: Collection[str]) -> ParsedAnswer:
@@ -69,6 +86,10 @@ def parse_answer(text: str, tools: Collection[str]) -> ParsedAnswer:
     for delta in [*parser.push(text), *parser.finish()]:
         answer.add(delta)
     return answer
+
+
+class _CompleteError(Exception):
+    """Nothing that follows counts."""
 
 
 class ToolParser(Reader):
@@ -80,10 +101,15 @@ class ToolParser(Reader):
     closed: calls that are complete.
     """
 
-    def __init__(self, tools: Collection[str]) -> None:
-        """tools: names of those that may be called; with "code_interpreter", code after a tag is a call."""
+    def __init__(self, tools: Collection[str], first: int = 0, one_call: bool = False) -> None:
+        """tools: names of those that may be called; with "code_interpreter", code after a tag is a call.
+
+        first: the number of calls in the dialog so far.
+        one_call: whether all that follows a call is ignored.
+        """
         super().__init__()
         self.closed = 0
+        self._first, self._one_call = first, one_call
         self._tools = frozenset(tools)
         self._start = 0  # text from here on has not become content or a call yet
         self._failed = 0  # where what was tried last turned out not to be a call
@@ -102,8 +128,14 @@ class ToolParser(Reader):
         self.ended = True
         return self._advance()
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing that follows counts."""
+        return self._one_call and self.closed > 0
+
     def _advance(self) -> list[Delta]:
-        next(self._run, None)
+        with contextlib.suppress(_CompleteError):
+            next(self._run, None)
         self._send_raw()
         out, self._out = self._out, []
         return out
@@ -311,7 +343,7 @@ class ToolParser(Reader):
             self._start = end
 
     def _open(self, name: str) -> None:
-        self._out.append(Delta(call=self._opened, name=name))
+        self._out.append(Delta(call=self._opened, id=f"call_{self._first + self._opened}", name=name))
         self._opened += 1
 
     def _send(self, arguments: str) -> None:
@@ -327,3 +359,5 @@ class ToolParser(Reader):
         self._raw_from = None
         self._start = self.at
         self.closed += 1
+        if self.complete:
+            raise _CompleteError

@@ -5,7 +5,7 @@ A message's text never becomes a special token here either: only headers, ends a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -107,7 +107,7 @@ def render(
             messages.insert(question, {"role": "user", "content": text})
         else:
             messages[question] = {"role": "user", "content": text}
-    return turns + _history(messages, form)
+    return turns + _history(messages, form, [tool.name for tool in custom])
 
 
 def system_3_1(builtin: Sequence[str], instruction: str, today: date) -> str:
@@ -118,28 +118,42 @@ def system_3_1(builtin: Sequence[str], instruction: str, today: date) -> str:
     return "\n".join(lines) + (f"\n\n{instruction}" if instruction else "") + "\n"
 
 
-def _history(messages: Sequence[Mapping[str, Any]], form: ToolFormat) -> list[Turn]:
+def _history(messages: Sequence[Mapping[str, Any]], form: ToolFormat, custom: Collection[str]) -> list[Turn]:
     turns: list[Turn] = []
-    for message, results in pair_results(messages):
+    for message in ordered(messages) if form.parallel else one_call_each(messages):
         content = (message.get("content") or "").strip()
         calls = [parse_call(call) for call in message.get("tool_calls") or ()]
-        if not calls:
-            role = "ipython" if message["role"] == "tool" else message["role"]
-            turns.append(Turn(role, message["content"] if role == "ipython" else content))
-            continue
-        if all(name in BUILTIN_TOOLS for name, _ in calls):
-            written = [write_builtin(name, arguments) for name, arguments in calls]
-            tagged = True
+        if calls:
+            name, arguments = calls[0]
+            tagged = len(calls) == 1 and name in BUILTIN_TOOLS and name not in custom
+            text = write_builtin(name, arguments) if tagged else form.write(calls)
+            turns.append(Turn("assistant", content + text, calls=True, tagged=tagged))
+        elif message["role"] in ("tool", "ipython"):
+            turns.append(Turn("ipython", message["content"]))
         else:
-            written, tagged = form.write(calls), False
-        # Where the form writes one call at a time, each is followed by its own result.
-        left = list(results)
-        for i, text in enumerate(written):
-            turns.append(Turn("assistant", (content if i == 0 else "") + text, calls=True, tagged=tagged))
-            n = 1 if i < len(written) - 1 else len(left)
-            turns += [Turn("ipython", result["content"]) for result in left[:n]]
-            left = left[n:]
+            turns.append(Turn(message["role"], content))
     return turns
+
+
+def ordered(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """A dialog in which the results of tools stand in the order of the calls."""
+    return [one for message, results in pair_results(messages) for one in (message, *results)]
+
+
+def one_call_each(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """A dialog in which no message has several tool calls: each has its own, before its result."""
+    split: list[Any] = []
+    for message, results in pair_results(messages):
+        calls = message.get("tool_calls") or ()
+        if len(calls) < 2:
+            split += [message, *results]
+            continue
+        for i, call in enumerate(calls):
+            split.append(
+                {**message, "content": message.get("content") if i == 0 else None, "tool_calls": [call]}
+            )
+            split += results[i:] if i == len(calls) - 1 else results[i : i + 1]
+    return split
 
 
 def pair_results(

@@ -122,7 +122,7 @@ def test_calls_in_every_form_are_read_back(form: str):
     rng = random.Random(1)
     for _ in range(100):
         calls = cases.calls(rng, ["f", "get-weather"], 3)
-        text = "".join(FORMATS[form].write(calls))
+        text = FORMATS[form].write(calls)
         answer = parse_answer(text, ["f", "get-weather"])
         assert answer.content == ""
         assert [(call.name, json.loads(call.arguments)) for call in answer.calls] == calls, text

@@ -91,7 +91,7 @@ def test_a_name_comes_when_complete_and_then_arguments_piece_by_piece():
     pieces = ['{"na', 'me": "f", "parameters": ', '{"te', 'xt": "lon', 'g"', "}", "}", " \n"]
     seen = [parser.push(piece) for piece in pieces]
     assert seen[:2] == [[], []]
-    assert seen[2] == [Delta(call=0, name="f"), Delta(call=0, arguments='{"te')]
+    assert seen[2] == [Delta(call=0, id="call_0", name="f"), Delta(call=0, arguments='{"te')]
     assert [d.arguments for deltas in seen[3:] for d in deltas] == ['xt": "lon', 'g"', "}"]
     assert parser.closed == 1 and parser.finish() == []
 
@@ -108,7 +108,8 @@ def test_random_answers_cut_anywhere_are_read_back(seed: int):
         calls = cases.calls(rng, TOOLS[:4], 3)
         form = FORMATS[rng.choice(list(FORMATS))]
         before, after = rng.choice(["", "I see: ", "<|python_tag|>", "\n"]), rng.choice(["", " Done.", "\n"])
-        text = before + rng.choice(["; ", "\n", ""]).join(form.write(calls)) + after
+        between = rng.choice(["; ", "\n", ""])
+        text = before + between.join(form.write([call]) for call in calls) + after
         whole = parse_answer(text, TOOLS)
         assert [(call.name, json.loads(call.arguments)) for call in whole.calls] == calls, text
         assert whole.content.strip() == (before + after).replace("<|python_tag|>", "").strip()

@@ -7,6 +7,8 @@ script begins.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from llama import Llama
@@ -62,7 +64,7 @@ def scripted(first: str, after_tool: str = "", **build: object) -> Llama:
     attention.wo.weight[was_eom, 0] = 1
     for number, script in enumerate(scripts):
         ids = [newline, *(ranks[piece] for piece in script), eot]
-        for before, after in zip(ids, ids[1:], strict=False):
+        for before, after in pairwise(ids):
             model.output.weight[after, codes[before]] = 8 if before != newline or number else 10
     model.output.weight[ranks[scripts[1][0]], was_eom] = 1  # enough for the second script's beginning
     with torch.no_grad():

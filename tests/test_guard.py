@@ -1,15 +1,23 @@
 """Verdicts of a guard, and chats behind one."""
 
+import json
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from llama import Guard
+from llama.cli import main
+from llama.cli.guard import as_text
 from llama.errors import ArgumentError
+from llama.guard import Verdict
 from llama.moderation import Category, conversation
+from llama.tokenizer.template import ChatTemplate
 from tests.support.script import scripted
+from tests.support.tiny import write_checkpoint
 
 QUESTION = [{"role": "user", "content": "How do I pick a lock?"}]
 ANSWERED = [*QUESTION, {"role": "assistant", "content": "With patience."}]
@@ -156,3 +164,42 @@ def test_what_a_guard_is_shown_of_a_dialog():
 def test_chunks_have_a_length(llama, every):
     with pytest.raises(ArgumentError, match="guard_every must be a whole number, 1 or more"):
         llama.chat_completion([QUESTION], guard=Words(), guard_every=every)
+
+
+def test_the_command_reads_a_text_or_a_dialog(tmp_path, monkeypatch, capsys):
+    folder = write_checkpoint(tmp_path / "guard")
+    dialog = tmp_path / "dialog.json"
+    dialog.write_text(json.dumps(ANSWERED))
+    for words, role in ((["Hello"], "user"), (["--file", str(dialog)], "assistant")):
+        monkeypatch.setattr(
+            sys, "argv", ["llama", "guard", str(folder), *words, "--json", "--max_seq_len", "2048"]
+        )
+        main()
+        verdict = json.loads(capsys.readouterr().out)
+        # A random model says nothing that can be read, which counts as unsafe.
+        assert verdict["role"] == role and not verdict["safe"] and verdict["categories"] == []
+    monkeypatch.setattr(sys, "argv", ["llama", "guard", str(folder), "[1]"])
+    with pytest.raises(SystemExit, match="a dialog must be a JSON list of messages"):
+        main()
+    assert as_text(Verdict(False, (Category("S1", "Violent Crimes"),), 0.975, "user", "")) == (
+        "unsafe (probability of unsafe: 97.5%)\nS1 Violent Crimes"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("llamaguard-7b", "1"),
+        ("llama-guard-2-8b", "2"),
+        ("llama-guard-3-8b", "3-8b"),
+        ("llama-guard-3-1b", "3-1b"),
+    ],
+)
+def test_versions_are_told_by_the_chat_template(llama, template, name):
+    source = (Path(__file__).parent / "data" / "prompts" / f"{template}.jinja").read_text("utf-8")
+    guard = scripted("safe")
+    guard.formatter = ChatTemplate(guard.tokenizer, source, Path(template))
+    assert Guard(guard).version.name == name
+    guard.formatter = ChatTemplate(guard.tokenizer, "{{ messages }}", Path("other"))
+    with pytest.raises(ArgumentError, match="is not that of a Llama Guard; if it is one, pass version="):
+        Guard(guard)

@@ -17,7 +17,7 @@ from llama.device import gigabytes
 from llama.errors import ArgumentError
 from llama.generation import Llama
 from llama.model import Transformer
-from llama.quantization import weight_bytes
+from llama.parallel import resident_bytes
 from llama.sampling import SamplingParams
 
 
@@ -66,7 +66,7 @@ def bench(
             rates.append(matrix_rate(llama.model.device, llama.model.dtype))
         first = statistics.median(timing.first_token for timing in timings)
         step = statistics.median(timing.step for timing in timings)
-        read = bytes_per_step(llama.model, llama.quantization, batch, prompt + new // 2) / step
+        read = bytes_per_step(llama.model, batch, prompt + new // 2) / step
         work = prefill_flops(llama.model, batch, prompt) / first
         if profile is not None:
             with torch.profiler.profile() as profiler:
@@ -111,11 +111,14 @@ def generate(llama: Llama, lengths: list[int], new: int) -> Timing:
     return Timing(first - start, statistics.median(steps))
 
 
-def bytes_per_step(model: Transformer, scheme: str | None, batch: int, context: int) -> int:
-    """What one decode step reads: every weight but the embeddings, and the live cache."""
-    with torch.device("meta"):  # for packed weights have no shape of their own any more
-        shapes = Transformer(model.params, model.parallel)
-    weights = weight_bytes(shapes, model.dtype, scheme) - model.tok_embeddings.weight.nbytes
+def bytes_per_step(model: Transformer, batch: int, context: int) -> int:
+    """What one decode step reads: every weight once, of embeddings only if they are the output layer too,
+    and the live cache."""
+    weights, embeddings = resident_bytes(model), model.tok_embeddings
+    if embeddings.backend and embeddings.backend is not model.output.backend:
+        weights -= embeddings.backend.nbytes
+    elif not embeddings.backend and embeddings.weight is not getattr(model.output, "weight", None):
+        weights -= embeddings.weight.nbytes
     return weights + model.cache[:, :, :batch, :, :context].nbytes
 
 

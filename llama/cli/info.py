@@ -6,13 +6,15 @@ from math import prod
 
 import torch
 
+from llama import backends
 from llama.checkpoint import StrPath, open_checkpoint
-from llama.device import gigabytes, parse_dtype
+from llama.checkpoint.source import TensorSource, is_tied
+from llama.device import default_device, gigabytes, parse_dtype
 from llama.errors import ArgumentError
-from llama.loading import scheme_of
+from llama.loading import scheme_of, weight_bytes
 from llama.model import ModelArgs, Transformer
 from llama.parallel import ModelParallel
-from llama.quantization import SCHEMES, weight_bytes
+from llama.quantization import SCHEMES
 from llama.tokenizer import DialogFormat, SentencePieceTokenizer, TextTokenizer, Tokenizer
 from llama.tokenizer.chat_format import ChatFormat, ChatML, Llama2Chat, NoChat
 
@@ -42,7 +44,7 @@ def describe(
         kinds = f"weights {checkpoint.quantization}, others {kinds}"
     loaded = parse_dtype(dtype) if dtype is not None else stored
     args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-    tied = "output.weight" not in checkpoint.weights.shapes
+    source, tied = checkpoint.weights, is_tied(checkpoint.weights.shapes)
     parameters = sum(prod(shape) for shape in checkpoint.weights.shapes.values())
     scaling = f", scaled by {args.rope_scaling_factor:g}" if args.use_scaled_rope else ""
     context = f"{checkpoint.context:,} tokens" if checkpoint.context else "not in the files"
@@ -66,7 +68,7 @@ def describe(
     )
     lines.append(f"{'ranks':>7} {'weights':>12} {'KV cache':>12} {'together':>12}")
     for size in world_sizes(args):
-        weights, cache = memory(args, size, loaded, tied, quantize)
+        weights, cache = memory(args, size, source, loaded, quantize)
         sizes = (gigabytes(n) for n in (weights, cache, weights + cache))
         lines.append(f"{size:>7} " + " ".join(f"{text:>12}" for text in sizes))
     return "\n".join(lines)
@@ -78,15 +80,13 @@ def world_sizes(args: ModelArgs) -> list[int]:
 
 
 def memory(
-    args: ModelArgs, size: int, dtype: torch.dtype, tied: bool, quantize: str | None = None
+    args: ModelArgs, size: int, source: TensorSource, dtype: torch.dtype, quantize: str | None = None
 ) -> tuple[int, int]:
-    """Bytes of weights and of KV cache on the first of `size` ranks."""
+    """Bytes of weights and of KV cache on the first of `size` ranks, on this machine's default device."""
     with torch.device("meta"):
         model = Transformer(args, ModelParallel(0, size))
-    weights = weight_bytes(model, dtype, quantize)
-    if tied and not quantize:
-        weights -= model.output.weight.numel() * dtype.itemsize
-    return weights, prod(model.cache_shape()) * dtype.itemsize
+    plan = backends.plan(model, default_device(), dtype, quantize)
+    return weight_bytes(model, source, plan, dtype, quantize), prod(model.cache_shape()) * dtype.itemsize
 
 
 def describe_tokenizer(tokenizer: TextTokenizer) -> str:

@@ -21,6 +21,7 @@ from llama.model import ModelArgs, Transformer
 from llama.parallel import Joined, Linear, ModelParallel, VocabParallelEmbedding, matrices
 from llama.quantization import (
     EMBEDDINGS,
+    GROUP,
     OUTPUT,
     QUANTIZATIONS,
     SCHEMES,
@@ -147,13 +148,11 @@ def weight_bytes(
     total = 0.0
     for name, weight in model.named_parameters():
         bits, shared = dtype.itemsize * 8.0, is_tied(source.shapes) and name == OUTPUT
-        if weight.dim() == 2 and (name != EMBEDDINGS or plan.embeddings):
+        if weight.dim() == 2 and weight.shape[1] % GROUP == 0 and (name != EMBEDDINGS or plan.embeddings):
             few = min(filter(None, (stored_bits(source, name), few_bits(scheme, name))), default=None)
-            if few and plan.quantized:
-                bits = STORED_BITS[few]
-            elif scheme == "fp8":
-                bits = 8
-            shared &= plan.embeddings or (plan.plain is None and not few)
+            few = few if plan.quantized else None
+            bits = STORED_BITS[few] if few else 8 if scheme == "fp8" else bits
+            shared &= plan.embeddings or not (few or plan.plain)
         total += 0 if shared else weight.numel() * bits / 8
     return int(total)
 

@@ -71,6 +71,12 @@ class QuantizedMatrix:
             return whole
         return whole.dequantize().narrow(dim, start - first * unit, stop - start)
 
+    def with_mins(self) -> QuantizedMatrix:
+        """The same with minima, if it has fewer than 8 bits."""
+        if self.bits == 8 or self.mins is not None:
+            return self
+        return QuantizedMatrix(self.values, self.scales, self.scales * -(2 ** (self.bits - 1)))
+
     def to(self, device: torch.device) -> QuantizedMatrix:
         return QuantizedMatrix(*(tensor.to(device) for tensor in self.tensors))
 
@@ -89,13 +95,13 @@ class QuantizedMatrix:
     def widened(self) -> Tensor:
         """The same as fp32 (out, in / 32, 32), all at once, in operators that a compiler fuses."""
         scales = self.scales.float()[..., None]
-        if self.bits == 8:
+        mins = self.with_mins().mins
+        if mins is None:
             return scales * self.values
-        mins = scales * -(2 ** (self.bits - 1)) if self.mins is None else self.mins.float()[..., None]
         values = _spread(self.values[..., -16:], 4, 15).flatten(-2)
         if self.bits == 5:
             values = values | _spread(self.values[..., :4], 1, 1).transpose(-1, -2).flatten(-2) << 4
-        return scales * values + mins
+        return scales * values + mins.float()[..., None]
 
 
 def _spread(packed: Tensor, bits: int, mask: int) -> Tensor:

@@ -154,7 +154,7 @@ def write_quantized(
             for name in names:
                 weight = quantize(stored_weight(source, name), few_bits(scheme, name))
                 if isinstance(weight, QuantizedMatrix):
-                    tensors.update(zip(keys(name), weight.contiguous().tensors, strict=False))
+                    tensors.update(zip(keys(name), weight.with_mins().contiguous().tensors, strict=False))
                 else:
                     # A copy, because what is mapped would be written with all that surrounds it.
                     tensors[name] = weight.to(dtype, copy=True)

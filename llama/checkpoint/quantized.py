@@ -50,22 +50,29 @@ class QuantizedShards:
                 f"{folder} lacks {some(missing)} of a quantized model; is a file missing, or is params.json "
                 "that of another model?"
             )
-        known = {
-            key for name, shape in self.shapes.items() for key in keys(name)[: 3 if groups(shape) else 1]
-        }
+        expected = {name: self._expected(name) for name in self.shapes}
+        self._keys = {name: [*tensors] for name, tensors in expected.items()}
+        known = {key: what for tensors in expected.values() for key, what in tensors.items()}
+        if missing := [key for key in known if key not in self._where]:
+            raise CheckpointError(f"{folder} lacks {some(missing)} of a quantized model; convert it again")
         if unknown := [key for key in self._where if key not in known]:
             raise CheckpointError(
                 f"{folder}: unexpected {some(unknown)}: not part of the model that params.json describes"
             )
-        for name in self.shapes:
-            self._check(name)
+        for key, (dtype, shape) in known.items():
+            tensor = self._tensor(key)
+            if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+                raise CheckpointError(
+                    f"{self._where[key]}: {key} is {tensor.dtype} of shape {tuple(tensor.shape)}, but "
+                    f"params.json implies {dtype} of {shape}; do all files belong to one model?"
+                )
         self.dtype = self._tensor("norm.weight").dtype
 
     def bits(self, name: str) -> int | None:
-        return self.matrix(name).bits if keys(name)[1] in self._where else None
+        return self.matrix(name).bits if len(self._keys[name]) > 1 else None
 
     def matrix(self, name: str) -> QuantizedMatrix:
-        return QuantizedMatrix(*(self._tensor(key) for key in keys(name) if key in self._where))
+        return QuantizedMatrix(*map(self._tensor, self._keys[name]))
 
     def read(self, name: str, dim: int = 0, span: Span | None = None) -> Tensor:
         start, stop = span or (0, self.shapes[name][dim])
@@ -82,28 +89,15 @@ class QuantizedShards:
             self._mapped[path] = read_shard(path)
         return self._mapped[path][key]
 
-    def _check(self, name: str) -> None:
-        values, shape = self._tensor(name), self.shapes[name]
-        found = [key for key in keys(name) if key in self._where]
-        if len(found) == 1:
-            check_float(self._where[name], name, values)
-            wanted: list[tuple[torch.dtype, tuple[int, ...]]] = [(values.dtype, shape)]
-        else:
-            eight = values.dtype == torch.int8
-            size = 32 if eight else 20 if values.shape[-1:] == (20,) else 16
-            wanted = [(torch.int8 if eight else torch.uint8, (*groups(shape), size))]
-            wanted += [(torch.float16, groups(shape))] * (1 if eight else 2)
-        if len(found) > len(wanted) or found[1:2] == keys(name)[2:]:
-            raise CheckpointError(f"{self._where[found[1]]}: {name} of {values.dtype} has no {found[-1]}")
-        for key, (dtype, expected) in zip(found, wanted, strict=False):
-            tensor = self._tensor(key)
-            if (tensor.dtype, tuple(tensor.shape)) != (dtype, expected):
-                raise CheckpointError(
-                    f"{self._where[key]}: {key} is {tensor.dtype} of shape {tuple(tensor.shape)}, but "
-                    f"params.json implies {dtype} of {expected}; do all files belong to one model?"
-                )
-
-
-def groups(shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of the scales of a matrix; empty for one that does not divide into groups."""
-    return (shape[0], shape[1] // GROUP) if len(shape) == 2 and shape[1] % GROUP == 0 else ()
+    def _expected(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """The tensors that belong to a weight, with dtype and shape, by the dtype of the first."""
+        first, shape = self._tensor(name), self.shapes[name]
+        if first.is_floating_point() or len(shape) == 1 or shape[1] % GROUP:
+            check_float(self._where[name], name, first)
+            return {name: (first.dtype, shape)}
+        groups = (shape[0], shape[1] // GROUP)
+        number = (torch.float16, groups)
+        if first.dtype == torch.int8:
+            return dict(zip(keys(name), [(torch.int8, (*groups, 32)), number], strict=False))
+        size = 20 if first.shape[-1:] == (20,) else 16
+        return dict(zip(keys(name), [(torch.uint8, (*groups, size)), number, number], strict=True))

@@ -175,7 +175,7 @@ def test_the_demo_model_keeps_its_quality(scheme: str, limit: float, demo_ckpt: 
 def test_ranks_agree(scheme: str, ranks: int, tmp_path: Path, torchrun) -> None:
     source = tiny.write_checkpoint(tmp_path / "tiny", n_kv_heads=2)  # that four ranks repeat
     folder = convert(source, tmp_path / "saved", quantize=scheme, shards=3)
-    done = torchrun(ranks, "tests/support/ranks.py", "quantized", folder, "None", tmp_path / "seen")
+    done = torchrun(ranks, "tests/support/ranks.py", "quantized", folder, tmp_path / "seen")
     assert done.returncode == 0, done.stderr
     exact = build(folder).model(TOKENS, 0)
     for rank in range(ranks):

@@ -5,10 +5,10 @@ python benchmarks/batch_invariance.py CKPT_DIR [DTYPE]
 
 import random
 import statistics
-import sys
 import time
 
 from llama import Llama
+from llama.cli.launch import launch
 from llama.engine import Engine
 from llama.sampling import SamplingParams
 
@@ -55,4 +55,4 @@ def main(ckpt_dir: str, dtype: str | None = None, rounds: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    launch(main)

@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-SIZES = (
+SIZES: tuple[dict[str, Any], ...] = (
     {"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3},
     {"dim": 1024, "n_layers": 16, "n_heads": 16, "n_kv_heads": 8},
     {"dim": 1536, "n_layers": 16, "n_heads": 24, "n_kv_heads": 8},

@@ -131,7 +131,7 @@ def measure(llama: Llama, loaded: float, batch: int, prompt: int, new: int, runs
         prefill_tokens_per_second=batch * prompt / first,
         decode_tokens_per_second=batch / step,
         peak_memory=peak_memory(),
-        kv_cache=llama.model.cache.nbytes,
+        kv_cache=llama.model.cache.data.nbytes,
         bytes_per_second=bytes_per_step(llama.model, llama.quantization, batch, prompt + new // 2) / step,
         bandwidth=max(bandwidths),
         flops=prefill_flops(llama.model, batch, prompt) / first,
@@ -169,7 +169,7 @@ def bytes_per_step(model: Transformer, scheme: str | None, batch: int, context: 
     with torch.device("meta"):  # for packed weights have no shape of their own any more
         shapes = Transformer(model.params, model.parallel)
     weights = weight_bytes(shapes, model.dtype, scheme) - model.tok_embeddings.weight.nbytes
-    return weights + model.cache[:, :, :batch, :, :context].nbytes
+    return weights + model.cache.data[:, :, :batch, :, :context].nbytes
 
 
 def prefill_flops(model: Transformer, batch: int, prompt: int) -> int:

@@ -19,6 +19,12 @@ ROOT = Path(__file__).parent.parent
 DEMO = "SmolLM2-135M-Instruct"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    asked = config.option.markexpr
+    if "soak" not in asked:
+        config.option.markexpr = f"({asked}) and not soak" if asked else "not soak"
+
+
 @pytest.fixture(scope="session")
 def demo_ckpt(pytestconfig: pytest.Config) -> Path:
     """The demo model's folder: that of the repository, or one downloaded once and kept."""

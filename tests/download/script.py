@@ -68,7 +68,7 @@ class Script:
             env=self.env,
             input=input,
             capture_output=True,
-            text=True,
+            encoding="latin1",
             timeout=60,
         )
 
@@ -126,7 +126,7 @@ class Terminal:
             data = os.read(self.fd, 4096)
         except OSError:  # the other end is closed
             return False
-        self.screen += data.decode()
+        self.screen += data.decode("latin1")
         return bool(data)
 
     def wait_for(self, text: str) -> None:

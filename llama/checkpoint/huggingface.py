@@ -17,12 +17,21 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.params import feed_forward
-from llama.checkpoint.source import Checkpoint, check_names, find_tokenizer, read_shard, whole_parts
+from llama.checkpoint.source import (
+    Checkpoint,
+    check_names,
+    find_tokenizer,
+    listed_weights,
+    read_shard,
+    some,
+    whole_parts,
+)
 from llama.errors import ArgumentError, CheckpointError, MissingPackageError
+from llama.files import read_json, shown
 from llama.model import ModelArgs
 from llama.parallel import Span
 from llama.tokenizer import TextTokenizer
-from llama.tokenizer.huggingface import HFTokenizer, read_json
+from llama.tokenizer.huggingface import HFTokenizer
 from llama.tokenizer.template import find_template
 
 NAMES = {
@@ -294,41 +303,66 @@ def open_weights(path: Path) -> Any:
 def find_weights(folder: Path) -> dict[str, Path]:
     """Which file of a folder holds each tensor, by Hugging Face's names.
 
-    Raises FileNotFoundError where there are no weights, or one of the files that an index names
-    lacks; CheckpointError where a file lacks a tensor that the index expects in it.
+    The one file by its exact name goes first, then the files that an index names, as in transformers.
+    Without either, the parts of one model are taken, or the only file there is.
+
+    Raises FileNotFoundError if there are no weights, or a file is missing; CheckpointError if it is
+    not certain which files are the model's, or a file does not hold what its index says.
     """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{suffix}.index.json"
-        if index.is_file():
-            listed: Mapping[str, str] = read_json(index).get("weight_map") or {}
-            if not listed:
-                raise CheckpointError(f"{index} has no weight_map; download it again")
-            where = {name: folder / Path(file).name for name, file in listed.items()}
-            paths = sorted({*where.values()})
-            if missing := [path.name for path in paths if not path.is_file()]:
-                raise FileNotFoundError(
-                    f"{folder} lacks {', '.join(missing)}, which {index.name} names; download it again"
-                )
-            held = {path: {*tensor_names(path)} for path in paths}
-            if absent := [name for name, path in where.items() if name not in held[path]]:
-                raise CheckpointError(
-                    f"{index} expects {absent[0]} in {where[absent[0]].name}, which does not hold it"
-                )
-            break
-        if paths := sorted(folder.glob(f"{stem}*.{suffix}")) or sorted(folder.glob(f"*.{suffix}")):
-            if parts := [m for path in paths if (m := re.search(r"-(\d+)-of-(\d+)\.", path.name))]:
-                numbers, count = {int(m[1]) for m in parts}, int(parts[0][2])
-                if missing := sorted({*range(1, count + 1)} - numbers):
-                    raise FileNotFoundError(
-                        f"{folder} lacks part {missing[0]} of {count} of its weights, and {index.name}; "
-                        "download them again"
-                    )
-            where = {name: path for path in paths for name in tensor_names(path)}
-            break
-    else:
-        raise FileNotFoundError(f"no *.safetensors in {folder}: is the download complete?")
-    # Older files carry tables of the rotary embedding, which follow from the config.
-    return {name: path for name, path in where.items() if not name.endswith("rotary_emb.inv_freq")}
+        exact, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
+        if exact.is_file():
+            where = dict.fromkeys(tensor_names(exact), exact)
+        elif index.is_file():
+            where = indexed(folder, index)
+        elif paths := sorted(folder.glob(f"{stem}-*-of-*.{suffix}")) or sorted(folder.glob(f"*.{suffix}")):
+            check_parts(paths, exact)
+            where = {}
+            for path in paths:
+                names = tensor_names(path)
+                if twice := [name for name in names if name in where]:
+                    raise CheckpointError(f"{path} has {some(twice)} that {where[twice[0]].name} has too")
+                where.update(dict.fromkeys(names, path))
+        else:
+            continue
+        # Older files carry tables of the rotary embedding, which follow from the config.
+        return {name: path for name, path in where.items() if not name.endswith("rotary_emb.inv_freq")}
+    raise FileNotFoundError(f"no *.safetensors in {folder}: is the download complete?")
+
+
+def indexed(folder: Path, index: Path) -> dict[str, Path]:
+    """The file of each tensor by an index, whose files are looked into."""
+    where = {name: folder / file for name, file in listed_weights(index).items()}
+    paths = sorted({*where.values()})
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise FileNotFoundError(
+            f"{folder} lacks {', '.join(missing)}, which {index.name} names; download it again"
+        )
+    held = {path: {*tensor_names(path)} for path in paths}
+    if absent := [name for name, path in where.items() if name not in held[path]]:
+        raise CheckpointError(
+            f"{index} expects {shown(absent[0])} in {where[absent[0]].name}, which does not hold it"
+        )
+    return where
+
+
+def check_parts(paths: Sequence[Path], exact: Path) -> None:
+    """Raise unless files without an index are one file, or all parts of one model."""
+    parts = [re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.\w+", path.name) for path in paths]
+    if (
+        len(paths) > 1
+        and len({(m[1], m[3]) if m else path for m, path in zip(parts, paths, strict=True)}) > 1
+    ):
+        raise CheckpointError(
+            f"{exact.parent} has several files that could be its weights, and no index: "
+            f"{', '.join(path.name for path in paths)}; keep one model, or name its file {exact.name}"
+        )
+    if first := parts[0]:
+        numbers = {int(m[2]) for m in parts if m}
+        if missing := next((n for n in range(1, int(first[3]) + 1) if n not in numbers), None):
+            raise FileNotFoundError(
+                f"{exact.parent} lacks part {missing} of {first[3]} of its weights; download them again"
+            )
 
 
 def tensor_names(path: Path) -> Sequence[str]:

@@ -14,9 +14,9 @@ from torch import Tensor
 from llama.checkpoint.huggingface import native_name, open_weights, rotary_heads, to_native_rows
 from llama.checkpoint.source import TensorSource
 from llama.errors import CheckpointError
+from llama.files import read_json
 from llama.model import ModelArgs
 from llama.parallel import Span
-from llama.tokenizer.huggingface import read_json
 
 # What changes the mathematics, and must be absent or have this value.
 REQUIRED = {

@@ -7,6 +7,7 @@ part can be read. `reader.load_weights` fills a model from any source.
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +17,19 @@ import torch
 from torch import Tensor
 
 from llama.errors import CheckpointError
+from llama.files import check_kinds, read_json, shown
 from llama.model import ModelArgs, Transformer
 from llama.parallel import ModelParallel, Sharded, Span
 from llama.tokenizer import DialogFormat, TextTokenizer, load_tokenizer
 
 EMBEDDINGS = "tok_embeddings.weight"
-
-
 OUTPUT = "output.weight"
-
-
+# What files of weights are called: bare names, which cannot lead out of their folder.
+WEIGHTS = re.compile(
+    r"consolidated\.\d+\.pth|[A-Za-z0-9_-][\w.-]*\.(safetensors|gguf)|(pytorch|adapter)_model[\w.-]*\.bin",
+    re.ASCII,
+)
 IGNORED = {"rope.freqs"}  # LLaMA 1 and 2 saved this table, which follows from params.json
-
 
 # Bytes copied from mapped files before they are let go of, so that they do not fill the memory.
 RELEASE_AFTER = 2**30
@@ -132,6 +134,22 @@ def check_names(
 
 def some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} other tensors"
+
+
+def listed_weights(index: Path) -> dict[str, str]:
+    """The `weight_map` of an index: the name of the file that holds each tensor.
+
+    Raises CheckpointError if it is missing or has a name that files of weights do not have.
+    """
+    content = read_json(index)
+    check_kinds(index, content, {"weight_map": (dict,)})
+    listed: dict[str, str] = content.get("weight_map") or {}
+    if not listed:
+        raise CheckpointError(f"{index} has no weight_map; download it again")
+    for file in listed.values():
+        if not isinstance(file, str) or not WEIGHTS.fullmatch(file):
+            raise CheckpointError(f"{index} names {shown(file)}, which is not the name of a file of weights")
+    return listed
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:

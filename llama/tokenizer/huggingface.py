@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.errors import ArgumentError, CheckpointError, MissingPackageError
+from llama.files import read_json
 from llama.tokenizer.bpe import byte_alphabet
 
 TOKENIZER_FILES = (
@@ -19,19 +20,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError for something else; a file that lacks is an empty one."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object; download it again")
-    return content
 
 
 class HFTokenizer:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from llama.errors import ArgumentError, CheckpointError, MissingPackageError
+from llama.files import read_json
 from llama.tokenizer.chat_format import NoChat, check_dialog
-from llama.tokenizer.huggingface import HFTokenizer, _token_text, read_json
+from llama.tokenizer.huggingface import HFTokenizer, _token_text
 from llama.tokenizer.interface import Dialog, DialogFormat, TextTokenizer
 
 

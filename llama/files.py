@@ -7,11 +7,13 @@ text of theirs is printed but by `repr`, which leaves no control character in it
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llama.errors import CheckpointError
+from llama.errors import ArgumentError, CheckpointError, shown
 
 LARGEST = 2**28  # bytes: tokenizer.json of the largest vocabularies is a tenth of it
 
@@ -40,17 +42,26 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError for anything else; a missing file counts as an empty object."""
     if not path.is_file():
         return {}
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(text)
     except RecursionError:
         raise CheckpointError(f"{path} nests lists or objects too deeply; download it again") from None
-    except CheckpointError:
-        raise
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); download it again") from None
+    if re.search(r"\\u[dD]", text) and not _encodes(content):
+        raise CheckpointError(f"{path} has half a surrogate pair in a text; download it again")
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object; download it again")
     return content
+
+
+def _encodes(content: object) -> bool:
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_kinds(where: Path | str, content: Mapping[str, Any], kinds: Mapping[str, Sequence[type]]) -> None:
@@ -74,7 +85,26 @@ def is_kind(value: object, kind: type) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def shown(value: object) -> str:
-    """A value for an error: its beginning, without control characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def id_list(where: Path | str, content: Mapping[str, Any], key: str) -> list[int]:
+    """A key that holds one token id, or a list of them, as a list; empty if it is missing or null."""
+    value = content.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(is_kind(i, int) and 0 <= i < 2**31 for i in ids):
+        raise CheckpointError(f"{where}: {key} must be a token id or a list of them, not {shown(value)}")
+    return ids
+
+
+@contextmanager
+def no_panic(what: str) -> Iterator[None]:
+    """A block in which an error of a Rust package becomes an ArgumentError, its panics too.
+
+    A panic is a BaseException, which nobody expects of a wrong file.
+    """
+    try:
+        yield
+    except (ValueError, OverflowError) as error:
+        raise ArgumentError(f"{what}: {error}") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ArgumentError(f"{what}: {error}") from None

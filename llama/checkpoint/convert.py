@@ -24,7 +24,7 @@ from tqdm import tqdm
 from llama.checkpoint import StrPath, open_checkpoint
 from llama.checkpoint.hf_export import template_of, write_hf_config, write_hf_tokenizer
 from llama.checkpoint.huggingface import hf_name, rotary_heads, to_hf_rows, write_json
-from llama.checkpoint.source import Checkpoint, whole_parts
+from llama.checkpoint.source import Checkpoint, check_finite, whole_parts
 from llama.device import parse_dtype
 from llama.errors import ArgumentError
 from llama.model import ModelArgs, Transformer
@@ -160,7 +160,9 @@ def write_quantized(
             unreleased = 0
             for name in names:
                 # Where the embeddings serve as output, it is quantized and they are not.
-                weight = source.read(name if name in source.shapes else "tok_embeddings.weight")
+                weight = check_finite(
+                    name, source.read(name if name in source.shapes else "tok_embeddings.weight")
+                )
                 if name in linears or quantizer.narrows(name):
                     stem = name.removesuffix("weight")
                     stored = quantizer.matrix(name, weight, name in four)

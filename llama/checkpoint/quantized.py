@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.source import EMBEDDINGS, check_float, read_shard, some, whole_parts
+from llama.checkpoint.source import EMBEDDINGS, check_finite, check_float, read_shard, some, whole_parts
 from llama.errors import CheckpointError
 from llama.model import ModelArgs
 from llama.parallel import Span
@@ -73,7 +73,7 @@ class QuantizedShards:
         None where the span cuts a group of columns.
         """
         start, stop = span
-        weight, *others = (self._tensor(key) for key in self._keys(name))
+        weight, *others = (check_finite(key, self._tensor(key)) for key in self._keys(name))
         if dim == 0:
             return tuple(tensor[start:stop] for tensor in (weight, *others))
         if len(others) == 1:  # columns share the scales of their rows

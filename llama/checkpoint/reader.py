@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llama.checkpoint.source import OUTPUT, RELEASE_AFTER, Part, TensorSource, check_shapes
+from llama.checkpoint.source import OUTPUT, RELEASE_AFTER, Part, TensorSource, check_finite, check_shapes
 from llama.model import Transformer
 
 
@@ -37,12 +37,12 @@ class RankReader:
         self._bar.close()
 
     def read(self, name: str) -> Tensor:
-        """A part; mapped from the file where it can be."""
+        """A part; mapped from the file where it can be. Raises CheckpointError if it is not finite."""
         part = self.parts[name]
         stored = "tok_embeddings.weight" if self.tied and name == OUTPUT else name
         if part.dim is None:
-            return self.source.read(stored)
-        pieces = [self.source.read(stored, part.dim, span) for span in part.spans]
+            return check_finite(stored, self.source.read(stored))
+        pieces = [check_finite(stored, self.source.read(stored, part.dim, span)) for span in part.spans]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, part.dim)
 
     def done(self, weights: int, copied: int) -> None:

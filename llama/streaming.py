@@ -1,14 +1,24 @@
 """From the engine's tokens to pieces of text: whole characters, and never a part of a stop string."""
 
+import asyncio
 import codecs
+import contextlib
+import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
-from llama.engine import Engine
-from llama.engine.request import FinishReason, TopLogprobs
-from llama.sampling import SamplingParams
+from llama.arguments import TextRequest
+from llama.engine import Engine, Event, Request, TopLogprobs
+from llama.engine import FinishReason as EngineReason
+from llama.errors import ArgumentError
+from llama.moderation import Category, Review
+from llama.tokenizer import Message
+from llama.tools.parser import Delta, ToolCall, add_deltas
+
+FinishReason = EngineReason | Literal["tool_calls", "content_filter"]
 
 
 class Decoder(Protocol):
@@ -95,12 +105,15 @@ class Stats:
 class StreamEvent:
     """One token of one request, or its end: then `finish_reason` and `stats` are not None.
 
-    index: which prompt or dialog of the call.
+    index: which answer of the call: those to the first prompt come first.
     text: what became certain of the text. It may be behind `token`, where that ends in the middle of a
     character or of what may become a stop string; all pieces joined are the whole text.
     logprob, top_logprobs: of the token, if asked for; ids and log-probabilities, most likely first.
+    tool_calls: what became certain of the calls that the answer makes, if it was given tools.
     finish_reason: "stop" (a stop token or string), "length" (max_gen_len or the context is used up),
+    "tool_calls" (the answer calls tools), "content_filter" (a guard refused the question or the answer),
     "cancelled", or "error", and then `error` says what is wrong.
+    categories: what a guard objected to.
     """
 
     index: int
@@ -111,62 +124,200 @@ class StreamEvent:
     finish_reason: FinishReason | None = None
     error: str | None = None
     stats: Stats | None = None
+    tool_calls: tuple[Delta, ...] = ()
+    categories: tuple[Category, ...] = ()
+
+
+class Reader:
+    """Turns the engine's events of one request into stream events.
+
+    index: which answer of the call it is.
+    cancel: ends the request, once a stop string is complete.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Decoder,
+        request: Request,
+        source: TextRequest,
+        index: int,
+        cancel: Callable[[Request], object],
+    ) -> None:
+        self._request = request
+        self._cancel = cancel
+        self._index = index
+        self._text = TextStream(tokenizer, source.stop)
+        self._tools = source.tools
+        self._called = False
+        self._echo = source.echo
+        self._began = time.perf_counter()
+        self._first = 0.0  # when the first token came
+        self._count = 0
+
+    def read(self, event: Event) -> Iterator[StreamEvent]:
+        """What an event brings."""
+        if self._echo and event.finish_reason not in ("error", "cancelled"):
+            self._echo = False
+            yield from self._prompt()
+        if event.finish_reason:
+            yield self._end(event)
+        elif event.token is not None and not self._complete:  # else the engine ran ahead
+            self._first = self._first or time.perf_counter()
+            self._count += 1
+            piece, calls = self._parse(self._text.push(event.token))
+            yield StreamEvent(
+                self._index, piece, event.token, event.logprob, event.top_logprobs, tool_calls=calls
+            )
+            if self._complete:
+                self._cancel(self._request)
+
+    @property
+    def _complete(self) -> bool:
+        """Whether nothing that the model would go on to say counts."""
+        return self._text.stopped is not None or (self._tools is not None and self._tools.complete)
+
+    def _parse(self, text: str, ended: bool = False) -> tuple[str, tuple[Delta, ...]]:
+        """What is content in a piece of text, and what belongs to calls."""
+        if self._tools is None:
+            return text, ()
+        deltas = self._tools.push(text) + (self._tools.finish() if ended else [])
+        calls = tuple(delta for delta in deltas if delta.call is not None)
+        self._called = self._called or bool(calls)
+        return "".join(delta.content for delta in deltas), calls
+
+    def _prompt(self) -> Iterator[StreamEvent]:
+        request = self._request
+        scored = request.params.prompt_logprobs
+        for n, token in enumerate(request.prompt):
+            logprob = request.prompt_logprobs[n] if scored else None
+            top = request.prompt_top_logprobs[n] if scored and request.params.top_logprobs else None
+            yield StreamEvent(self._index, self._text.push(token, prompt=True), token, logprob, top)
+
+    def _end(self, event: Event) -> StreamEvent:
+        (piece, calls), now = self._parse(self._text.flush(), ended=True), time.perf_counter()
+        stats = Stats(
+            prompt_tokens=len(self._request.prompt),
+            reused_tokens=self._request.reused,
+            new_tokens=self._count,
+            first_token_seconds=(self._first or now) - self._began,
+            tokens_per_second=(self._count - 1) / (now - self._first) if self._count > 1 else 0.0,
+        )
+        reason = "stop" if self._complete else event.finish_reason
+        return StreamEvent(
+            self._index,
+            piece,
+            tool_calls=calls,
+            finish_reason="tool_calls" if reason == "stop" and self._called else reason,
+            error=event.error and f"prompt {self._index}: {event.error}",
+            stats=stats,
+        )
+
+
+class ReviewedReader(Reader):
+    """A reader that holds back what a guard has not seen yet."""
+
+    def __init__(self, review: Review, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._review = review
+        self._held: list[StreamEvent] = []
+        self._seen = ""  # the answer so far, its calls included
+        self._refused = False
+
+    def read(self, event: Event) -> Iterator[StreamEvent]:
+        """What an event brings, once the guard has no objection; or the end, if it has."""
+        for brought in super().read(event):
+            if self._refused:
+                return
+            self._held.append(brought)
+            calls = "".join(delta.name + delta.arguments for delta in brought.tool_calls)
+            self._seen += brought.text + calls
+            if brought.finish_reason or len(self._held) == self._review.every:
+                yield from self._checked(brought)
+
+    def _checked(self, last: StreamEvent) -> list[StreamEvent]:
+        end = StreamEvent(self._index, finish_reason="content_filter", stats=last.stats)
+        try:
+            categories = self._review.refuses(self._seen)
+            if categories is None:
+                held, self._held = self._held, []
+                return held
+            end = replace(end, categories=categories)
+        except ArgumentError as error:  # such as a conversation that is too long for the guard
+            message = f"prompt {self._index}: the guard cannot check the answer: {error}"
+            end = replace(end, finish_reason="error", error=message)
+        self._refused = True
+        self._cancel(self._request)
+        return [end]
+
+
+@contextlib.contextmanager
+def _queued(
+    engine: Engine, tokenizer: Decoder, sources: Sequence[TextRequest]
+) -> Iterator[dict[Request, Reader]]:
+    """Queue requests, each with its reader; cancel at the end those that have not ended."""
+    readers: dict[Request, Reader] = {}
+    try:
+        for index, source in enumerate(sources):
+            if source.review and source.review.refused is not None:
+                continue
+            request = engine.add(source.prompt, source.params, constraint=source.constraint)
+            arguments = tokenizer, request, source, index, engine.cancel
+            readers[request] = (
+                ReviewedReader(source.review, *arguments) if source.review else Reader(*arguments)
+            )
+        yield readers
+    finally:
+        for request in readers:
+            engine.cancel(request)
+
+
+def _refusals(sources: Sequence[TextRequest]) -> list[StreamEvent]:
+    """The ends of what a guard refused before it began."""
+    return [
+        StreamEvent(index, finish_reason="content_filter", categories=source.review.refused)
+        for index, source in enumerate(sources)
+        if source.review and source.review.refused is not None
+    ]
 
 
 def stream(
-    engine: Engine,
-    tokenizer: Decoder,
-    prompts: Sequence[tuple[Sequence[int], SamplingParams]],
-    stop: Sequence[str] = (),
-    echo: bool = False,
+    engine: Engine, tokenizer: Decoder, sources: Sequence[TextRequest]
 ) -> Generator[StreamEvent, None, None]:
-    """Queue prompts of token ids, and yield what comes of them. Closing it cancels what has not ended.
+    """Run requests, and yield what comes of them. Closing it cancels what has not ended.
 
-    echo: yield the prompts' tokens too. Raises what `Engine.add` raises.
+    Raises what `Engine.add` raises.
     """
-    began = time.perf_counter()
-    texts = [TextStream(tokenizer, stop) for _ in prompts]
-    first = [0.0] * len(prompts)  # when its first token came
-    counts = [0] * len(prompts)
-    requests = []
-    try:
-        for prompt, params in prompts:
-            requests.append(engine.add(prompt, params))
-        index = {request: i for i, request in enumerate(requests)}
-        unread = set(requests) if echo else set()
-        for event in engine.run(requests):
-            request, i = event.request, index[event.request]
-            text = texts[i]
-            if request in unread and event.finish_reason not in ("error", "cancelled"):
-                unread.remove(request)
-                for n, token in enumerate(request.prompt):
-                    scored = request.params.prompt_logprobs
-                    logprob = request.prompt_logprobs[n] if scored else None
-                    top = request.prompt_top_logprobs[n] if scored and request.params.top_logprobs else None
-                    yield StreamEvent(i, text.push(token, prompt=True), token, logprob, top)
-            if event.token is not None:
-                if text.stopped is None:  # else the engine was ahead of the reader
-                    first[i] = first[i] or time.perf_counter()
-                    counts[i] += 1
-                    piece = text.push(event.token)
-                    yield StreamEvent(i, piece, event.token, event.logprob, event.top_logprobs)
-                    if text.stopped is not None:
-                        engine.cancel(request)
-                continue
-            piece, now = text.flush(), time.perf_counter()
-            stats = Stats(
-                prompt_tokens=len(request.prompt),
-                reused_tokens=request.reused,
-                new_tokens=counts[i],
-                first_token_seconds=(first[i] or now) - began,
-                tokens_per_second=(counts[i] - 1) / (now - first[i]) if counts[i] > 1 else 0.0,
-            )
-            reason = event.finish_reason if text.stopped is None else "stop"
-            error = f"prompt {i}: {event.error}" if event.error else None
-            yield StreamEvent(i, piece, finish_reason=reason, error=error, stats=stats)
-    finally:
-        for request in requests:
-            engine.cancel(request)
+    yield from _refusals(sources)
+    with _queued(engine, tokenizer, sources) as readers:
+        for event in engine.run(list(readers)):
+            yield from readers[event.request].read(event)
+
+
+async def astream(
+    engine: Engine, tokenizer: Decoder, sources: Sequence[TextRequest]
+) -> AsyncGenerator[StreamEvent, None]:
+    """`stream` for asyncio. A thread runs the requests, however slowly the caller takes the events."""
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | Exception | None]()
+
+    def run(requests: Sequence[Request]) -> None:
+        def post(event: Event | Exception | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody listens any more
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        try:
+            for event in engine.run(requests):
+                post(event)
+            post(None)
+        except Exception as error:
+            post(error)
+
+    with _queued(engine, tokenizer, sources) as readers:
+        threading.Thread(target=run, args=(list(readers),), daemon=True).start()
+        while event := await events.get():
+            if isinstance(event, Exception):
+                raise event
+            for piece in readers[event.request].read(event):
+                yield piece
 
 
 @dataclass
@@ -177,23 +328,32 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason = "cancelled"
+    calls: list[ToolCall] = field(default_factory=list)
+    categories: tuple[Category, ...] = ()
+
+    def message(self) -> Message:
+        message: Message = {"role": "assistant", "content": self.text}
+        if self.calls:
+            message["tool_calls"] = [call.to_message() for call in self.calls]
+        return message
 
 
-def collect(events: Iterator[StreamEvent], n: int) -> list[Answer]:
-    """Read a stream of n requests to its end. Raises RuntimeError where one of them failed."""
-    answers = [Answer() for _ in range(n)]
-    pieces: list[list[str]] = [[] for _ in range(n)]
+def collect(events: Iterator[StreamEvent]) -> list[Answer]:
+    """Read a stream to its end. Raises RuntimeError if one of its requests failed."""
+    answers: defaultdict[int, Answer] = defaultdict(Answer)
     for event in events:
         if event.finish_reason == "error":
             raise RuntimeError(event.error)
-        pieces[event.index].append(event.text)
         answer = answers[event.index]
+        answer.text += event.text
+        add_deltas(answer.calls, event.tool_calls)
         if event.token is not None:
             answer.tokens.append(event.token)
         if event.logprob is not None:
             answer.logprobs.append(event.logprob)
         if event.top_logprobs is not None:
             answer.top_logprobs.append(event.top_logprobs)
-    for answer, parts in zip(answers, pieces, strict=True):
-        answer.text = "".join(parts)
-    return answers
+        if event.finish_reason:
+            answer.finish_reason, answer.categories = event.finish_reason, event.categories
+    return [answers[i] for i in sorted(answers)]

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from llama import Llama, Tokenizer
 from llama.errors import CheckpointError
 from llama.sampling import SamplingParams
-from tests import tiny
-from tests.test_model import hf_model
+from tests.support import tiny
+from tests.support.formats import hf_model
 
 PROMPTS = [[256, 3, 100], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [99, 98, 97, 96, 95, 94]]
 
@@ -122,7 +122,7 @@ def test_scoring_a_long_prompt_projects_it_in_pieces(llama: Llama, monkeypatch: 
     """The whole prompt's logits at once would take gigabytes with a real vocabulary."""
     prompt = torch.randint(0, 256, (50,)).tolist()
     expected = llama.generate([prompt], 0, logprobs=True, echo=True)
-    monkeypatch.setattr("llama.engine.engine.LOGPROB_ROWS", 7)
+    monkeypatch.setattr("llama.engine.runners.LOGPROB_ROWS", 7)
     llama.engine.prefill_chunk = 15
     again = llama.generate([prompt], 0, logprobs=True, echo=True)
     assert again[1] == [pytest.approx(expected[1][0], abs=1e-4)]  # type: ignore[index]
@@ -198,8 +198,7 @@ def test_impossible_prompts_are_refused_and_cost_nothing(llama: Llama, prompts: 
     [{"temperature": -1}, {"temperature": math.nan}, {"top_p": 1.5}, {"top_p": -0.1}, {"max_gen_len": -1}],
 )
 def test_parameters_out_of_range_are_named(llama: Llama, arguments: dict) -> None:
-    name = "max_tokens" if "max_gen_len" in arguments else next(iter(arguments))
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
         llama.generate([[1]], **arguments)
 
 
@@ -211,13 +210,13 @@ def test_a_damaged_model_is_found_out(llama: Llama) -> None:
 
 
 def test_an_interrupted_call_frees_its_slots(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = llama.engine.step
+    hidden = llama.model.hidden
 
-    def interrupt() -> list:
-        step()
+    def interrupt(*args):
+        hidden(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llama.engine, "step", interrupt)
+    monkeypatch.setattr(llama.model, "hidden", interrupt)
     with pytest.raises(KeyboardInterrupt):
         llama.generate(3 * PROMPTS, 8)
     monkeypatch.undo()
@@ -227,7 +226,7 @@ def test_an_interrupted_call_frees_its_slots(llama: Llama, monkeypatch: pytest.M
 
 def test_text_completion_returns_text(llama: Llama) -> None:
     plain = llama.text_completion(["the llama", "in"], temperature=0, max_gen_len=5)
-    assert [set(p) for p in plain] == [{"generation"}] * 2
+    assert [set(p) for p in plain] == [{"generation", "finish_reason"}] * 2
     scored = llama.text_completion(["the llama", "in"], temperature=0, max_gen_len=5, logprobs=True)
     assert [p["generation"] for p in scored] == [p["generation"] for p in plain]
     assert all(len(p["tokens"]) == len(p["logprobs"]) <= 5 for p in scored)
@@ -238,7 +237,7 @@ def test_text_completion_returns_text(llama: Llama) -> None:
 def test_chat_completion_returns_messages(llama: Llama) -> None:
     dialogs = [[{"role": "user", "content": "the llama"}], [{"role": "user", "content": "an"}]]
     plain = llama.chat_completion(dialogs, temperature=0, max_gen_len=5)
-    assert [set(p) for p in plain] == [{"generation"}] * 2
+    assert [set(p) for p in plain] == [{"generation", "finish_reason"}] * 2
     assert all(p["generation"]["role"] == "assistant" for p in plain)
     scored = llama.chat_completion(dialogs, temperature=0, max_gen_len=5, logprobs=True)
     assert [p["generation"] for p in scored] == [p["generation"] for p in plain]
@@ -324,7 +323,7 @@ def test_arguments_of_build_that_cannot_be(ckpt: Path, tmp_path: Path) -> None:
         Llama.build(ckpt, dtype="int3")
     with pytest.raises(ValueError, match=r"model_parallel_size=2 needs that many processes: .*torchrun"):
         Llama.build(ckpt, model_parallel_size=2)
-    with pytest.raises(ValueError, match="max_seq_len must be a positive whole number, not 0"):
+    with pytest.raises(ValueError, match="max_seq_len must be a whole number, 1 or more, not 0"):
         Llama.build(ckpt, max_seq_len=0)
     other = tmp_path / "tokenizer.model"
     other.write_bytes(b"YQ== 0\n")

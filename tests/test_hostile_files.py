@@ -24,7 +24,7 @@ from llama.checkpoint import open_checkpoint
 from llama.checkpoint.convert import convert
 from llama.errors import ArgumentError, CheckpointError, LlamaError, MissingPackageError
 from llama.tokenizer import Layout, Tokenizer
-from tests import formats_fixtures as tiny
+from tests.support import formats, gguf_files, tiny
 
 PARAMS = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "multiple_of": 8, "norm_eps": 1e-5}
 PARAMS |= {"rope_theta": 500000.0}
@@ -118,8 +118,8 @@ def mutate_bytes(path: Path, generator: random.Random) -> object:
 
 
 def native(folder: Path) -> Path:
-    ranks = tiny.tiktoken_ranks(8)
-    tiny.write_native(folder, PARAMS, tiny.random_weights(PARAMS, len(ranks) + 256), ranks, 1)
+    ranks = formats.tiktoken_ranks(8)
+    formats.write_native(folder, PARAMS, formats.random_weights(PARAMS, len(ranks) + 256), ranks, 1)
     params = json.loads((folder / "params.json").read_text())
     full = {"use_scaled_rope": True, "rope_scaling_factor": 8.0, "ffn_dim_multiplier": 1.0, "head_dim": 8}
     (folder / "params.json").write_text(json.dumps(full | params))
@@ -128,8 +128,8 @@ def native(folder: Path) -> Path:
 
 
 def hugging_face(folder: Path) -> Path:
-    tiny.write_hf(folder, PARAMS, tiny.random_weights(PARAMS, 400), max_shard_size="20KB")
-    tiny.hf_tokenizer(folder)
+    formats.write_hf(folder, PARAMS, formats.random_weights(PARAMS, 400), max_shard_size="20KB")
+    formats.hf_tokenizer(folder)
     (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|eot_id|>"}}')
     (folder / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
     config = json.loads((folder / "config.json").read_text())
@@ -141,18 +141,18 @@ def hugging_face(folder: Path) -> Path:
 
 def gguf(folder: Path) -> Path:
     folder.mkdir()
-    ranks = tiny.tiktoken_ranks(8)
-    weights = tiny.random_weights(PARAMS, len(ranks) + len(tiny.SPECIAL))
-    tokenizer = tiny.gguf_byte_level(ranks, chat_template="{{ messages[0].content }}")
-    tiny.write_gguf(folder / "m.gguf", PARAMS, weights, tokenizer)
+    ranks = formats.tiktoken_ranks(8)
+    weights = formats.random_weights(PARAMS, len(ranks) + len(formats.SPECIAL))
+    tokenizer = gguf_files.byte_level_fields(ranks, chat_template="{{ messages[0].content }}")
+    gguf_files.write_gguf(folder / "m.gguf", PARAMS, weights, tokenizer)
     return folder
 
 
 def sentencepiece(folder: Path) -> Path:
     folder.mkdir()
-    model = tiny.sentencepiece_model(330)
+    model = formats.sentencepiece_model(330)
     (folder / "params.json").write_text(json.dumps(PARAMS))
-    torch.save(tiny.random_weights(PARAMS, 330), folder / "consolidated.00.pth")
+    torch.save(formats.random_weights(PARAMS, 330), folder / "consolidated.00.pth")
     (folder / "tokenizer.model").write_bytes(model)
     return folder
 
@@ -285,7 +285,7 @@ def test_damaged_weights_are_named_as_they_load(value: float, dtype: torch.dtype
 )
 def test_ranks_are_unique_and_no_special_tokens(line: str, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
-    tiny.write_ranks(path, tiny.tiktoken_ranks(8))
+    tiny.write_ranks(path, formats.tiktoken_ranks(8))
     with path.open("a") as file:
         file.write(f"{line}\n")
     if not sentence:
@@ -295,12 +295,12 @@ def test_ranks_are_unique_and_no_special_tokens(line: str, sentence: str, tmp_pa
         Tokenizer(path)
     special = Layout.llama3(264)
     with pytest.raises(ArgumentError, match="each of them once"):
-        Tokenizer.from_ranks(tiny.tiktoken_ranks(9), special)
+        Tokenizer.from_ranks(formats.tiktoken_ranks(9), special)
 
 
 @pytest.mark.parametrize("pattern", ["(", "(?=", r"(a+)+$", "[" * 10**4])
 def test_a_pattern_never_panics(pattern: str, tmp_path: Path) -> None:
-    tiny.write_ranks(tmp_path / "tokenizer.model", tiny.tiktoken_ranks(8))
+    tiny.write_ranks(tmp_path / "tokenizer.model", formats.tiktoken_ranks(8))
     (tmp_path / "format.json").write_text(json.dumps({"pattern": pattern}))
     with contextlib.suppress(LlamaError):
         Tokenizer(tmp_path / "tokenizer.model").encode("a" * 40 + "b", bos=False, eos=False)

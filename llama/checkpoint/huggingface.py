@@ -30,6 +30,7 @@ from llama.errors import ArgumentError, CheckpointError, MissingPackageError, sh
 from llama.files import check_kinds, id_list, read_json
 from llama.model import ModelArgs
 from llama.parallel import Span
+from llama.quantization import OUTPUT
 from llama.tokenizer import TextTokenizer
 from llama.tokenizer.huggingface import HFTokenizer
 from llama.tokenizer.template import find_template
@@ -256,9 +257,7 @@ class HFWeights:
         where = find_weights(folder)
         self.paths = sorted({*where.values()})
         self._opened: dict[Path, Any] = {}
-        parts = whole_parts(args)
-        if tied and hf_name("output.weight") not in where:
-            del parts["output.weight"]
+        parts = whole_parts(args, [native_name(name) for name in where] if tied else [OUTPUT])
         check_names(folder, where, {hf_name(name): part for name, part in parts.items()}, "config.json")
         self._where = {name: where[hf_name(name)] for name in parts}
         self.shapes = {name: part.shape for name, part in parts.items()}

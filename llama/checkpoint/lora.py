@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.huggingface import native_name, open_weights, rotary_heads, to_native_rows
-from llama.checkpoint.source import EMBEDDINGS, OUTPUT, TensorSource, check_float
+from llama.checkpoint.source import TensorSource, check_float, is_tied
 from llama.errors import CheckpointError, shown
 from llama.files import check_kinds, is_kind, read_json
 from llama.model import ModelArgs
 from llama.parallel import Span
+from llama.quantization import EMBEDDINGS, OUTPUT
 
 # Keys of an adapter_config.json that say nothing about how the saved factors are merged. Any other must
 # be absent, null, false or empty, or have the value of `REQUIRED`: it changes the mathematics.
@@ -49,7 +50,7 @@ class Adapted:
         self.base, self.dtype = base, base.dtype
         self._replaced, self._deltas = read_adapter(folder, base, args)
         # An adapter to the embeddings does not reach an output layer that shares their weights.
-        self._untied = OUTPUT not in base.shapes and EMBEDDINGS in self._deltas
+        self._untied = is_tied(base.shapes) and EMBEDDINGS in self._deltas
         self.shapes = {**base.shapes, **({OUTPUT: base.shapes[EMBEDDINGS]} if self._untied else {})}
 
     def read(self, name: str, dim: int = 0, span: Span | None = None) -> Tensor:
@@ -163,7 +164,7 @@ def _delta(
         raise CheckpointError(f"{path} has only one of the two factors of {module}; download it again")
     a, b = pair["A"], pair["B"]
     name = native_name(f"{module}.weight")
-    if name == "output.weight" and name not in shapes:
+    if name == OUTPUT and is_tied(shapes):
         raise CheckpointError(f"{path} adapts {module}, which this model shares with its embeddings")
     if name is None or name not in shapes:
         raise CheckpointError(f"{path} adapts {module}, which this model has not: is it for another base?")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.download.fake_llama_server import FakeLlamaServer
 from tests.download.script import MODEL, SHARD, Script
+from tests.support.download_server import FakeLlamaServer
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.download.fake_llama_server import SIGNATURE, FakeLlamaServer
+from tests.support.download_server import SIGNATURE, FakeLlamaServer
 
 SCRIPT = Path(__file__).parents[2] / "download.sh"
 SHARD = "consolidated.00.pth"

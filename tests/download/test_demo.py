@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.download.fake_llama_server import FakeLlamaServer
 from tests.download.script import SCRIPT, Script, refusal
+from tests.support.download_server import FakeLlamaServer
 
 DEMO = "SmolLM2-135M-Instruct"
 # Stands in for Python with pip and this package: those calls are recorded and mimicked.

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.download.fake_llama_server import FakeLlamaServer, md5
 from tests.download.script import MODEL, SCRIPT, SHARD, Script, wait_for
+from tests.support.download_server import FakeLlamaServer, md5
 
 # ---- The straight way ----------------------------------------------------------------------------
 

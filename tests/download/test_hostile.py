@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.download.fake_llama_server import PAGE, FakeLlamaServer, md5
 from tests.download.script import MODEL, SHARD, Script, Terminal, refusal
+from tests.support.download_server import PAGE, FakeLlamaServer, md5
 
 FILES = ("checklist.chk", "params.json", "tokenizer.model", SHARD, "LICENSE", "USE_POLICY.md")
 

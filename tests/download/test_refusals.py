@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.download.fake_llama_server import SIGNATURE, FakeLlamaServer
 from tests.download.script import MODEL, SHARD, Script, refusal
+from tests.support.download_server import SIGNATURE, FakeLlamaServer
 
 
 def test_a_403_stops_at_once(both: Script, server: FakeLlamaServer) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from tests.download.fake_llama_server import SIGNATURE, FakeLlamaServer
 from tests.download.script import MODEL, SHARD, Script, Terminal, wait_for
+from tests.support.download_server import SIGNATURE, FakeLlamaServer
 
 
 def test_the_signature_is_nowhere(both: Script, server: FakeLlamaServer) -> None:

@@ -9,8 +9,8 @@ import pydantic
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis_jsonschema._canonicalise import FALSEY
 from hypothesis import strategies as st
+from hypothesis_jsonschema._canonicalise import FALSEY
 
 from llama import Llama
 from llama.constraints import Grammars

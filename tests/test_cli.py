@@ -12,29 +12,12 @@ from typing import Any
 import pytest
 
 import llama
-from llama.cli import COMMANDS, load, main
+from llama.cli import COMMANDS, load
 from llama.cli.arguments import options_of, parse, usage
 from llama.cli.launch import launch
 from llama.cli.options import BuildOptions, SamplingOptions
 from llama.errors import ArgumentError, CheckpointError
 from tests.support import ROOT
-
-
-@pytest.fixture
-def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs `llama` with these words in this process; returns its exit code, output, and errors."""
-
-    def run(*words: object) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llama", *map(str, words)])
-        try:
-            main()
-            code: Any = 0
-        except SystemExit as leaving:
-            code = leaving.code
-        printed = capsys.readouterr()
-        return (1, printed.out, code) if isinstance(code, str) else (code, printed.out, printed.err)
-
-    return run
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_a_chat_by_a_pipe(folder, command_line):
 @pytest.mark.parametrize("command", ["chat", "complete"])
 def test_quantized_as_told(folder, command, command_line):
     code, _, error = command_line(command, folder, "--quantize", "int3", typed="12\n")
-    assert (code, error) == (1, "error: quantize must be int8 or int4 or fp8, not 'int3'")
+    assert (code, error) == (1, "error: quantize must be int8, int5, int4 or fp8, not 'int3'")
     if "fbgemm" in torch.backends.quantized.supported_engines:
         options = ["--quantize", "int4", "--max_gen_len", 9, "--temperature", 0]
         code, _, error = command_line(command, folder, *options, typed="12\n")

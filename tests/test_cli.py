@@ -26,7 +26,7 @@ from tests.support import ROOT
         ("convert {ckpt} new --quantise int4", "there is no --quantise; did you mean --quantize?"),
         ("convert {ckpt} new --zzz 1", "there is no --zzz; llama convert --help lists the flags"),
         ("convert {ckpt} new more", "unexpected argument 'more' after destination: put the destination in"),
-        ("convert {ckpt} new --quantize int3", "quantize must be int8 or int4, not 'int3'"),
+        ("convert {ckpt} new --quantize int3", "quantize must be int8, int5 or int4, not 'int3'"),
         ("convert {ckpt} new --shards", "--shards needs a value: files to cut the weights into"),
         ("convert {ckpt} new --shards --overwrite", "--shards needs a value"),
         ("convert {ckpt} new --shards two", "shards must be a whole number, not 'two'"),

@@ -75,7 +75,7 @@ def test_the_demo_model_is_the_default_where_it_lies(run, tmp_path: Path) -> Non
 def test_quantized_as_told(run, script: str, tmp_path: Path) -> None:
     folder = tiny.write_checkpoint(tmp_path / "tiny")
     code, _, error = run(script, "--ckpt_dir", "tiny", "--max_gen_len", "2", "--quantize", "int3")
-    assert (code, error) == (1, "error: quantize must be None, 'int8', 'int4' or 'fp8', not 'int3'")
+    assert (code, error) == (1, "error: quantize must be None or one of int8, int5, int4, fp8, not 'int3'")
     if "fbgemm" in torch.backends.quantized.supported_engines:
         code, _, error = run(script, "--ckpt_dir", "tiny", "--max_gen_len", "2", "--quantize", "int4")
         assert code == 0, error

@@ -16,6 +16,7 @@ from llama.checkpoint.remote import fetch, is_remote
 from llama.checkpoint.source import Checkpoint, find_tokenizer
 from llama.errors import ArgumentError, CheckpointError
 from llama.model import ModelArgs
+from llama.quantization import QUANTIZATIONS
 from llama.tokenizer.huggingface import HFTokenizer
 from llama.tokenizer.template import find_template
 
@@ -37,7 +38,7 @@ def open_checkpoint(
     tokenizer_path = None if tokenizer_path is None else local_path(tokenizer_path)
     checkpoint = _open(path, tokenizer_path)
     if adapter is not None:
-        if checkpoint.quantization is not None:
+        if checkpoint.quantization in QUANTIZATIONS:
             raise ArgumentError(
                 f"{path} holds {checkpoint.quantization} weights, which an adapter cannot be merged into: "
                 "give the folder that they were made from, or quantize with the adapter: "

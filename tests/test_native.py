@@ -14,14 +14,16 @@ from torch import Tensor
 
 from llama import backends
 from llama.backends import native
-from llama.backends.native import NativeStep, UnavailableError, native_step, pack, pack_groups
+from llama.backends.native import NativeStep, PackedMatrix, UnavailableError, pack, pack_quantized
 from llama.backends.native.compiler import SOURCES, compiled
 from llama.engine import Engine
 from llama.errors import ArgumentError
 from llama.model import ModelArgs, Row, Transformer
-from llama.parallel import Linear, ModelParallel
+from llama.parallel import Linear, ModelParallel, VocabParallelEmbedding
+from llama.quantization import QuantizedMatrix, Weight, quantize
 from llama.sampling import SamplingParams
 from tests.support import ROOT, tiny
+from tests.support.quantized import reloaded
 
 if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
@@ -52,40 +54,40 @@ def random_model(dtype: torch.dtype = torch.float32, **args: object) -> Transfor
     return model
 
 
-def groups_of(weight: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    """A weight (out, in) as values, scales, mins and bits."""
-    bits = int(kind[3])
-    parts = weight.float().unflatten(1, (-1, 32))
-    if bits == 8 or "symmetric" in kind:
-        half = 2 ** (bits - 1)
-        scales = (parts.abs().amax(-1) / (half - 1)).half()
-        values = (parts / scales.float()[..., None]).round().clamp(-half, half - 1).flatten(1)
-        return (values.to(torch.int8) if bits == 8 else (values + half).to(torch.uint8)), scales, None, bits
-    low, high = parts.amin(-1).half(), parts.amax(-1)
-    scales = ((high - low.float()) / (2**bits - 1)).half()
-    values = (parts - low.float()[..., None]) / scales.float()[..., None]
-    return values.round().clamp(0, 2**bits - 1).flatten(1).to(torch.uint8), scales, low, bits
+def weight_of(weight: Tensor, kind: str) -> Weight:
+    """A plain weight in a kind's form."""
+    if kind in ("fp32", "bf16"):
+        return weight.detach()
+    quantized = quantize(weight, int(kind[3]))
+    if "symmetric" not in kind:
+        return quantized
+    middle = 2 ** (quantized.bits - 1)
+    scales = (weight.unflatten(1, (-1, 32)).abs().amax(-1) / middle).half()
+    return QuantizedMatrix(quantized.values, scales)
 
 
-def dequantized(values: Tensor, scales: Tensor, mins: Tensor | None, bits: int) -> Tensor:
-    scales = scales.float()[..., None]
-    low = mins.float()[..., None] if mins is not None else -scales * (2 ** (bits - 1) if bits < 8 else 0)
-    return (values.float().unflatten(1, (-1, 32)) * scales + low).flatten(1)
+def steps_of(
+    model: Transformer, kind: str, target: str | None, threads: Sequence[int] = (2,), in_place: bool = False
+) -> list[NativeStep]:
+    """Steps of a model that keeps its weights; those of quantized kinds become what is computed with."""
+    packed: dict[int, PackedMatrix] = {}
+    modules = [m for m in model.modules() if isinstance(m, Linear | VocabParallelEmbedding)]
+    for module in modules:
+        weight, key = weight_of(module.weight, kind), module.weight.data_ptr()  # the same if they are tied
+        if isinstance(weight, QuantizedMatrix):
+            packed[key] = packed.get(key) or pack_quantized(weight, target=target)
+            module.weight.copy_(weight.dequantize())
+        else:
+            packed[key] = packed.get(key) or pack(weight, target=target, in_place=in_place)
+        module.backend = packed[key]
+    steps = [NativeStep(model, n, target) for n in threads]
+    for module in modules:
+        module.backend = None
+    return steps
 
 
-def step_of(model: Transformer, kind: str, target: str | None, threads: int = 2) -> NativeStep:
-    """The step of a model that keeps its weights; of quantized kinds, they become what is computed with."""
-    packed = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear) or name == "tok_embeddings":
-            if kind in ("fp32", "bf16"):
-                packed[name] = pack(module.weight, target=target)
-            else:
-                groups = groups_of(module.weight, kind)
-                module.weight.copy_(dequantized(*groups))
-                values, scales, mins, bits = groups
-                packed[name] = pack_groups(values, scales, mins, bits=bits, target=target)
-    return NativeStep(model, packed, threads, target)
+def step_of(model: Transformer, kind: str, target: str | None = None, in_place: bool = False) -> NativeStep:
+    return steps_of(model, kind, target, in_place=in_place)[0]
 
 
 def dtype_of(kind: str) -> torch.dtype:
@@ -107,7 +109,7 @@ def test_fp32_is_that_of_the_model(target: str | None, heads: tuple[int, int], t
     logits = model.logits(hidden)
     keys = model.cache.data[:, :, 2, :, :LONG].clone()
     model.cache.data.fill_(torch.nan)  # what nobody wrote is never read
-    step = native_step(model, 2, target=target)
+    step = step_of(model, "fp32", target)
     ours = run(model, step, tokens[: LONG + 37 + 3], rows)
     torch.testing.assert_close(ours, hidden, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(step.logits(ours), logits, atol=1e-4, rtol=1e-4)
@@ -121,7 +123,7 @@ def test_bf16_is_as_close_to_fp32_as_the_model_is(target: str | None) -> None:
     model = model.bfloat16()
     model.allocate_cache()
     theirs = (model.logits(model.hidden(tokens, rows)) - exact).abs().mean()
-    step = native_step(model, target=target)
+    step = step_of(model, "bf16", target)
     ours = (step.logits(run(model, step, tokens, rows)) - exact).abs().mean()
     assert 0 < ours < 1.1 * theirs
 
@@ -155,7 +157,8 @@ def run(model: Transformer, step: NativeStep, tokens: Tensor, rows: Sequence[Row
 @pytest.mark.parametrize("kind", KINDS)
 def test_bits_do_not_depend_on_company_chunks_slots_or_threads(target: str | None, kind: str) -> None:
     model = random_model(dtype_of(kind), max_batch_size=8)
-    step = step_of(model, kind, target)
+    steps = steps_of(model, kind, target, (2, 1, 3))
+    step = steps[0]
     pick = torch.Generator().manual_seed(0)
 
     def number(low: int, high: int) -> int:
@@ -164,7 +167,6 @@ def test_bits_do_not_depend_on_company_chunks_slots_or_threads(target: str | Non
     requests = [ids(LONG if i == 0 else number(1, 30), seed=i) for i in range(200)]
     expected = [run(model, step, request) for request in requests]
     model.cache.data.fill_(torch.nan)
-    others = [step, *(step_of(model, kind, target, threads) for threads in (1, 3))]
     waiting, running = list(range(200)), {}  # slot: request and how much of it has been computed
     while waiting or running:
         for slot in range(8):
@@ -178,7 +180,7 @@ def test_bits_do_not_depend_on_company_chunks_slots_or_threads(target: str | Non
         if not rows:
             continue
         tokens = torch.cat([requests[i][row.start : row.stop] for i, row in rows])
-        got = run(model, others[number(0, 3)], tokens, [row for _, row in rows])
+        got = run(model, steps[number(0, 3)], tokens, [row for _, row in rows])
         for (i, row), part in zip(rows, got.split([row.length for _, row in rows]), strict=True):
             assert torch.equal(part, expected[i][row.start : row.stop])
             running[row.slot] = (i, row.stop)
@@ -188,13 +190,11 @@ def test_bits_do_not_depend_on_company_chunks_slots_or_threads(target: str | Non
     assert torch.equal(together, torch.cat([step.logits(part[None]) for part in torch.cat(expected[:20])]))
 
 
-def test_weights_in_place_give_the_same_bits(target: str | None) -> None:
-    tokens = ids(50)
-    for dtype in (torch.float32, torch.bfloat16):
-        tiled, in_place = (random_model(dtype) for _ in range(2))
-        a = run(tiled, native_step(tiled, target=target), tokens)
-        b = run(in_place, native_step(in_place, in_place=True, target=target), tokens)
-        assert torch.equal(a, b)
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_weights_in_place_give_the_same_bits(target: str | None, kind: str) -> None:
+    model, tokens = random_model(dtype_of(kind)), ids(50)
+    tiled, in_place = (step_of(model, kind, target, in_place=place) for place in (False, True))
+    assert torch.equal(run(model, tiled, tokens), run(model, in_place, tokens))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -207,20 +207,21 @@ def test_damage_shows_in_the_logits(target: str | None, kind: str) -> None:
         assert not step.logits(run(model, step, torch.tensor([0]))).isfinite().any()
 
 
-def test_what_does_not_fit_is_told_before_anything_changes() -> None:
+def test_what_does_not_fit_is_told() -> None:
+    cpu, bf16 = torch.device("cpu"), torch.bfloat16
+    for shape, found in (({"head_dim": 10, "n_heads": 16}, "head_dim=10"), ({"dim": 80}, "dim=80")):
+        with pytest.raises(UnavailableError, match=found):
+            native.check(random_model(**shape), cpu, bf16)
+    model = random_model()
+    native.check(model, cpu, bf16)
     with pytest.raises(UnavailableError, match="float16"):
-        native_step(random_model().half())
-    with pytest.raises(UnavailableError, match="head_dim=10"):
-        native_step(random_model(head_dim=10, n_heads=16))
-    with pytest.raises(UnavailableError, match="dim=80"):
-        native_step(random_model(dim=80))
-    with torch.device("meta"), pytest.raises(UnavailableError, match="for CPUs"):
-        native_step(random_model())
+        native.check(model, cpu, torch.float16)
+    with pytest.raises(UnavailableError, match="for CPUs"):
+        native.check(model, torch.device("cuda"), bf16)
     args = ModelArgs(dim=64, n_layers=1, n_heads=4, vocab_size=64)
     with pytest.raises(UnavailableError, match="one rank"):
-        native_step(Transformer(args, ModelParallel(0, 2)))
-    model = random_model()
-    step = native_step(model)
+        native.check(Transformer(args, ModelParallel(0, 2)), cpu, bf16)
+    step = step_of(model, "fp32")
     with pytest.raises(IndexError, match="0 to 519"):
         run(model, step, torch.tensor([520]), [Row(0, 0, 1)])
     with pytest.raises(IndexError):
@@ -229,11 +230,15 @@ def test_what_does_not_fit_is_told_before_anything_changes() -> None:
         run(model, step, torch.tensor([1, 2]), [Row(0, 0, 3)])
 
 
-def test_the_model_gives_its_steps_away() -> None:
+def loaded(model: Transformer, scheme: str | None = None) -> Transformer:
+    return reloaded(model, backends.plan(model, model.device, model.dtype), scheme)
+
+
+def test_a_loaded_model_gives_its_steps_away() -> None:
     model = random_model()
     tokens = ids(20)[None]
     expected = model(tokens, 0)
-    backends.apply(backends.plan(model, threads=2), model)
+    model = loaded(model)
     assert isinstance(model.step_backend, NativeStep)
     torch.testing.assert_close(model(tokens, 0), expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ArgumentError, match="do not fit into a cache"):
@@ -242,8 +247,7 @@ def test_the_model_gives_its_steps_away() -> None:
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_requests_get_the_same_bits_in_any_company(batch_invariant: bool) -> None:
-    model = random_model(torch.bfloat16)
-    backends.apply(backends.plan(model), model)
+    model = loaded(random_model(torch.bfloat16))
     engine = Engine(model, prefill_chunk=7, batch_invariant=batch_invariant)
 
     def generate(prompts: Sequence[Tensor]) -> list[tuple[list[int], list[float]]]:
@@ -335,9 +339,9 @@ def write_for_driver(path: Path, model: Transformer, kinds: dict[str, str], toke
         kind = kinds.get(name.rpartition(".")[2], "fp32")
         code, arrays = {"fp32": 0, "bf16": 1}.get(kind), [weight.to(dtype_of(kind))]
         if code is None:
-            values, scales, mins, bits = groups_of(weight, kind)
-            code, arrays = {8: 2, 5: 3, 4: 4}[bits], [values, scales, *([] if mins is None else [mins])]
-            weight.copy_(dequantized(values, scales, mins, bits))
+            quantized = weight_of(weight, kind)
+            code, arrays = {8: 2, 5: 3, 4: 4}[quantized.bits], quantized.tensors
+            weight.copy_(quantized.dequantize())
         else:
             weight.copy_(arrays[0])
         parts.append(torch.tensor([code, *weight.shape, len(arrays) == 3], dtype=torch.int32))

@@ -1,60 +1,83 @@
-"""How a matrix, or a whole step, is computed: one file a backend, and one plan that chooses."""
+"""How a matrix, or a whole step, is computed: one file a backend, and one place that chooses."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from llama.backends import native, onednn
+from llama.backends import native
+from llama.backends.grouped import Grouped
+from llama.backends.onednn import Packed, can_pack
+from llama.backends.torchao import Float8
 from llama.model import StepBackend, Transformer
-from llama.parallel import Joined
+from llama.parallel import Product
+from llama.quantization import QuantizedMatrix, Weight, joined
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What computes a model here.
+    """What a machine offers to compute a model with.
 
-    linear: makes the callable of one linear, x (…, in) to (…, out), of its name and weight (out, in); None
-    for PyTorch's own. least_rows: that such a linear is worth giving. step: takes over the loaded model's
-    weights and computes whole steps; None where `linear` serves. missing: why there is no whole step.
+    plain: makes the product of a plain weight, x (…, in) to (…, out). None: F.linear, by the weight itself.
+    quantized: the same for a quantized weight. None: it is dequantized as it loads, and then a plain one.
+    joins: whether matrices that read the same input are applied as one.
+    embeddings: whether the embeddings are a product too; if they serve as output layer, the same one.
+    least_rows: the fewest rows that are worth giving to a product.
+    step: makes what computes whole steps of a model, once that has its weights.
+    missing: why there is no such step.
     """
 
-    linear: Callable[[str, Tensor], Callable[[Tensor], Tensor]] | None = None
+    plain: Callable[[Tensor], Product] | None = None
+    quantized: Callable[[QuantizedMatrix], Product] | None = None
+    joins: bool = False
+    embeddings: bool = False
     least_rows: int = 1
     step: Callable[[Transformer], StepBackend] | None = None
     missing: str = ""
 
+    def product(self, *weights: Weight) -> Product | None:
+        """The product of a weight, or of several that are alike, joined; None if it is F.linear's."""
+        make: Any = self.quantized if isinstance(weights[0], QuantizedMatrix) else self.plain
+        return make(joined(weights)) if make else None
+
 
 def plan(
-    model: Transformer, *, whole_steps: bool = True, mapped: bool = False, threads: int | None = None
+    model: Transformer,
+    device: torch.device,
+    dtype: torch.dtype,
+    scheme: str | None = None,
+    *,
+    whole_steps: bool = True,
+    mapped: bool = False,
+    threads: int | None = None,
 ) -> Plan:
-    """The fastest way to compute a loaded model of plain weights, which it leaves as it is.
+    """The best plan for a model (which may be on the meta device still) on a device, in a dtype.
 
-    whole_steps: whether one call may replace the model's layers, which compilers cannot look into.
-    mapped: leave the weights in the files that they are mapped from. threads: of a whole step; by default
-    as many as PyTorch uses.
+    scheme: "fp8" if its plain weights are to be computed with as such.
+    whole_steps: whether the model's layers may be replaced by one call, which compilers cannot look into.
+    mapped: leave plain weights where they are mapped from their files.
+    threads: of a whole step; by default as many as PyTorch uses.
     """
-    missing = ""
+    if scheme == "fp8":
+        return Plan(plain=Float8, joins=True)
+    if device.type == "cuda":
+        return Plan(quantized=Grouped, joins=True, missing="it is for CPUs, and this model is on cuda")
+    missing = "a compiler is to see each layer"
     if whole_steps:
         try:
-            native.check(model)
-            return Plan(step=lambda model: native.native_step(model, threads, in_place=mapped))
+            native.check(model, device, dtype)
+            return Plan(
+                plain=partial(native.pack, in_place=mapped),
+                quantized=native.pack_quantized,
+                embeddings=True,
+                step=partial(native.NativeStep, threads=threads),
+            )
         except native.UnavailableError as error:
             missing = str(error)
-    if not mapped and onednn.can_pack(model.output.weight):
+    if can_pack(device, dtype) and not mapped:
         # oneDNN 3.12 takes 1.3 times as long for one to three rows as for four.
-        return Plan(lambda _, weight: onednn.Packed(weight), least_rows=4, missing=missing)
-    return Plan(missing=missing)
-
-
-def apply(plan: Plan, model: Transformer) -> None:
-    """Carry out a plan. Where it brings callables, the model's plain weights are gone afterwards."""
-    model.least_rows = plan.least_rows
-    if plan.step:
-        model.step_backend = plan.step(model)
-    elif plan.linear:
-        onednn.replace_weights(model, plan.linear)
-    elif model.device.type not in ("cpu", "meta"):
-        for module in model.modules():  # whatever reads the same input, as one matrix
-            if isinstance(module, Joined):
-                module.join()
+        return Plan(plain=Packed, joins=True, least_rows=4, missing=missing)
+    return Plan(joins=device.type != "cpu", missing=missing)

@@ -21,12 +21,14 @@ static Matrix matrix() {
   const size_t padded = size_t(tiles_of(rows)) * LANES, groups = cols / GROUP;
   Matrix m{kind, rows, cols, 1, nullptr, nullptr, nullptr};
   uint8_t* to = (uint8_t*)keep(tiles_of(rows) * tile_bytes(kind, cols));
-  llama_pack(kind, next<uint8_t>(size_t(rows) * cols * (kind == FP32 ? 4 : kind == BF16 ? 2 : 1)), rows, cols, to, 2);
+  const size_t group = grouped(kind) ? group_bytes(kind) / LANES : 0;
+  const size_t stride = grouped(kind) ? groups * group : cols * (kind == FP32 ? 4 : 2);
+  llama_pack(kind, next<uint8_t>(rows * stride), stride, group, rows, cols, to, 2);
   m.weight = to;
   for (const uint16_t** scales : {&m.scale, &m.min}) {
     if (!grouped(kind) || (scales == &m.min && !head[3])) continue;
     uint16_t* tiled = (uint16_t*)keep(padded * groups * 2);
-    llama_pack_scales(next<uint16_t>(rows * groups), rows, int(groups), tiled, 2);
+    llama_pack_scales(next<uint8_t>(rows * groups * 2), groups * 2, 2, rows, int(groups), tiled, 2);
     *scales = tiled;
   }
   return m;

@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from ctypes import POINTER, c_float, c_int32, c_void_p
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,9 @@ class Row(ctypes.Structure):
 
 SIGNATURES: dict[str, list[Any]] = {  # what each function returns, and its arguments
     "llama_lanes": [c_int32],
-    "llama_tile_bytes": [ctypes.c_int64, c_int32, c_int32],
-    "llama_pack": [None, c_int32, c_void_p, c_int32, c_int32, c_void_p, c_int32],
-    "llama_pack_scales": [None, c_void_p, c_int32, c_int32, c_void_p, c_int32],
+    "llama_tile_bytes": [c_int64, c_int32, c_int32],
+    "llama_pack": [None, c_int32, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int32],
+    "llama_pack_scales": [None, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int32],
     "llama_new": [c_void_p, POINTER(Model), c_int32],
     "llama_free": [None, c_void_p],
     "llama_hidden": [None, c_void_p, c_void_p, POINTER(Row), c_int32, c_void_p, c_void_p, c_void_p],

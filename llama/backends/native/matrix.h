@@ -208,7 +208,7 @@ struct Matrix {                  // (rows, cols)
 };
 constexpr int tiles_of(int rows) { return (rows + LANES - 1) / LANES; }
 constexpr bool grouped(int kind) { return kind >= INT8; }
-// Bytes of LANES rows and one group. int5: nibbles as int4, then a vector with the fifth bits.
+// Bytes of LANES rows and one group. int5: a vector with the fifth bits, then as int4.
 constexpr int group_bytes(int kind) { return 4 * LANES * (kind == INT8 ? 8 : kind == INT5 ? 5 : 4); }
 static size_t tile_bytes(int kind, int cols) {
   return grouped(kind) ? size_t(cols / GROUP) * group_bytes(kind) : size_t(cols) * LANES * (kind == FP32 ? 4 : 2);
@@ -235,23 +235,25 @@ template <int K> static inline void unpack(const uint8_t* group, Bytes w[8]) {
     return;
   }
   for (int j = 0; j < 4; j++) {
-    const U both = load<U>(group + j * sizeof(U));
+    const U both = load<U>(group + (j + (K == INT5)) * sizeof(U));
     U low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
     if (K == INT5) {
-      const U fifth = load<U>(group + 4 * sizeof(U));  // bit j: of vector j
+      const U fifth = load<U>(group);  // bit j of a byte: of vector j
       low |= (fifth << (4 - j)) & 0x10101010, high |= (fifth >> j) & 0x10101010;
     }
     w[j] = (Bytes)low, w[j + 4] = (Bytes)high;
   }
 }
-static void pack_group(int kind, const U w[8], uint8_t* to) {
+// The same from LANES rows of a file, where bit i of the first 4 bytes of int5 is input i's fifth.
+static void pack_group(int kind, const uint8_t* from, size_t stride, int rows, uint8_t* to) {
+  U* w = (U*)to;
+  tile_units(from, stride, rows, group_bytes(kind) / int(sizeof(U)), (uint32_t*)to);
   if (kind == INT8)
-    for (int j = 0; j < 8; j++) store(to + j * sizeof(U), w[j] ^ FLIP);
-  else {
+    for (int j = 0; j < 8; j++) store(w + j, load<U>(w + j) ^ FLIP);
+  if (kind == INT5) {
     U fifth = {};
-    for (int j = 0; j < 4; j++) store(to + j * sizeof(U), (w[j] & 0x0f0f0f0f) | (w[j + 4] & 0x0f0f0f0f) << 4);
-    for (int j = 0; j < 8; j++) fifth |= ((w[j] >> 4) & 0x01010101) << j;
-    if (kind == INT5) store(to + 4 * sizeof(U), fifth);
+    for (int i = 0; i < 32; i++) fifth |= ((load<U>(w) >> i) & 1) << (i % 4 * 8 + i / 4);
+    store(w, fifth);
   }
 }
 
@@ -266,10 +268,11 @@ static void read_row(const Matrix& m, int row, float* out) {
     if (grouped(m.kind)) {
       const size_t at = (size_t(row / LANES) * (m.cols / GROUP) + k / GROUP) * LANES + lane;
       const uint8_t* group = tile + k / GROUP * group_bytes(m.kind);
-      const int i = k % GROUP, byte = lane * 4 + i % 4, vector = m.kind == INT8 ? i / 4 : i / 4 % 4;
-      int q = group[vector * sizeof(U) + byte];
-      if (m.kind == INT8) q = int8_t(q ^ uint8_t(FLIP));
-      else q = (i < 16 ? q & 15 : q >> 4) | (m.kind == INT5 ? (group[4 * sizeof(U) + byte] >> (i / 4) & 1) << 4 : 0);
+      const int i = k % GROUP, byte = lane * 4 + i % 4, first = m.kind == INT5;
+      int q;
+      if (m.kind == INT8) q = int8_t(group[i / 4 * sizeof(U) + byte] ^ uint8_t(FLIP));
+      else q = group[(first + i / 4 % 4) * sizeof(U) + byte] >> (i < 16 ? 0 : 4) & 15;
+      if (m.kind == INT5) q |= (group[byte] >> (i / 4) & 1) << 4;
       const float scale = from_half(m.scale[at]);
       out[k] = scale * q + (m.min ? from_half(m.min[at]) : -middle(m.kind) * scale);
     } else {

@@ -446,27 +446,26 @@ extern "C" {
 int32_t llama_lanes() { return LANES; }
 int64_t llama_tile_bytes(int32_t kind, int32_t cols) { return tile_bytes(kind, cols); }
 
-// Tiles of fp32 or bf16 rows, or of quantized values: uint8, or int8 for INT8, one a byte. `to` holds whole tiles.
-void llama_pack(int32_t kind, const uint8_t* from, int32_t rows, int32_t cols, uint8_t* to, int32_t threads) {
-  const size_t bytes = size_t(cols) * (kind == FP32 ? 4 : kind == BF16 ? 2 : 1);
+// A matrix (rows, cols) to tiles. `stride`: bytes from row to row; `group_stride`: from group to group.
+void llama_pack(int32_t kind, const uint8_t* from, int64_t stride, int64_t group_stride, int32_t rows, int32_t cols,
+                uint8_t* to, int32_t threads) {
   in_parallel(tiles_of(rows), threads, [&](int i) {
-    const uint8_t* source = from + i * LANES * bytes;
+    const uint8_t* source = from + i * LANES * stride;
     uint8_t* tile = to + i * tile_bytes(kind, cols);
     const int here = std::min(LANES, rows - i * LANES);
-    if (!grouped(kind)) return tile_units(source, bytes, here, int(bytes / 4), (uint32_t*)tile);
-    for (int g = 0; g < cols / GROUP; g++) {
-      U w[8];
-      tile_units(source + g * GROUP, bytes, here, 8, (uint32_t*)w);
-      pack_group(kind, w, tile + size_t(g) * group_bytes(kind));
-    }
+    if (!grouped(kind)) return tile_units(source, stride, here, int(tile_bytes(kind, cols) / sizeof(U)), (uint32_t*)tile);
+    for (int g = 0; g < cols / GROUP; g++)
+      pack_group(kind, source + g * group_stride, stride, here, tile + size_t(g) * group_bytes(kind));
   });
 }
 // fp16 (rows, groups) to tiles of (groups, LANES).
-void llama_pack_scales(const uint16_t* from, int32_t rows, int32_t groups, uint16_t* to, int32_t threads) {
+void llama_pack_scales(const uint8_t* from, int64_t stride, int64_t group_stride, int32_t rows, int32_t groups,
+                       uint16_t* to, int32_t threads) {
   in_parallel(tiles_of(rows), threads, [&](int i) {
     for (int g = 0; g < groups; g++)
-      for (int r = 0; r < LANES; r++)
-        to[(size_t(i) * groups + g) * LANES + r] = i * LANES + r < rows ? from[size_t(i * LANES + r) * groups + g] : 0;
+      for (int r = i * LANES; r < i * LANES + LANES; r++)
+        to[(size_t(i) * groups + g) * LANES + r % LANES] =
+            r < rows ? load<uint16_t>(from + r * stride + g * group_stride) : 0;
   });
 }
 

@@ -2,8 +2,9 @@
 
 import ctypes
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -11,20 +12,16 @@ from torch import Tensor
 from llama.backends.native.compiler import Layer, Matrix, Model, Row, UnavailableError, library
 from llama.model import Row as ModelRow
 from llama.model import Transformer
-from llama.parallel import Linear
+from llama.quantization import GROUP, QuantizedMatrix
 
-GROUP = 32  # inputs that share a scale
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
-INT8, INT5, INT4 = 2, 3, 4
-LINEARS = {
-    "attention": ("wq", "wk", "wv", "wo"),
-    "feed_forward": ("w1", "w2", "w3"),
-}
+PLAIN_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+GROUPED_KINDS = {8: 2, 5: 3, 4: 4}  # by bits
+LINEARS = {"attention": ("wq", "wk", "wv", "wo"), "feed_forward": ("w1", "w2", "w3")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedMatrix:
-    """A matrix (rows, cols) as step.cpp reads it, and the memory that it lies in."""
+    """A matrix (rows, cols) as step.cpp reads it: a `Product` that only a `NativeStep` can apply."""
 
     kind: int
     rows: int
@@ -42,108 +39,109 @@ class PackedMatrix:
         parts = (None if part is None else part.data_ptr() for part in (self.weight, self.scale, self.min))
         return Matrix(self.kind, self.rows, self.cols, self.tiled, *parts)
 
+    def __call__(self, x: Tensor) -> NoReturn:
+        raise RuntimeError("this weight can only be used by the compiled step: call hidden() and logits()")
+
 
 def pack(weight: Tensor, *, in_place: bool = False, target: str | None = None) -> PackedMatrix:
-    """A plain matrix, bf16 or fp32 (out, in), in tiles, or in_place: as it lies, which is slower to read."""
-    kind, (rows, cols) = KINDS[weight.dtype], weight.shape
+    """A plain matrix, bf16 or fp32 (out, in), in tiles; in_place: as it lies, which is slower to read.
+
+    target: see `library`.
+    """
+    kind, (rows, cols) = PLAIN_KINDS[weight.dtype], weight.shape
     if in_place:
         return PackedMatrix(kind, rows, cols, weight.contiguous(), tiled=False)
-    return PackedMatrix(kind, rows, cols, _tiles(kind, weight.contiguous(), target))
+    return PackedMatrix(kind, rows, cols, _tiles(kind, weight, cols, target))
 
 
-def pack_groups(
-    values: Tensor, scales: Tensor, mins: Tensor | None = None, *, bits: int = 8, target: str | None = None
-) -> PackedMatrix:
-    """A quantized matrix in tiles: scales · values + mins, in groups of 32 inputs.
-
-    values: (out, in) int8 for 8 bits, else uint8 below 2^bits.
-    scales, mins: fp16 (out, in / 32). mins: of 4 and 5 bits; None for -scales · 2^(bits - 1).
-    bits: 8, 5 or 4.
-    """
-    rows, cols = values.shape
-    kind = {8: INT8, 5: INT5, 4: INT4}[bits]
-    weight = _tiles(kind, values.contiguous(), target)
-    low = None if mins is None else _tiled_scales(mins, target)
-    return PackedMatrix(kind, rows, cols, weight, _tiled_scales(scales, target), low)
+def pack_quantized(weight: QuantizedMatrix, *, target: str | None = None) -> PackedMatrix:
+    """A quantized matrix in tiles. target: see `library`."""
+    kind, (rows, cols) = GROUPED_KINDS[weight.bits], weight.shape
+    scales, mins = (None if x is None else _tiled_scales(x, target) for x in (weight.scales, weight.mins))
+    return PackedMatrix(kind, rows, cols, _tiles(kind, weight.values, cols, target), scales, mins)
 
 
-def _tiles(kind: int, values: Tensor, target: str | None) -> Tensor:
-    lib, (rows, cols) = library(target), values.shape
-    tiles = -(-rows // lib.llama_lanes())
-    packed = torch.empty(tiles * lib.llama_tile_bytes(kind, cols), dtype=torch.uint8)
+def _tiles(kind: int, values: Tensor, cols: int, target: str | None) -> Tensor:
+    """values: (rows, …), read from where they lie, if need be in a file."""
+    if values.stride(-1) != 1:
+        values = values.contiguous()
+    lib, rows = library(target), len(values)
+    packed = torch.empty(-(-rows // lib.llama_lanes()) * lib.llama_tile_bytes(kind, cols), dtype=torch.uint8)
+    row, group = values.stride(0) * values.itemsize, values.stride(1) * values.itemsize
     threads = torch.get_num_threads()
-    lib.llama_pack(kind, values.data_ptr(), rows, cols, packed.data_ptr(), threads)
+    lib.llama_pack(kind, values.data_ptr(), row, group, rows, cols, packed.data_ptr(), threads)
     return packed
 
 
 def _tiled_scales(scales: Tensor, target: str | None) -> Tensor:
-    lib, scales = library(target), scales.contiguous()
-    rows, groups = scales.shape
-    lanes = lib.llama_lanes()
-    packed = torch.empty(-(-rows // lanes) * lanes * groups, dtype=torch.float16)
-    lib.llama_pack_scales(scales.data_ptr(), rows, groups, packed.data_ptr(), torch.get_num_threads())
+    lib, (rows, groups) = library(target), scales.shape
+    packed = torch.empty(-(-rows // lib.llama_lanes()) * lib.llama_lanes() * groups, dtype=torch.float16)
+    strides = (stride * scales.itemsize for stride in scales.stride())
+    threads = torch.get_num_threads()
+    lib.llama_pack_scales(scales.data_ptr(), *strides, rows, groups, packed.data_ptr(), threads)
     return packed
 
 
-def check(model: Transformer, target: str | None = None) -> None:
-    """Raise UnavailableError, saying why, for a model that has no native step here."""
-    if model.device.type != "cpu":
-        raise UnavailableError(f"it is for CPUs, and this model is on {model.device}")
+def check(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UnavailableError, saying why, for a model that has no native step on a device, in a dtype."""
+    if device.type != "cpu":
+        raise UnavailableError(f"it is for CPUs, and this model is on {device.type}")
     if model.parallel.size > 1:
         raise UnavailableError(f"it runs on one rank, and this model has {model.parallel.size}")
-    args, lanes = model.params, library(target).llama_lanes()
-    if model.dtype not in KINDS:
-        raise UnavailableError(f"it computes in bfloat16 and float32, not {str(model.dtype)[6:]}")
+    if dtype not in PLAIN_KINDS:
+        raise UnavailableError(f"it computes in bfloat16 and float32, not {str(dtype)[6:]}")
+    args, lanes = model.params, library().llama_lanes()
     sizes = {
         "dim": args.dim,
         "hidden_dim": args.hidden_dim,
-        "n_heads * head_dim": args.n_heads * args.head_dim,
+        "n_heads · head_dim": args.n_heads * args.head_dim,
     }
     for name, size in sizes.items():
         if size % GROUP:
-            raise UnavailableError(f"{name}={size} is no multiple of {GROUP}")
+            raise UnavailableError(f"{name}={size} is not a multiple of {GROUP}")
     if args.head_dim % lanes:
-        raise UnavailableError(f"head_dim={args.head_dim} is no multiple of {lanes}")
+        raise UnavailableError(f"head_dim={args.head_dim} is not a multiple of {lanes}")
 
 
 class NativeStep:
     """All layers of a model in one call, for any rows; results never depend on what else a step holds.
 
-    model: gives shapes, norms and cache. matrices: of each linear and of tok_embeddings, by name.
-    threads: by default as many as PyTorch uses. target: see `library`.
+    model: its matrices and embeddings are `PackedMatrix`.
+    threads: by default as many as PyTorch uses.
+    target: see `library`; the one that the matrices were packed for.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        matrices: Mapping[str, PackedMatrix],
-        threads: int | None = None,
-        target: str | None = None,
-    ) -> None:
-        self.library, self.matrices, args = library(target), matrices, model.params
-        self.params = args
-        self.norms: list[Tensor] = []
+    def __init__(self, model: Transformer, threads: int | None = None, target: str | None = None) -> None:
+        self.library, self.params = library(target), model.params
+        args, self._kept = model.params, list[object]()  # what the runtime's structures point to
 
         def matrix(name: str) -> Matrix:
-            return matrices[name].structure()
+            packed = model.get_submodule(name).backend
+            if not isinstance(packed, PackedMatrix):
+                raise TypeError(f"{name} is not packed for the compiled step")
+            self._kept.append(packed)
+            return packed.structure()
 
         def norm(name: str) -> int:
-            self.norms.append(model.get_parameter(f"{name}.weight").detach().float().contiguous())
-            return self.norms[-1].data_ptr()
+            weight = model.get_parameter(f"{name}.weight").detach().float().contiguous()
+            self._kept.append(weight)
+            return weight.data_ptr()
 
         layers = (Layer * args.n_layers)()
+        self._kept.append(layers)
         for i, layer in enumerate(layers):
             for part, names in LINEARS.items():
                 for name in names:
                     setattr(layer, name, matrix(f"layers.{i}.{part}.{name}"))
             for name in ("attention_norm", "ffn_norm"):
                 setattr(layer, name, norm(f"layers.{i}.{name}"))
-        shape = (
+        sizes = (
             args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.head_dim, args.hidden_dim,
-            args.vocab_size, args.max_batch_size, args.max_seq_len, KINDS[model.dtype], args.norm_eps,
+            args.vocab_size, args.max_batch_size, args.max_seq_len, PLAIN_KINDS[model.dtype],
         )  # fmt: skip
-        structure = Model(*shape, layers, matrix("tok_embeddings"), matrix("output"), norm("norm"))
-        self._layers = layers  # to which the runtime's copy of the structure points
+        structure = Model(
+            *sizes, args.norm_eps, layers, matrix("tok_embeddings"), matrix("output"), norm("norm")
+        )
         self._runtime = self.library.llama_new(ctypes.byref(structure), threads or torch.get_num_threads())
         weakref.finalize(self, self.library.llama_free, self._runtime)
 
@@ -174,26 +172,3 @@ class NativeStep:
         out = torch.empty(len(hidden), self.params.vocab_size)
         self.library.llama_logits(self._runtime, hidden.data_ptr(), len(hidden), out.data_ptr())
         return out
-
-
-def native_step(
-    model: Transformer, threads: int | None = None, *, in_place: bool = False, target: str | None = None
-) -> NativeStep:
-    """The native step of a loaded model with plain weights, which it takes over: they are laid out anew,
-    one after the other, and each is given up as its copy stands, so the model has no state dict afterwards.
-
-    in_place: leave the weights where they lie, in files that are larger than the memory.
-    Raises UnavailableError, before it changes anything, for a model that has no native step here.
-    """
-    check(model, target)
-    packed: dict[str, PackedMatrix] = {}
-    embeddings = model.tok_embeddings.weight
-    tied = model.output.weight.data_ptr() == embeddings.data_ptr()
-    for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            packed[name] = pack(module.weight, in_place=in_place, target=target)
-            del module.weight
-    packed["tok_embeddings"] = packed["output"] if tied else pack(embeddings, in_place=True)
-    if tied:
-        del embeddings, model.tok_embeddings.weight
-    return NativeStep(model, packed, threads, target)

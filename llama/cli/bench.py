@@ -131,7 +131,7 @@ def measure(llama: Llama, loaded: float, batch: int, prompt: int, new: int, runs
         prefill_tokens_per_second=batch * prompt / first,
         decode_tokens_per_second=batch / step,
         peak_memory=peak_memory(),
-        kv_cache=llama.model.cache.nbytes,
+        kv_cache=llama.model.cache.data.nbytes,
         bytes_per_second=bytes_per_step(llama.model, batch, prompt + new // 2) / step,
         bandwidth=max(bandwidths),
         flops=prefill_flops(llama.model, batch, prompt) / first,
@@ -172,7 +172,7 @@ def bytes_per_step(model: Transformer, batch: int, context: int) -> int:
         weights -= embeddings.backend.nbytes
     elif not embeddings.backend and embeddings.weight is not getattr(model.output, "weight", None):
         weights -= embeddings.weight.nbytes
-    return weights + model.cache[:, :, :batch, :, :context].nbytes
+    return weights + model.cache.data[:, :, :batch, :, :context].nbytes
 
 
 def prefill_flops(model: Transformer, batch: int, prompt: int) -> int:

@@ -172,7 +172,8 @@ def load_weights(
     with RankReader(model, source) as reader:
 
         def read(name: str) -> Weight:
-            weight, bits = reader.read(name), few_bits(scheme, name)
+            bits = few_bits(scheme, name)
+            weight = reader.read(name, quantized=bool(plan.quantized or bits))
             if bits:
                 weight = quantize(weight.to(device), bits)
             if isinstance(weight, QuantizedMatrix):

@@ -1,8 +1,20 @@
 """Answers in a shape, from models that would write noise."""
 
+import itertools
+import json
+import re
+
+import jsonschema
+import pydantic
 import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from hypothesis_jsonschema._canonicalise import FALSEY
 
 from llama import Llama
+from llama.constraints import Grammars
+from llama.errors import ArgumentError
 from tests.support.tiny import byte_tokenizer, small_model
 
 NOISE = {"temperature": 1.5, "top_p": 1.0}

@@ -3,6 +3,7 @@
 import asyncio
 import codecs
 import contextlib
+import functools
 import threading
 import time
 from collections import defaultdict
@@ -111,6 +112,7 @@ class StreamEvent:
     finish_reason: "stop" (a stop token or string), "length" (max_gen_len or the context is used up),
     "tool_calls" (the answer calls tools), "content_filter" (a guard refused the question or the answer),
     "cancelled", or "error", and then `error` says what is wrong.
+    stop: the stop string that ended the answer, if one did.
     """
 
     index: int
@@ -122,26 +124,21 @@ class StreamEvent:
     error: str | None = None
     stats: Stats | None = None
     tool_calls: tuple[Delta, ...] = ()
+    stop: str | None = None
 
 
 class Reader:
     """Turns the engine's events of one request into stream events.
 
     index: which answer of the call it is.
-    cancel: ends the request, once a stop string is complete.
+    cancel: ends the request, once nothing counts any more that the model would go on to say.
     """
 
     def __init__(
-        self,
-        tokenizer: Decoder,
-        request: Request,
-        source: TextRequest,
-        index: int,
-        cancel: Callable[[Request], object],
+        self, tokenizer: Decoder, source: TextRequest, index: int, cancel: Callable[[], object]
     ) -> None:
-        self._request = request
-        self._cancel = cancel
         self._index = index
+        self._cancel = cancel
         self._text = TextStream(tokenizer, source.stop)
         self._tools = source.tools
         self._called = False
@@ -154,7 +151,7 @@ class Reader:
         """What an event brings."""
         if self._echo and event.finish_reason not in ("error", "cancelled"):
             self._echo = False
-            yield from self._prompt()
+            yield from self._prompt(event.request)
         if event.finish_reason:
             yield self._end(event)
         elif event.token is not None and not self._complete:  # else the engine ran ahead
@@ -165,7 +162,7 @@ class Reader:
                 self._index, piece, event.token, event.logprob, event.top_logprobs, tool_calls=calls
             )
             if self._complete:
-                self._cancel(self._request)
+                self._cancel()
 
     @property
     def _complete(self) -> bool:
@@ -181,8 +178,7 @@ class Reader:
         self._called = self._called or bool(calls)
         return "".join(delta.content for delta in deltas), calls
 
-    def _prompt(self) -> Iterator[StreamEvent]:
-        request = self._request
+    def _prompt(self, request: Request) -> Iterator[StreamEvent]:
         scored = request.params.prompt_logprobs
         for n, token in enumerate(request.prompt):
             logprob = request.prompt_logprobs[n] if scored else None
@@ -192,8 +188,8 @@ class Reader:
     def _end(self, event: Event) -> StreamEvent:
         (piece, calls), now = self._parse(self._text.flush(), ended=True), time.perf_counter()
         stats = Stats(
-            prompt_tokens=len(self._request.prompt),
-            reused_tokens=self._request.reused,
+            prompt_tokens=len(event.request.prompt),
+            reused_tokens=event.request.reused,
             new_tokens=self._count,
             first_token_seconds=(self._first or now) - self._began,
             tokens_per_second=(self._count - 1) / (now - self._first) if self._count > 1 else 0.0,
@@ -206,6 +202,7 @@ class Reader:
             finish_reason="tool_calls" if reason == "stop" and self._called else reason,
             error=event.error and f"prompt {self._index}: {event.error}",
             stats=stats,
+            stop=self._text.stopped,
         )
 
 
@@ -218,7 +215,7 @@ def _queued(
     try:
         for index, source in enumerate(sources):
             request = engine.add(source.prompt, source.params, constraint=source.constraint)
-            readers[request] = Reader(tokenizer, request, source, index, engine.cancel)
+            readers[request] = Reader(tokenizer, source, index, functools.partial(engine.cancel, request))
         yield readers
     finally:
         for request in readers:

@@ -263,7 +263,7 @@ async def astream(
 
 @dataclass
 class Answer:
-    """All events of one request, put together."""
+    """All events of one request, put together. stop: the stop string that ended it, if one did."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -271,6 +271,22 @@ class Answer:
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     finish_reason: FinishReason = "cancelled"
     calls: list[ToolCall] = field(default_factory=list)
+    stop: str | None = None
+
+    def add(self, event: StreamEvent) -> None:
+        """Raises RuntimeError if the request failed."""
+        if event.finish_reason == "error":
+            raise RuntimeError(event.error)
+        self.text += event.text
+        add_deltas(self.calls, event.tool_calls)
+        if event.token is not None:
+            self.tokens.append(event.token)
+        if event.logprob is not None:
+            self.logprobs.append(event.logprob)
+        if event.top_logprobs is not None:
+            self.top_logprobs.append(event.top_logprobs)
+        if event.finish_reason:
+            self.finish_reason, self.stop = event.finish_reason, event.stop
 
     def message(self) -> Message:
         message: Message = {"role": "assistant", "content": self.text}
@@ -283,17 +299,5 @@ def collect(events: Iterator[StreamEvent]) -> list[Answer]:
     """Read a stream to its end. Raises RuntimeError if one of its requests failed."""
     answers: defaultdict[int, Answer] = defaultdict(Answer)
     for event in events:
-        if event.finish_reason == "error":
-            raise RuntimeError(event.error)
-        answer = answers[event.index]
-        answer.text += event.text
-        add_deltas(answer.calls, event.tool_calls)
-        if event.token is not None:
-            answer.tokens.append(event.token)
-        if event.logprob is not None:
-            answer.logprobs.append(event.logprob)
-        if event.top_logprobs is not None:
-            answer.top_logprobs.append(event.top_logprobs)
-        if event.finish_reason:
-            answer.finish_reason = event.finish_reason
+        answers[event.index].add(event)
     return [answers[i] for i in sorted(answers)]

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from llama.errors import LlamaError
@@ -36,18 +37,21 @@ def create_app(service: Service, keys: Sequence[str] = (), origins: Sequence[str
         docs_url=None,  # its page would load scripts from elsewhere
         redoc_url=None,
         responses={"4XX": {"model": OpenAIError}, "5XX": {"model": OpenAIError}},
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [],  # to be told of; see Access
+        max_body_size=service.limits.body,
     )
     app.state.service = service
     for module in (chat_completions, completions, messages, utilities):
         app.include_router(module.router)
-    for kind in (LlamaError, RequestValidationError, HTTPException, Exception):
+    for kind in (LlamaError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _explain)
 
     @app.get("/", include_in_schema=False)
     def page() -> HTMLResponse:
         return HTMLResponse(PAGE.read_text("utf-8"), headers={"Content-Security-Policy": ITSELF_ONLY})
 
-    app.add_middleware(Access, keys=keys, limits=service.limits)
+    if keys:
+        app.add_middleware(Access, keys=keys)
     if origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"]

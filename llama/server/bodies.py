@@ -33,6 +33,10 @@ class Loose(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
+class StreamOptions(Loose):
+    include_usage: bool | None = None
+
+
 class Sampling(Body):
     """Fields that OpenAI's interfaces share, and some that only local models have.
 
@@ -50,7 +54,7 @@ class Sampling(Body):
     frequency_penalty: float | None = Field(None, ge=-100, le=100)
     logit_bias: dict[str, float] | None = None
     stream: bool | None = None
-    stream_options: "StreamOptions | None" = None
+    stream_options: StreamOptions | None = None
     top_k: int | None = Field(None, ge=-1, description="Beyond OpenAI's: 0 or -1 keep all tokens")
     min_p: float | None = Field(None, ge=0, le=1, description="Beyond OpenAI's")
     repetition_penalty: float | None = Field(None, gt=0, le=100, description="Beyond OpenAI's")
@@ -77,10 +81,6 @@ class Sampling(Body):
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
-
-
-class StreamOptions(Loose):
-    include_usage: bool | None = None
 
 
 class Part(Loose):

@@ -47,23 +47,24 @@ class Ticket:
 class Driver:
     """Runs the engine of a model that nobody else uses, on a thread of its own.
 
-    once: see `Once`; by default for a world of one.
-    fail: called on the driver's thread when it cannot go on; `failure` then says why.
+    once: see `Once`.
+    failure: why it could not go on, if it has ended by itself.
     """
 
     failure: BaseException | None = None
 
-    def __init__(self, llama: Llama, once: Once, fail: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, llama: Llama, once: Once) -> None:
         self.llama = llama
         self._once = once
-        self._fail = fail
         self._numbers = itertools.count()
         self._tickets: dict[int, Ticket] = {}  # handed in and not ended
         self._next = Plan()
         self._changed = threading.Condition()  # guards the two above
-        self._thread = threading.Thread(target=self._drive, name="engine", daemon=True)
+        self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
+    def start(self, fail: Callable[[], object]) -> None:
+        """Begin. fail: called on the driver's thread when it cannot go on."""
+        self._thread = threading.Thread(target=self._drive, args=(fail,), name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, source: TextRequest, deliver: Callable[[Request, Sequence[Event]], object]) -> Ticket:
@@ -93,24 +94,25 @@ class Driver:
         with self._changed:
             self._next.closing = True
             self._changed.notify()
-        self._thread.join()
+        if self._thread:
+            self._thread.join()
 
     def follow(self) -> None:
         """Do what rank 0 says, until it closes: the part of the other ranks."""
         self._run(Plan)
 
-    def _drive(self) -> None:
+    def _drive(self, fail: Callable[[], object]) -> None:
         try:
             self._run(self._take)
         except BaseException as error:
             self.failure = error
-            self._fail()
+            fail()
 
     def _run(self, take: Callable[[], Plan]) -> None:
         engine, requests = self.llama.engine, dict[int, Request]()
         while not (plan := self._once(take)).closing:
             for number, source in plan.added:
-                requests[number] = engine.add(source.prompt, source.params)
+                requests[number] = engine.add(source.prompt, source.params, constraint=source.constraint)
             for number in plan.cancelled:
                 if number in requests:
                     engine.cancel(requests[number])

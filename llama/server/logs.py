@@ -10,7 +10,8 @@ from contextvars import ContextVar
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llama.server.replies import new_id
+from llama.server.errors import shape_of
+from llama.server.replies import json_response, new_id
 from llama.server.service import Service
 
 log = logging.getLogger("llama.server")
@@ -70,6 +71,10 @@ class Logged:
 
         try:
             await self.app(scope, receive, send_with_id)
+        except Exception as error:  # a fault of ours
+            code, content = shape_of(scope["path"])(error)
+            if status == 499:
+                await json_response(content, code)(scope, receive, send_with_id)
         finally:
             # A path that is no route may be anything, so it is no label.
             handler = getattr(scope.get("route"), "path", "none")

@@ -184,10 +184,10 @@ async def messages(
         blocks += [_tool_use(call.id, call.name, json_object(call.arguments)) for call in answer.calls]
         return {
             **_head(service),
-            "content": blocks,
             **_end(answer.finish_reason, answer.stop),
+            "content": blocks,
             "usage": _usage(generation),
-        }
+        }  # type: ignore[typeddict-item]
 
     return await whole(request, generation, reply)
 

@@ -1,0 +1,104 @@
+"""The life of a server process: start, serve, drain, end; on one rank or on many."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from llama.generation import Llama
+from llama.server import logs
+from llama.server.app import create_app
+from llama.server.driver import Driver, Once
+from llama.server.service import Limits, Service
+
+log = logging.getLogger("llama.server")
+LAST_WORDS = 5.0  # seconds for answers to reach their clients after the model has failed
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens, and who may ask. See `create_app` and uvicorn's settings of these names."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys: Sequence[str] = field(default=(), repr=False)
+    origins: Sequence[str] = ()
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+
+
+class Server(uvicorn.Server):
+    """Told to end, it finishes what it has accepted; told again, it ends at once."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On SIGTERM and SIGINT."""
+        if self.service.draining:
+            self.should_exit = self.force_exit = True
+        else:
+            self.service.draining = True
+            self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drain()))
+
+    async def _drain(self) -> None:
+        log.info("draining")
+        while self.service.generations:
+            await asyncio.sleep(0.02)
+        self.should_exit = True
+
+    def fail(self) -> None:
+        """Tell every client that the model no longer runs, and end. From any thread."""
+
+        def tell() -> None:
+            self.service.fail()
+            self.should_exit = True
+            self._loop.call_later(LAST_WORDS, setattr, self, "force_exit", True)
+
+        self._loop.call_soon_threadsafe(tell)
+
+
+def serve(llama: Llama, once: Once, name: str, address: Address, limits: Limits, prefix: str) -> None:
+    """Serve a model until the process is told to end. Other ranks than 0 only compute.
+
+    once: does something on rank 0, and tells every rank; see `Driver`.
+    name: of the model, as clients call it.
+    prefix: of the names of metrics.
+
+    Raises what ended the engine, if that was no wish of anybody's, and OSError if the address is taken.
+    """
+    driver = Driver(llama, once)
+    if llama.model.parallel.rank > 0:
+        driver.follow()
+        return
+    logs.configure()
+    service = Service(llama, driver, name, limits, prefix)
+    config = uvicorn.Config(
+        create_app(service, address.keys, address.origins),
+        host=address.host,
+        port=address.port,
+        ssl_certfile=address.ssl_certfile,
+        ssl_keyfile=address.ssl_keyfile,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=2048,
+    )
+    server = Server(config, service)
+    driver.start(server.fail)
+    try:
+        server.run()
+    finally:
+        driver.close()
+    if driver.failure:
+        raise driver.failure

@@ -11,7 +11,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from llama.errors import LlamaError
-from llama.server import chat_completions, completions, messages, utilities
+from llama.server import chat_completions, completions, messages, responses, utilities
 from llama.server.access import Access
 from llama.server.errors import OpenAIError, shape_of
 from llama.server.logs import Logged
@@ -41,7 +41,7 @@ def create_app(service: Service, keys: Sequence[str] = (), origins: Sequence[str
         max_body_size=service.limits.body,
     )
     app.state.service = service
-    for module in (chat_completions, completions, messages, utilities):
+    for module in (chat_completions, completions, responses, messages, utilities):
         app.include_router(module.router)
     for kind in (LlamaError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _explain)

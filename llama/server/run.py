@@ -5,7 +5,6 @@ import logging
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -28,8 +27,8 @@ class Address:
     port: int = 8000
     keys: Sequence[str] = field(default=(), repr=False)
     origins: Sequence[str] = ()
-    ssl_certfile: Path | None = None
-    ssl_keyfile: Path | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
 
 
 class Server(uvicorn.Server):
@@ -38,10 +37,21 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self.service = service
+        self.driver = service.driver
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to end. Raises what ended the engine, if that was no wish of anybody's."""
+        self.driver.start(self.fail)
+        try:
+            super().run(sockets)
+        finally:
+            self.driver.close()
+        if self.driver.failure:
+            raise self.driver.failure
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On SIGTERM and SIGINT."""
@@ -68,21 +78,11 @@ class Server(uvicorn.Server):
         self._loop.call_soon_threadsafe(tell)
 
 
-def serve(llama: Llama, once: Once, name: str, address: Address, limits: Limits, prefix: str) -> None:
-    """Serve a model until the process is told to end. Other ranks than 0 only compute.
-
-    once: does something on rank 0, and tells every rank; see `Driver`.
-    name: of the model, as clients call it.
-    prefix: of the names of metrics.
-
-    Raises what ended the engine, if that was no wish of anybody's, and OSError if the address is taken.
-    """
-    driver = Driver(llama, once)
-    if llama.model.parallel.rank > 0:
-        driver.follow()
-        return
-    logs.configure()
-    service = Service(llama, driver, name, limits, prefix)
+def create_server(
+    llama: Llama, once: Once, name: str, address: Address, limits: Limits, prefix: str = "llama"
+) -> Server:
+    """A server on rank 0; its `run` serves until it is told to end. See `serve`."""
+    service = Service(llama, Driver(llama, once), name, limits, prefix)
     config = uvicorn.Config(
         create_app(service, address.keys, address.origins),
         host=address.host,
@@ -92,13 +92,21 @@ def serve(llama: Llama, once: Once, name: str, address: Address, limits: Limits,
         log_config=None,
         access_log=False,
         server_header=False,
-        backlog=2048,
     )
-    server = Server(config, service)
-    driver.start(server.fail)
-    try:
-        server.run()
-    finally:
-        driver.close()
-    if driver.failure:
-        raise driver.failure
+    return Server(config, service)
+
+
+def serve(llama: Llama, once: Once, name: str, address: Address, limits: Limits, prefix: str) -> None:
+    """Serve a model until the process is told to end. Other ranks than 0 only compute.
+
+    once: does something on rank 0, and tells every rank; see `Driver`.
+    name: of the model, as clients call it.
+    prefix: of the names of metrics.
+
+    Raises what ended the engine, if that was no wish of anybody's.
+    """
+    if llama.model.parallel.rank > 0:
+        Driver(llama, once).follow()
+    else:
+        logs.configure()
+        create_server(llama, once, name, address, limits, prefix).run()

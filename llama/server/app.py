@@ -12,10 +12,10 @@ from starlette.exceptions import HTTPException
 
 from llama.errors import LlamaError
 from llama.server import chat_completions, completions, messages, responses, utilities
-from llama.server.access import Access
-from llama.server.errors import OpenAIError, shape_of
+from llama.server.access import Access, BodyLimit
+from llama.server.errors import OpenAIError
 from llama.server.logs import Logged
-from llama.server.replies import json_response
+from llama.server.replies import error_response
 from llama.server.service import Service
 
 PAGE = Path(__file__).with_name("page.html")
@@ -38,7 +38,6 @@ def create_app(service: Service, keys: Sequence[str] = (), origins: Sequence[str
         redoc_url=None,
         responses={"4XX": {"model": OpenAIError}, "5XX": {"model": OpenAIError}},
         dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [],  # to be told of; see Access
-        max_body_size=service.limits.body,
     )
     app.state.service = service
     for module in (chat_completions, completions, responses, messages, utilities):
@@ -50,6 +49,7 @@ def create_app(service: Service, keys: Sequence[str] = (), origins: Sequence[str
     def page() -> HTMLResponse:
         return HTMLResponse(PAGE.read_text("utf-8"), headers={"Content-Security-Policy": ITSELF_ONLY})
 
+    app.add_middleware(BodyLimit, limits=service.limits)
     if keys:
         app.add_middleware(Access, keys=keys)
     if origins:
@@ -61,5 +61,4 @@ def create_app(service: Service, keys: Sequence[str] = (), origins: Sequence[str
 
 
 async def _explain(request: Request, error: Exception) -> Response:
-    status, content = shape_of(request.url.path)(error)
-    return json_response(content, status, {"retry-after": "1"} if status == 429 else None)
+    return error_response(request.url.path, error)

@@ -10,8 +10,7 @@ from contextvars import ContextVar
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llama.server.errors import shape_of
-from llama.server.replies import json_response, new_id
+from llama.server.replies import error_response, new_id
 from llama.server.service import Service
 
 log = logging.getLogger("llama.server")
@@ -72,9 +71,9 @@ class Logged:
         try:
             await self.app(scope, receive, send_with_id)
         except Exception as error:  # a fault of ours
-            code, content = shape_of(scope["path"])(error)
+            response = error_response(scope["path"], error)
             if status == 499:
-                await json_response(content, code)(scope, receive, send_with_id)
+                await response(scope, receive, send_with_id)
         finally:
             # A path that is no route may be anything, so it is no label.
             handler = getattr(scope.get("route"), "path", "none")

@@ -38,6 +38,15 @@ class InputMessage(Loose):
     content: str | list[Block]
 
 
+class OutputFormat(Loose):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Loose):
+    format: OutputFormat | None = None
+
+
 class CountRequest(Body):
     """What a prompt consists of."""
 
@@ -49,7 +58,10 @@ class CountRequest(Body):
     thinking: dict[str, Any] | None = Field(None, description="Ignored")
     cache_control: dict[str, Any] | None = Field(None, description="Ignored: prefixes are always reused")
     context_management: dict[str, Any] | None = Field(None, description="Ignored")
-    output_config: dict[str, Any] | None = Field(None, description="Ignored")
+    output_config: OutputConfig | None = None
+    diagnostics: dict[str, Any] | None = Field(None, description="Ignored")
+    user_profile_id: str | None = Field(None, description="Ignored")
+    workspace_id: str | None = Field(None, description="Ignored")
     mcp_servers: list[dict[str, Any]] | None = Field(None, description="Ignored")
 
     def dialog(self) -> list[Message]:
@@ -88,6 +100,8 @@ class MessagesRequest(CountRequest):
     def options(self) -> ChatOptions:
         """As arguments of `Llama`."""
         options: ChatOptions = {**self.tool_options(), "max_tokens": self.max_tokens}
+        if self.output_config and self.output_config.format:
+            options["schema"] = self.output_config.format.schema_
         if self.temperature is not None:
             options["temperature"] = self.temperature
         if self.top_p is not None:

@@ -10,7 +10,7 @@ from fastapi import Request, Response
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
-from llama.server.errors import openai_error
+from llama.server.errors import openai_error, shape_of
 from llama.server.service import Generation, Service
 from llama.streaming import Answer
 
@@ -36,6 +36,13 @@ def to_json(value: Any) -> bytes:
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(to_json(value), status, headers, "application/json")
+
+
+def error_response(path: str, error: Exception) -> Response:
+    """An error as the clients of a path expect it."""
+    status, content = shape_of(path)(error)
+    headers = {401: {"www-authenticate": "Bearer"}, 413: {"connection": "close"}, 429: {"retry-after": "1"}}
+    return json_response(content, status, headers.get(status))
 
 
 def event(value: Any, name: str | None = None) -> ServerSentEvent:

@@ -261,7 +261,7 @@ class _Reply:
                 reply = self.build(generation, news.finish_reason)
                 yield self._say(f"response.{reply['status']}", response=reply)
 
-    def _say(self, name: str, **fields: Any) -> ServerSentEvent:
+    def _say(self, name: str, /, **fields: Any) -> ServerSentEvent:
         self._events += 1
         return event({"type": name, "sequence_number": self._events - 1, **fields}, name)
 

@@ -1,5 +1,7 @@
 """Anthropic's own client against the server."""
 
+import json
+
 import anthropic
 import pytest
 
@@ -14,6 +16,7 @@ ASK = {
     "messages": [{"role": "user", "content": "a 🦙?"}],
 }
 DIALOG = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a 🦙?"}]
+GREEDY = {"extra_body": {"temperature": 0}}
 TOOL = {"name": "weather", "description": "The weather.", "input_schema": CITY}
 
 
@@ -25,7 +28,7 @@ def client(url: str):
 
 def test_messages_are_the_librarys(client: anthropic.Anthropic, llama: Llama) -> None:
     (expected,) = llama.chat_completion([DIALOG], temperature=0, max_gen_len=12)
-    reply = client.messages.create(**ASK, temperature=0)
+    reply = client.messages.create(**ASK, **GREEDY)
     assert [block.text for block in reply.content] == [expected["generation"]["content"]]
     assert reply.stop_reason == "max_tokens"
     prompt = len(llama.formatter.encode_dialog_prompt(DIALOG))
@@ -37,14 +40,14 @@ def test_messages_are_the_librarys(client: anthropic.Anthropic, llama: Llama) ->
         "system": [{"type": "text", "text": "Be brief."}],
         "messages": [{"role": "user", "content": blocks}],
     }
-    assert client.messages.create(**again, temperature=0).content == reply.content
+    assert client.messages.create(**again, **GREEDY).content == reply.content
     count = {name: ASK[name] for name in ("model", "system", "messages")}
     assert client.messages.count_tokens(**count).input_tokens == prompt
 
 
 def test_streams_join_to_the_whole(client: anthropic.Anthropic) -> None:
-    reply = client.messages.create(**ASK, temperature=0)
-    with client.messages.stream(**ASK, temperature=0) as events:
+    reply = client.messages.create(**ASK, **GREEDY)
+    with client.messages.stream(**ASK, **GREEDY) as events:
         seen = list(events)
         final = events.get_final_message()
     assert final.content[0].text == reply.content[0].text
@@ -63,8 +66,8 @@ def test_streams_join_to_the_whole(client: anthropic.Anthropic) -> None:
 
 
 def test_stop_sequences_are_named(client: anthropic.Anthropic) -> None:
-    text = client.messages.create(**ASK, temperature=0).content[0].text
-    reply = client.messages.create(**ASK, temperature=0, stop_sequences=[text[2:4]])
+    text = client.messages.create(**ASK, **GREEDY).content[0].text
+    reply = client.messages.create(**ASK, **GREEDY, stop_sequences=[text[2:4]])
     assert (reply.stop_reason, reply.stop_sequence) == ("stop_sequence", text[2:4])
     assert "".join(block.text for block in reply.content) == text[: text.find(text[2:4])]
 
@@ -85,14 +88,20 @@ def test_tools_are_used_and_answered(client: anthropic.Anthropic) -> None:
         {"role": "user", "content": [result, {"type": "text", "text": "And so?"}]},
     ]
     answer = client.messages.create(**{**ASK, "messages": messages, "tools": [TOOL], "max_tokens": 3})
-    assert answer.usage.output_tokens == 3
+    assert sum(answer.usage.model_dump(include={"input_tokens", "cache_read_input_tokens"}).values()) > 1000
+
+
+def test_a_schema_is_kept(client: anthropic.Anthropic) -> None:
+    shape = {"format": {"type": "json_schema", "schema": CITY}}
+    reply = client.messages.create(**{**ASK, "max_tokens": 200}, output_config=shape)
+    assert json.loads(reply.content[0].text)["city"] in ("Oslo", "Rome")
 
 
 def test_mistakes_are_typed_errors(client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError, match="'other' does not exist"):
         client.messages.create(**{**ASK, "model": "other"})
     with pytest.raises(anthropic.BadRequestError, match="temperature"):
-        client.messages.create(**ASK, temperature=7)
+        client.messages.create(**ASK, extra_body={"temperature": 7})
     picture = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1:1/a.png"}}
     with pytest.raises(anthropic.BadRequestError, match="'image', but this model reads text only") as caught:
         client.messages.create(**{**ASK, "messages": [{"role": "user", "content": [picture]}]})

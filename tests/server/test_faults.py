@@ -56,7 +56,7 @@ def test_a_client_that_goes_away_frees_its_slot(served: Served) -> None:
 
 def test_requests_beyond_slots_and_queue_are_refused(own: Llama) -> None:
     with serving(own, Limits(queue=1)) as served:
-        clients = [begin(served.url)[0] for _ in range(2)]
+        streams = [begin(served.url) for _ in range(2)]
         waiting = threading.Thread(
             target=httpx.post, args=(served.url + PATH,), kwargs={"json": {**ASK, "max_tokens": 1}}
         )
@@ -70,7 +70,7 @@ def test_requests_beyond_slots_and_queue_are_refused(own: Llama) -> None:
         assert "llama:num_requests_running 2.0" in metrics
         assert "llama:num_requests_waiting 1.0" in metrics
         assert httpx.post(served.url + PATH, json={**ASK, "n": 9}).status_code == 400  # never possible
-        for client in clients:
+        for client, _ in streams:
             client.close()
         waiting.join(10)
         until(lambda: not served.busy)
@@ -118,7 +118,7 @@ def test_keys(own: Llama, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "llama.server")
     with serving(own, keys=["secret-one", "secret-ü"]) as served:
         ask = {**ASK, "max_tokens": 1}
-        for headers in ({}, {"authorization": "Bearer secret"}, {"x-api-key": "secret-one "[::-1]}):
+        for headers in ({}, {"authorization": "Bearer secret"}, {"x-api-key": "secret-one"[::-1]}):
             refused = httpx.post(served.url + PATH, json=ask, headers=headers)
             assert refused.status_code == 401
             assert refused.json()["error"]["code"] == "invalid_api_key"

@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 from llama.constraints import Grammar, Grammars
 from llama.errors import ArgumentError, PromptError
+from llama.moderation import Moderator, Review
 from llama.sampling import Constraint, SamplingParams, derive_seed
 from llama.tools.parser import ToolParser
 
@@ -52,7 +53,7 @@ class Sampling(TypedDict, total=False):
     grammar: str
 
 
-class ToolOptions(TypedDict, total=False):
+class DialogOptions(TypedDict, total=False):
     """What calls with dialogs take besides.
 
     tools: what the model may call: OpenAI function objects, Python functions, or the names of Meta's
@@ -61,16 +62,22 @@ class ToolOptions(TypedDict, total=False):
     tool_format: how the prompt tells of tools: "template", the checkpoint's own, or a name in
         `llama.tools.FORMATS`; by default what the checkpoint was trained with.
     parallel_tool_calls: False ends an answer after its first call.
+    guard: checks the user's last message before it is answered, and the answer before it is shown; see
+        `llama.Guard`.
+    guard_every: check an answer whenever it has this many tokens more, and show what is safe of it; by
+        default once, at its end.
     """
 
     tools: Sequence[Any] | None
     tool_choice: str | Mapping[str, Any]
     tool_format: str | None
     parallel_tool_calls: bool
+    guard: Moderator | None
+    guard_every: int | None
 
 
-class ChatSampling(Sampling, ToolOptions, total=False):
-    """`Sampling` and `ToolOptions`."""
+class ChatSampling(Sampling, DialogOptions, total=False):
+    """`Sampling` and `DialogOptions`."""
 
 
 class Options(Sampling, total=False):
@@ -90,8 +97,8 @@ class Options(Sampling, total=False):
     echo: bool
 
 
-class ChatOptions(Options, ToolOptions, total=False):
-    """`Options` and `ToolOptions`."""
+class ChatOptions(Options, DialogOptions, total=False):
+    """`Options` and `DialogOptions`."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ class TextRequest:
     echo: whether the prompt stands in front of the answer.
     constraint: what its tokens must keep to.
     tools: finds tool calls in the text; None: all of it is text.
+    review: how a guard checks it.
     """
 
     prompt: list[int]
@@ -111,6 +119,7 @@ class TextRequest:
     echo: bool = False
     constraint: Constraint | None = None
     tools: ToolParser | None = None
+    review: Review | None = None
 
 
 def text_requests(

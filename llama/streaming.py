@@ -8,12 +8,14 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 from llama.arguments import TextRequest
 from llama.engine import Engine, Event, Request, TopLogprobs
 from llama.engine import FinishReason as EngineReason
+from llama.errors import ArgumentError
+from llama.moderation import Category, Review
 from llama.tokenizer import Message
 from llama.tools.parser import Delta, ToolCall, add_deltas
 
@@ -112,6 +114,7 @@ class StreamEvent:
     finish_reason: "stop" (a stop token or string), "length" (max_gen_len or the context is used up),
     "tool_calls" (the answer calls tools), "content_filter" (a guard refused the question or the answer),
     "cancelled", or "error", and then `error` says what is wrong.
+    categories: what a guard objected to.
     stop: the stop string that ended the answer, if one did.
     """
 
@@ -124,6 +127,7 @@ class StreamEvent:
     error: str | None = None
     stats: Stats | None = None
     tool_calls: tuple[Delta, ...] = ()
+    categories: tuple[Category, ...] = ()
     stop: str | None = None
 
 
@@ -206,6 +210,52 @@ class Reader:
         )
 
 
+class ReviewedReader(Reader):
+    """A reader that holds back what a guard has not seen yet."""
+
+    def __init__(self, review: Review, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._review = review
+        self._held: list[StreamEvent] = []
+        self._seen = ""  # the answer so far, its calls included
+        self._refused = False
+
+    def read(self, event: Event) -> Iterator[StreamEvent]:
+        """What an event brings, once the guard has no objection; or the end, if it has."""
+        for brought in super().read(event):
+            if self._refused:
+                return
+            self._held.append(brought)
+            calls = "".join(delta.name + delta.arguments for delta in brought.tool_calls)
+            self._seen += brought.text + calls
+            if brought.finish_reason or len(self._held) == self._review.every:
+                yield from self._checked(brought)
+
+    def _checked(self, last: StreamEvent) -> list[StreamEvent]:
+        end = StreamEvent(self._index, finish_reason="content_filter", stats=last.stats)
+        try:
+            categories = self._review.refuses(self._seen)
+            if categories is None:
+                held, self._held = self._held, []
+                return held
+            end = replace(end, categories=categories)
+        except ArgumentError as error:  # such as a conversation that is too long for the guard
+            message = f"prompt {self._index}: the guard cannot check the answer: {error}"
+            end = replace(end, finish_reason="error", error=message)
+        self._refused = True
+        self._cancel()
+        return [end]
+
+
+def create_reader(
+    tokenizer: Decoder, source: TextRequest, index: int, cancel: Callable[[], object]
+) -> Reader:
+    """The reader that a request wants. For the arguments see `Reader`."""
+    if source.review:
+        return ReviewedReader(source.review, tokenizer, source, index, cancel)
+    return Reader(tokenizer, source, index, cancel)
+
+
 @contextlib.contextmanager
 def _queued(
     engine: Engine, tokenizer: Decoder, sources: Sequence[TextRequest]
@@ -214,12 +264,24 @@ def _queued(
     readers: dict[Request, Reader] = {}
     try:
         for index, source in enumerate(sources):
+            if source.review and source.review.refused is not None:
+                continue
             request = engine.add(source.prompt, source.params, constraint=source.constraint)
-            readers[request] = Reader(tokenizer, source, index, functools.partial(engine.cancel, request))
+            cancel = functools.partial(engine.cancel, request)
+            readers[request] = create_reader(tokenizer, source, index, cancel)
         yield readers
     finally:
         for request in readers:
             engine.cancel(request)
+
+
+def refusals(sources: Sequence[TextRequest]) -> list[StreamEvent]:
+    """The ends of what a guard refused before it began."""
+    return [
+        StreamEvent(index, finish_reason="content_filter", categories=source.review.refused)
+        for index, source in enumerate(sources)
+        if source.review and source.review.refused is not None
+    ]
 
 
 def stream(
@@ -229,6 +291,7 @@ def stream(
 
     Raises what `Engine.add` raises.
     """
+    yield from refusals(sources)
     with _queued(engine, tokenizer, sources) as readers:
         for event in engine.run(list(readers)):
             yield from readers[event.request].read(event)
@@ -271,6 +334,7 @@ class Answer:
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     finish_reason: FinishReason = "cancelled"
     calls: list[ToolCall] = field(default_factory=list)
+    categories: tuple[Category, ...] = ()
     stop: str | None = None
 
     def add(self, event: StreamEvent) -> None:
@@ -286,7 +350,7 @@ class Answer:
         if event.top_logprobs is not None:
             self.top_logprobs.append(event.top_logprobs)
         if event.finish_reason:
-            self.finish_reason, self.stop = event.finish_reason, event.stop
+            self.finish_reason, self.categories, self.stop = event.finish_reason, event.categories, event.stop
 
     def message(self) -> Message:
         message: Message = {"role": "assistant", "content": self.text}

@@ -9,7 +9,8 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from llama.errors import ArgumentError
-from llama.guard.prompt import VERSIONS, Category, guard_version, parse_verdict
+from llama.guard.prompt import VERSIONS, guard_version, parse_verdict
+from llama.moderation import Category
 from llama.tokenizer import Tokenizer
 
 DATA = Path(__file__).parent / "data" / "prompts"

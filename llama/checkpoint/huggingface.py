@@ -21,6 +21,7 @@ from llama.checkpoint.source import Checkpoint, check_names, find_tokenizer, rea
 from llama.errors import ArgumentError, CheckpointError, MissingPackageError
 from llama.model import ModelArgs
 from llama.parallel import Span
+from llama.quantization import OUTPUT
 from llama.tokenizer import TextTokenizer
 from llama.tokenizer.huggingface import HFTokenizer, read_json
 from llama.tokenizer.template import find_template
@@ -213,9 +214,7 @@ class HFWeights:
         where = find_weights(folder)
         self.paths = sorted({*where.values()})
         self._opened: dict[Path, Any] = {}
-        parts = whole_parts(args)
-        if tied and hf_name("output.weight") not in where:
-            del parts["output.weight"]
+        parts = whole_parts(args, [native_name(name) for name in where] if tied else [OUTPUT])
         check_names(folder, where, {hf_name(name): part for name, part in parts.items()}, "config.json")
         self._where = {name: where[hf_name(name)] for name in parts}
         self.shapes = {name: part.shape for name, part in parts.items()}

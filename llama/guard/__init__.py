@@ -11,13 +11,13 @@ from llama.errors import ArgumentError
 from llama.generation import Llama, StrPath
 from llama.guard.prompt import (
     VERSIONS,
-    Category,
     GuardVersion,
     Judged,
     check_conversation,
     guard_version,
     parse_verdict,
 )
+from llama.moderation import Category
 from llama.streaming import collect
 from llama.tokenizer import Dialog, SentencePieceTokenizer
 from llama.tokenizer.template import ChatTemplate

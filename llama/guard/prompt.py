@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama.errors import ArgumentError
+from llama.moderation import Category
 from llama.tokenizer import TextTokenizer
 
 PROMPTS = Path(__file__).with_name("prompts")
@@ -23,14 +24,6 @@ CATEGORY = re.compile(r"^([OS]\d+): ", re.M)
 AGENTS = {"user": "User", "assistant": "Agent"}
 
 Judged = Literal["user", "assistant"]
-
-
-@dataclass(frozen=True)
-class Category:
-    """code: such as "S1". name: such as "Violent Crimes"."""
-
-    code: str
-    name: str
 
 
 @dataclass(frozen=True)

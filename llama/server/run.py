@@ -10,6 +10,7 @@ from types import FrameType
 import uvicorn
 
 from llama.generation import Llama
+from llama.guard import Guard
 from llama.server import logs
 from llama.server.app import create_app
 from llama.server.driver import Driver, Once
@@ -79,10 +80,16 @@ class Server(uvicorn.Server):
 
 
 def create_server(
-    llama: Llama, once: Once, name: str, address: Address, limits: Limits, prefix: str = "llama"
+    llama: Llama,
+    once: Once,
+    name: str,
+    address: Address,
+    limits: Limits,
+    prefix: str = "llama",
+    guard: Guard | None = None,
 ) -> Server:
     """A server on rank 0; its `run` serves until it is told to end. See `serve`."""
-    service = Service(llama, Driver(llama, once), name, limits, prefix)
+    service = Service(llama, Driver(llama, once), name, limits, prefix, guard)
     config = uvicorn.Config(
         create_app(service, address.keys, address.origins),
         host=address.host,
@@ -96,12 +103,21 @@ def create_server(
     return Server(config, service)
 
 
-def serve(llama: Llama, once: Once, name: str, address: Address, limits: Limits, prefix: str) -> None:
+def serve(
+    llama: Llama,
+    once: Once,
+    name: str,
+    address: Address,
+    limits: Limits,
+    prefix: str,
+    guard: Guard | None = None,
+) -> None:
     """Serve a model until the process is told to end. Other ranks than 0 only compute.
 
     once: does something on rank 0, and tells every rank; see `Driver`.
     name: of the model, as clients call it.
     prefix: of the names of metrics.
+    guard: checks what users ask and what the model answers.
 
     Raises what ended the engine, if that was no wish of anybody's.
     """
@@ -109,4 +125,4 @@ def serve(llama: Llama, once: Once, name: str, address: Address, limits: Limits,
         Driver(llama, once).follow()
     else:
         logs.configure()
-        create_server(llama, once, name, address, limits, prefix).run()
+        create_server(llama, once, name, address, limits, prefix, guard).run()

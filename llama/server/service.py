@@ -12,10 +12,11 @@ from llama.arguments import ChatOptions, Options, TextRequest
 from llama.engine import Event, Request
 from llama.errors import ArgumentError
 from llama.generation import Llama
+from llama.guard import Guard
 from llama.server.driver import Driver, Ticket
 from llama.server.errors import BusyError, DeadlineError, DrainingError, GenerationError, ModelNameError
 from llama.server.metrics import Metrics
-from llama.streaming import Answer, Reader, Stats, StreamEvent
+from llama.streaming import Answer, Reader, Stats, StreamEvent, create_reader, refusals
 from llama.tokenizer import Dialog
 
 
@@ -51,14 +52,17 @@ class Generation:
         self._service = service
         self._deadline = time.monotonic() + service.limits.timeout
         self._arrived: asyncio.Queue[tuple[int, Sequence[Event]] | None] = asyncio.Queue()
+        self._sources = sources
+        self._refused = refusals(sources)
         self._tickets: list[Ticket] = []
-        self._readers: list[Reader] = []
+        self._readers: dict[int, Reader] = {}
         for index, source in enumerate(sources):
+            if source.review and source.review.refused is not None:
+                continue
             ticket = service.driver.submit(source, partial(self._deliver, asyncio.get_running_loop(), index))
+            cancel = partial(service.driver.cancel, ticket)
             self._tickets.append(ticket)
-            self._readers.append(
-                Reader(service.llama.tokenizer, source, index, partial(service.driver.cancel, ticket))
-            )
+            self._readers[index] = create_reader(service.llama.tokenizer, source, index, cancel)
 
     async def __aenter__(self) -> "Generation":
         return self
@@ -82,26 +86,37 @@ class Generation:
 
         Raises DeadlineError after the time limit, GenerationError if the model fails.
         """
+        for refused in self._refused:
+            self._service.metrics.ended.labels("content_filter").inc()
+            yield refused
         left = len(self._tickets)
         while left:
             try:
                 arrived = await asyncio.wait_for(self._arrived.get(), self._deadline - time.monotonic())
-            except TimeoutError:
+            except asyncio.TimeoutError:
                 raise DeadlineError(f"the request took longer than {self.limits.timeout:g} seconds") from None
             if arrived is None:
                 raise GenerationError("the model no longer runs")
             index, news = arrived
-            for event in (event for item in news for event in self._readers[index].read(item)):
-                if event.error:
-                    raise GenerationError(event.error)
-                if event.stats:
-                    left -= 1
-                    self._count(event, event.stats)
-                yield event
+            for item in news:
+                for event in await self._read(index, item):
+                    if event.error:
+                        raise GenerationError(event.error)
+                    if event.finish_reason:
+                        left -= 1
+                    if event.stats:
+                        self._count(event, event.stats)
+                    yield event
+
+    async def _read(self, index: int, event: Event) -> list[StreamEvent]:
+        read = self._readers[index].read
+        if self._sources[index].review:  # a guard may run, which takes its time
+            return await asyncio.to_thread(lambda: list(read(event)))
+        return list(read(event))
 
     async def answers(self) -> list[Answer]:
         """All answers, once all have ended. Raises what `events` raises."""
-        answers = [Answer() for _ in self._tickets]
+        answers = [Answer() for _ in self._sources]
         async for event in self.events():
             answers[event.index].add(event)
         return answers
@@ -121,13 +136,17 @@ class Service:
     """A model behind interfaces.
 
     name: of the model, as clients call it.
+    guard: checks what users ask and what the model answers, in chats.
     draining: whether new requests are refused, because the server is to end.
     """
 
     draining = False
 
-    def __init__(self, llama: Llama, driver: Driver, name: str, limits: Limits, prefix: str) -> None:
+    def __init__(
+        self, llama: Llama, driver: Driver, name: str, limits: Limits, prefix: str, guard: Guard | None
+    ) -> None:
         self.llama = llama
+        self.guard = guard
         self.driver = driver
         self.name = name
         self.limits = limits
@@ -161,6 +180,8 @@ class Service:
 
     async def chat(self, dialog: Dialog, options: ChatOptions) -> Generation:
         """Answer a dialog. Raises BusyError, or ArgumentError for what cannot be done."""
+        if self.guard:
+            options = {**options, "guard": self.guard}
         return self._accept(await asyncio.to_thread(self.llama.chat_requests, [dialog], **options))
 
     async def encode(self, dialog: Dialog, options: ChatOptions) -> list[int]:

@@ -125,7 +125,9 @@ def test_tools_are_called_and_answered(create) -> None:
     assert [part.function.name for part in parts if part.function.name] == ["weather"]
     assert "".join(part.function.arguments for part in parts) == call.function.arguments
     result = {"role": "tool", "content": "12°C", "tool_call_id": call.id}
-    answer = create([*MESSAGES, choice.message, result], tools=tools[:1], max_tokens=4, logit_bias={"120": 100})
+    answer = create(
+        [*MESSAGES, choice.message, result], tools=tools[:1], max_tokens=4, logit_bias={"120": 100}
+    )
     assert answer.choices[0].message.content == "xxxx"
     with pytest.raises(openai.BadRequestError, match="names no tool"):
         create(tools=tools, tool_choice={"type": "function", "function": {"name": "other"}})

@@ -1,7 +1,7 @@
 """Answer a few dialogs: torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir DIR"""
 
 from llama import Dialog, Llama
-from llama.launch import default_ckpt_dir, launch
+from llama.cli.launch import default_ckpt_dir, launch
 
 
 def main(

@@ -1,7 +1,7 @@
 """Continue a few texts: torchrun --nproc_per_node 1 example_text_completion.py --ckpt_dir DIR"""
 
 from llama import Llama
-from llama.launch import default_ckpt_dir, launch
+from llama.cli.launch import default_ckpt_dir, launch
 
 
 def main(

@@ -23,8 +23,8 @@ from harness import clock, in_process, machine, markdown, random_prompts, save, 
 from models import RANDOM_1B, prepare, random_model
 
 from llama import Llama
-from llama.bench import bytes_per_step, matrix_rate, memory_bandwidth, peak_resident, prefill_flops
-from llama.checkpoint import read_params
+from llama.checkpoint.params import read_params
+from llama.cli.bench import bytes_per_step, matrix_rate, memory_bandwidth, peak_resident, prefill_flops
 
 CPU = torch.device("cpu")
 BATCHES = (1, 2, 4, 8, 16, 32)

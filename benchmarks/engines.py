@@ -45,7 +45,8 @@ def meta(folder: Path, context: int, batch: int) -> Generate:
     from llama_models.llama3.args import ModelArgs
     from llama_models.llama3.model import Transformer
 
-    from llama.checkpoint import read_params, read_shard
+    from llama.checkpoint.params import read_params
+    from llama.checkpoint.source import read_shard
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     topology.initialize_model_parallel(1)

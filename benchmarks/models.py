@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.checkpoint import find_shards, read_params, read_shard
-from llama.interop.convert import convert
-from llama.interop.gguf import NAMES
+from llama.checkpoint.convert import convert
+from llama.checkpoint.gguf import NAMES
+from llama.checkpoint.native import find_shards
+from llama.checkpoint.params import read_params
+from llama.checkpoint.source import read_shard
 from llama.model import ModelArgs, Transformer
 
 RANDOM_1B = {

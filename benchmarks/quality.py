@@ -19,9 +19,10 @@ import torch
 from models import quantize_gguf, write_gguf
 
 from llama import Llama
-from llama.checkpoint import read_params, read_shard
+from llama.checkpoint.params import read_params
+from llama.checkpoint.source import read_shard
+from llama.cli.perplexity import negative_log_likelihoods, windows
 from llama.model import ModelArgs, Transformer
-from llama.perplexity import negative_log_likelihoods, windows
 from llama.quantization import weight_bytes
 
 OURS: tuple[str | None, ...] = (None, "int8", "int4")

@@ -24,8 +24,8 @@ from engines import ENGINES
 from harness import clock, environment, in_process, machine, markdown, random_prompts, save, weights
 from models import prepare
 
-from llama.bench import memory_bandwidth, peak_resident
-from llama.checkpoint import read_params
+from llama.checkpoint.params import read_params
+from llama.cli.bench import memory_bandwidth, peak_resident
 from llama.model import ModelArgs, Transformer
 from llama.quantization import weight_bytes
 

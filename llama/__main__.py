@@ -3,10 +3,10 @@
 import signal
 import sys
 
-from llama.bench import bench
-from llama.chat import chat, complete
-from llama.launch import launch
-from llama.perplexity import perplexity
+from llama.cli.bench import bench
+from llama.cli.chat import chat, complete
+from llama.cli.launch import launch
+from llama.cli.perplexity import perplexity
 
 
 def convert(
@@ -33,7 +33,7 @@ def convert(
         overwrite: replace the destination where it exists.
         quantize: int8 or int4 weights, in a folder that every command loads.
     """
-    from llama.interop.convert import convert
+    from llama.checkpoint.convert import convert
 
     # As on Ctrl-C, so that nothing half-made stays behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -61,7 +61,7 @@ def info(
         tokenizer_path: of another tokenizer than the checkpoint's own.
         adapter: a folder with a LoRA adapter in PEFT's format.
     """
-    from llama.interop.info import describe
+    from llama.cli.info import describe
 
     print(describe(ckpt_dir, max_seq_len, max_batch_size, dtype, quantize, tokenizer_path, adapter))
 

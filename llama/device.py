@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama.errors import ArgumentError
+
 
 def default_device() -> torch.device:
     """This rank's CUDA device, else MPS, else the CPU.
@@ -15,7 +17,7 @@ def default_device() -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         if local_rank >= (count := torch.cuda.device_count()):
-            raise ValueError(
+            raise ArgumentError(
                 f"rank {local_rank} of this machine has no CUDA device of its own: there are {count}; "
                 f"start with --nproc_per_node {count}, or pass device='cpu'"
             )
@@ -52,7 +54,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     }
     found = names.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in names.values():
-        raise ValueError(f"dtype must be bfloat16, float16 or float32, not {dtype!r}")
+        raise ArgumentError(f"dtype must be bfloat16, float16 or float32, not {dtype!r}")
     return found
 
 

@@ -1,9 +1,6 @@
 """The public `Llama`: build it from a checkpoint, complete text, answer dialogs."""
 
-import math
 import os
-import sys
-import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -13,19 +10,17 @@ import torch
 from typing_extensions import Unpack
 
 from llama import parallel
-from llama.chat_format import Dialog, DialogFormat, Message, chat_format
-from llama.checkpoint import Checkpoint, load_weights
-from llama.decode import check_compile, compile_blocks
-from llama.device import default_device, default_dtype, gigabytes, parse_dtype, total_memory
+from llama.checkpoint import open_checkpoint
+from llama.device import default_device, default_dtype, parse_dtype
 from llama.engine import Engine
-from llama.interop import open_checkpoint
+from llama.engine.static import check_compile
+from llama.errors import ArgumentError
+from llama.loading import check_quantize, load, scheme_of, warm_up
 from llama.model import ModelArgs, Transformer
-from llama.packing import pack
-from llama.parallel import ModelParallel
-from llama.quantization import check_quantize, load_quantized, scheme_of, weight_bytes
 from llama.sampling import SamplingParams, derive_seed
 from llama.streaming import Answer, StreamEvent, collect, stream
-from llama.tokenizer import TextTokenizer
+from llama.tokenizer import Dialog, DialogFormat, Message, TextTokenizer
+from llama.tokenizer.chat_format import chat_format
 
 StrPath = str | os.PathLike[str]
 T = TypeVar("T")
@@ -115,7 +110,7 @@ class Llama:
         dtype = parse_dtype(dtype) if dtype is not None else default_dtype(device)
         check_quantize(quantize, device)
         if compile is True and batch_invariant:
-            raise ValueError("batch_invariant=True has shapes of its own: leave compile=True out")
+            raise ArgumentError("batch_invariant=True has shapes of its own: leave compile=True out")
         compiles = check_compile(compile, device) and not batch_invariant
         group = parallel.connect(model_parallel_size, device)
         try:
@@ -207,7 +202,7 @@ class Llama:
         has unknown ids; ValueError for parameters out of range, and for no prompts at all.
         """
         if sampling.get("top_logprobs"):
-            raise ValueError("generate returns no top_logprobs; text_completion and the streams do")
+            raise ArgumentError("generate returns no top_logprobs; text_completion and the streams do")
         events = self.stream_tokens(
             prompt_tokens, temperature, top_p, max_gen_len, logprobs, echo, **sampling
         )
@@ -303,12 +298,12 @@ class Llama:
     ) -> Generator[StreamEvent, None, None]:
         """As `stream_text`, for prompts of token ids."""
         if not prompt_tokens:
-            raise ValueError("no prompts: give one at least")
+            raise ArgumentError("no prompts: give one at least")
         values: dict[str, Any] = dict(sampling)
         stop, seed = values.pop("stop", ()), values.pop("seed", None)
         stop = [stop] if isinstance(stop, str) else stop
         if not (isinstance(stop, Sequence) and all(isinstance(text, str) and text for text in stop)):
-            raise ValueError(f"stop must be a text, or a list of texts, and none empty; not {stop!r}")
+            raise ArgumentError(f"stop must be a text, or a list of texts, and none empty; not {stop!r}")
         values["stop_token_ids"] = frozenset((*self.tokenizer.stop_tokens, *values.get("stop_token_ids", ())))
         params = SamplingParams(
             temperature=temperature,
@@ -344,90 +339,10 @@ class Llama:
         return derive_seed(self._seed, self._requests)
 
 
-def load(
-    checkpoint: Checkpoint,
-    args: ModelArgs,
-    group: ModelParallel,
-    device: torch.device,
-    dtype: torch.dtype,
-    scheme: str | None = None,
-) -> Transformer:
-    """This rank's part of a checkpoint's model, cache allocated.
-
-    Tells on stderr of rank 0 what it does. Raises what `Llama.build` raises.
-    """
-    start = time.perf_counter()
-    with torch.device("meta"):
-        model = Transformer(args, group)
-    resident = weight_bytes(model, dtype, scheme)
-    cache = math.prod(model.cache_shape()) * dtype.itemsize
-    sequences = f"max_batch_size={args.max_batch_size}, max_seq_len={args.max_seq_len}"
-    memory = total_memory(device)
-    if memory is not None and resident + cache > memory:
-        raise MemoryError(
-            f"weights of {gigabytes(resident)} and a KV cache of {gigabytes(cache)} ({sequences}) do not "
-            f"fit into the {gigabytes(memory)} of {device}: lower max_seq_len or max_batch_size, "
-            "or use more ranks"
-        )
-
-    def say(text: str) -> None:
-        if group.rank == 0:
-            print(text, file=sys.stderr)
-
-    if checkpoint.context is not None and args.max_seq_len > checkpoint.context:
-        say(
-            f"warning: max_seq_len={args.max_seq_len} is more than the {checkpoint.context} tokens that this "
-            f"{checkpoint.family} model was trained for; answers beyond them degrade"
-        )
-    if scheme is None:
-        load_weights(model, checkpoint.weights, dtype, device)
-        weights = sum(weight.nbytes for weight in model.parameters())  # fewer where embeddings are tied
-        pack(model)
-    else:
-        load_quantized(model, checkpoint.weights, scheme, dtype, device)
-        weights = resident
-    share = f", {group.size} ranks" if group.size > 1 else ""
-    say(
-        f"Loaded {checkpoint.path.resolve().name}: {checkpoint.files} file(s), {gigabytes(weights)} "
-        f"in {scheme or str(dtype)[6:]} on {device}{share}, {time.perf_counter() - start:.1f} s"
-    )
-    say(f"KV cache: {gigabytes(cache)} for {sequences}")
-    model.allocate_cache()
-    return model
-
-
-def warm_up(engine: Engine, required: bool) -> None:
-    """Compile the model's blocks and let the engine decode a little, so that nobody waits for it later.
-
-    Where that fails the model stays as it is, with a word; where it is required, RuntimeError.
-    """
-    start = time.perf_counter()
-    model = engine.model
-    compile_blocks(model)
-    prompt = [0] * min(5, model.params.max_seq_len - 1)
-    try:
-        for count in sorted({1, model.params.max_batch_size}):  # one row has kernels of its own
-            for _ in engine.run([engine.add(prompt, SamplingParams(max_tokens=3)) for _ in range(count)]):
-                pass
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        if engine.decoder:
-            engine.decoder.close()
-        if required or model.parallel.size > 1:
-            raise RuntimeError(f"compiling failed, build with compile=False: {reason}") from error
-        print(f"Not compiled, for that failed: {reason}", file=sys.stderr)
-        for module in model.modules():
-            module._compiled_call_impl = None
-        engine.decoder = None
-    model.cache_owner = None  # nothing in the cache is worth reusing
-    if engine.decoder and model.parallel.rank == 0:
-        print(f"Compiled: {time.perf_counter() - start:.1f} s", file=sys.stderr)
-
-
 def _list_of(values: Sequence[T], what: str) -> Sequence[T]:
     """Raise ValueError for the one thing where a list of them belongs."""
     if isinstance(values, str | dict):
-        raise ValueError(
+        raise ArgumentError(
             f"{what} must be a list, one entry per request, not a single {type(values).__name__}"
         )
     return values

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama.errors import ArgumentError
 from llama.parallel import (
     ColumnParallelLinear,
     Joined,
@@ -69,13 +70,15 @@ class ModelArgs:
             "max_seq_len",
         ):
             if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+                raise ArgumentError(f"{name} must be a positive whole number, not {value!r}")
         if self.head_dim is None:
             self.head_dim = self.dim // self.n_heads if self.dim % self.n_heads == 0 else 1
         if self.head_dim % 2:
-            raise ValueError(f"dim={self.dim} does not split into n_heads={self.n_heads} heads of even size")
+            raise ArgumentError(
+                f"dim={self.dim} does not split into n_heads={self.n_heads} heads of even size"
+            )
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+            raise ArgumentError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.use_scaled_rope and self.rope_scaling_factor is None:
             # params.json does not carry the factor. Llama 3.2 1B and 3B were extended by 32, all
             # other released models by 8.
@@ -298,11 +301,13 @@ class Transformer(nn.Module):
     def __init__(self, params: ModelArgs, parallel: ModelParallel | None = None) -> None:
         super().__init__()
         if params.vocab_size < 1:
-            raise ValueError(f"vocab_size must be the tokenizer's number of tokens, not {params.vocab_size}")
+            raise ArgumentError(
+                f"vocab_size must be the tokenizer's number of tokens, not {params.vocab_size}"
+            )
         self.params = params
         self.parallel = parallel or current()
         if params.n_heads % self.parallel.size:
-            raise ValueError(
+            raise ArgumentError(
                 f"{params.n_heads} attention heads do not divide onto {self.parallel.size} ranks; "
                 f"use one of {[n for n in range(1, params.n_heads + 1) if params.n_heads % n == 0]}"
             )
@@ -368,7 +373,7 @@ class Transformer(nn.Module):
                 0 <= row.slot < self.params.max_batch_size
                 and 0 <= row.start < row.stop <= self.params.max_seq_len
             ):
-                raise ValueError(
+                raise ArgumentError(
                     f"slot {row.slot}, positions {row.start} to {row.stop} do not fit into a cache of "
                     f"max_batch_size={self.params.max_batch_size}, max_seq_len={self.params.max_seq_len}"
                 )

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
+from llama.errors import ArgumentError, RankError
+
 Span = tuple[int, int]
 
 
@@ -31,10 +33,6 @@ def merged(spans: list[Span]) -> list[Span]:
         else:
             out.append((start, stop))
     return out
-
-
-class RankError(RuntimeError):
-    """Another rank failed or disappeared, so this one cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def connect(model_parallel_size: int | None, device: torch.device) -> ModelParal
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             if model_parallel_size not in (None, 1):
-                raise ValueError(
+                raise ArgumentError(
                     f"model_parallel_size={model_parallel_size} needs that many processes: "
                     f"start with `torchrun --nproc_per_node {model_parallel_size} ...`"
                 )
@@ -144,12 +142,12 @@ def connect(model_parallel_size: int | None, device: torch.device) -> ModelParal
     if not topology.model_parallel_is_initialized():
         size = model_parallel_size or world
         if size < 1 or world % size:
-            raise ValueError(f"model_parallel_size={size} does not divide the {world} processes")
+            raise ArgumentError(f"model_parallel_size={size} does not divide the {world} processes")
         with contextlib.redirect_stdout(io.StringIO()):  # it prints three lines of its own
             topology.initialize_model_parallel(size)
     size = topology.get_model_parallel_world_size()
     if model_parallel_size not in (None, size):
-        raise ValueError(
+        raise ArgumentError(
             f"model_parallel_size={model_parallel_size}, but this process already belongs to a "
             f"model-parallel group of {size}"
         )
@@ -305,3 +303,13 @@ class Joined(nn.Module):
         if self.weight is not None:
             return F.linear(x, self.weight)
         return torch.cat([part(x) for part in self.parts], -1)
+
+
+def matrices(model: torch.nn.Module) -> list[tuple[str, Linear | Joined, dict[str, Linear]]]:
+    """Each matrix that is applied as one: its name, who applies it, and its linears by weights' names."""
+    linears = {module: name for name, module in model.named_modules() if isinstance(module, Linear)}
+    found: list[tuple[str, Linear | Joined, dict[str, Linear]]] = []
+    for name, joined in model.named_modules():
+        if isinstance(joined, Joined):
+            found.append((name, joined, {f"{linears.pop(part)}.weight": part for part in joined.parts}))
+    return [*found, *((name, linear, {f"{name}.weight": linear}) for linear, name in linears.items())]

@@ -17,29 +17,17 @@ turned weights from a folder serve as well, for the model they make is the same.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from llama.checkpoint import (
-    EMBEDDINGS,
-    GROUP,
-    QUANTIZATIONS,
-    Checkpoint,
-    QuantizedShards,
-    RankReader,
-    TensorSource,
-    dequantized,
-    unpacked,
-    widened,
-)
-from llama.model import Transformer
-from llama.packing import matrices
-from llama.parallel import Linear
-from llama.torchao_backend import check_torchao, float8, from_stored
+from llama.checkpoint.source import EMBEDDINGS
+from llama.parallel import Linear, matrices
 
+QUANTIZATIONS = ("int8", "int4")  # that a folder can hold
+GROUP = 32  # weights of 4 bits that share a scale and a zero point of bf16, which makes 5 bits a weight
 SCHEMES = (*QUANTIZATIONS, "fp8")
 Stored = tuple[Tensor, ...]  # a matrix of 8 or 4 bits, as `QuantizedShards` has it
 # An activation is so many steps at most to either side. Without VNNI instructions the kernel adds pairs
@@ -52,138 +40,6 @@ LARGE = 4096  # dim from which on w2 too has 4 bits: what a small model loses by
 # stay in a core's cache.
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 SEARCHED = 2**18
-
-
-def check_quantize(scheme: str | None, device: torch.device) -> None:
-    """Raise ValueError for a scheme that there is not, or that the device has not.
-
-    ImportError where a package lacks that it needs.
-    """
-    if scheme is None:
-        return
-    if scheme not in SCHEMES:
-        raise ValueError(f"quantize must be None, 'int8', 'int4' or 'fp8', not {scheme!r}")
-    if device.type == "cuda":
-        check_torchao(scheme, device)
-    elif scheme == "fp8":
-        raise ValueError(
-            f"quantize='fp8' runs on CUDA devices only, not on this {device.type} device: "
-            "'int8' and 'int4' run on x86 CPUs too"
-        )
-    elif device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
-        raise ValueError(
-            f"quantize={scheme!r} runs on x86 CPUs and CUDA devices only, not on this {device.type} device: "
-            "leave it out (a folder of quantized weights needs the one it was made from), "
-            "or pass device='cpu' on x86"
-        )
-
-
-def scheme_of(checkpoint: Checkpoint, scheme: str | None) -> str | None:
-    """The scheme that a checkpoint's weights are stored in, else the one asked for.
-
-    Raises ValueError where another one is asked for than they are stored in.
-    """
-    stored = checkpoint.quantization
-    if stored is not None and scheme not in (None, stored):
-        raise ValueError(
-            f"{checkpoint.path} holds {stored} weights, which quantize={scheme!r} cannot be made of: "
-            "leave it out, or name the folder that they were made from"
-        )
-    return stored or scheme
-
-
-def quantize(model: Transformer, scheme: str) -> None:
-    """Quantize every linear of a loaded model, one after the other; it has no state dict afterwards."""
-    quantizer = Quantizer(scheme, model.params.dim, model.get_parameter)
-    _replace(model, scheme, lambda name, four: quantizer.matrix(name, model.get_parameter(name), four))
-    changed = {name: quantizer.other(name, weight) for name, weight in model.named_parameters()}
-    model.load_state_dict(changed, strict=True, assign=True)
-
-
-def load_quantized(
-    model: Transformer, source: TensorSource, scheme: str, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Fill a model that was built on the meta device; of its linears only quantized weights are ever held.
-
-    One matrix after the other is read and quantized, or read as a folder of quantized weights has it.
-    dtype: of embeddings and norms, and what CUDA computes in. Raises what `load_weights` raises.
-    """
-    linears = {name for _, _, parts in matrices(model) for name in parts}
-    # Mapped files are let go of often: what was read of them would look like memory in use.
-    with RankReader(model, source, release_after=2**28) as reader:
-        quantizer = Quantizer(
-            scheme, model.params.dim, source.read, turns=scheme == "int8" and device.type == "cpu"
-        )
-        kept = {}
-        for name in [name for name in reader.parts if name not in linears]:
-            weight = reader.read(name)
-            new = weight if isinstance(source, QuantizedShards) else quantizer.other(name, weight)
-            # A copy, because a row that is mapped keeps its whole file so.
-            kept[name] = new.to(device, dtype, copy=new is weight)
-            reader.done(weight.numel(), weight.nbytes)
-            del weight, new
-
-        def stored(name: str, four: bool) -> Stored:
-            if isinstance(source, QuantizedShards):
-                found = _stored_part(reader, source, name)
-                if found is None or (len(found) == 3 and not four):
-                    # The operator's sizes, or borders of groups, are not those of this rank's part.
-                    found = int8_rows(reader.read(name))
-                size = sum(tensor.nbytes for tensor in found)
-                found = tuple(tensor.to(device) for tensor in found)
-            else:
-                weight = reader.read(name)
-                size = weight.nbytes
-                found = quantizer.matrix(name, weight.to(device), four)
-            reader.done(model.get_parameter(name).numel(), size)
-            return found
-
-        if scheme == "fp8":
-            for _, module, parts in matrices(model):
-                module.backend = float8(torch.cat([reader.read(part).to(device) for part in parts]))
-                for part in parts.values():
-                    reader.done(part.weight.numel(), part.weight.numel() * source.dtype.itemsize)
-                    del part.weight
-        else:
-            _replace(model, scheme, stored, None if device.type == "cpu" else dtype)
-    model.load_state_dict(kept, strict=True, assign=True)
-    source.release()
-
-
-def _stored_part(reader: RankReader, source: QuantizedShards, name: str) -> Stored | None:
-    """What a folder of quantized weights has of this rank's part; None where a border cuts a group."""
-    part = reader.parts[name]
-    assert part.dim is not None
-    pieces = [source.stored(name, part.dim, span) for span in part.spans]
-    whole = [piece for piece in pieces if piece is not None]
-    if len(whole) < len(pieces):
-        return None
-    if len(whole) == 1:
-        return tuple(tensor.contiguous() for tensor in whole[0])
-    if part.dim == 1 and len(whole[0]) == 2:  # scales of rows are the same for all columns
-        return torch.cat([weight for weight, _ in whole], 1), whole[0][1]
-    return tuple(torch.cat(tensors, part.dim) for tensors in zip(*whole, strict=True))
-
-
-def _replace(
-    model: Transformer, scheme: str, read: Callable[[str, bool], Stored], dtype: torch.dtype | None = None
-) -> None:
-    """Give every linear of a model the backend of its stored weight, and take its plain one away.
-
-    read: what is stored of a linear, by its name and whether 4 bits may be. dtype: of results on CUDA,
-    None on a CPU.
-    """
-    four = four_bits(model, scheme)
-    # The output layer, which takes most memory to make, comes first, while there is most left.
-    for name, module, parts in reversed(matrices(model)):
-        stored = [read(part, part in four) for part in parts]
-        if len({len(tensors) for tensors in stored}) > 1:
-            stored = [int8_rows(dequantized(tensors)) if len(tensors) == 3 else tensors for tensors in stored]
-        whole = stored[0] if len(stored) == 1 else tuple(map(torch.cat, zip(*stored, strict=True)))
-        del stored
-        module.backend = backend(name, whole) if dtype is None else from_stored(whole, dtype)
-        for linear in parts.values():
-            del linear.weight
 
 
 def backend(name: str, stored: Stored) -> Callable[[Tensor], Tensor]:
@@ -411,3 +267,25 @@ def _search_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def bf16(x: Tensor) -> Tensor:
     """Rounded to bf16, as fp32."""
     return x.bfloat16().float()
+
+
+def unpacked(weight: Tensor) -> Tensor:
+    """uint8 (out, in / 2), two values of 4 bits to a byte, to uint8 (out, in)."""
+    return torch.stack((weight & 15, weight >> 4), -1).flatten(1)
+
+
+def dequantized(stored: Sequence[Tensor]) -> Tensor:
+    """fp32 (out, in) of a stored matrix, as `QuantizedShards` has them."""
+    weight, scales, *zeros = stored
+    if not zeros:
+        return weight * scales[:, None]
+    groups = unpacked(weight).unflatten(1, (-1, GROUP)).float() - 8
+    return groups.mul_(scales[..., None].float()).add_(zeros[0][..., None].float()).flatten(1)
+
+
+def widened(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """`dequantized` int8 rows, a few at a time, so that no large fp32 copy is made."""
+    wide = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for rows, scale, to in zip(*(tensor.split(4096) for tensor in (weight, scales, wide)), strict=True):
+        to.copy_(dequantized((rows, scale)))
+    return wide

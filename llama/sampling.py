@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llama.device import to_device
+from llama.errors import ArgumentError
 
 # A nucleus is looked for among this many most likely tokens first: to sort a whole vocabulary of
 # 128,256 costs 20 times as much. Where it does not fit, all are sorted.
@@ -62,7 +63,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def check(name: str, kind: str, fits: bool) -> None:
             if not fits:
-                raise ValueError(f"{name} must be {kind}, not {getattr(self, name)!r}")
+                raise ArgumentError(f"{name} must be {kind}, not {getattr(self, name)!r}")
 
         check("temperature", "0 (greedy) or more", _number(self.temperature, 0))
         check("top_p", "a number from 0 to 1", _number(self.top_p, 0, 1))
@@ -92,7 +93,7 @@ class SamplingParams:
         )
         check("top_logprobs", "a whole number, 0 or more", _whole(self.top_logprobs, 0))
         if self.top_logprobs and not self.logprobs:
-            raise ValueError(f"top_logprobs={self.top_logprobs} needs logprobs=True")
+            raise ArgumentError(f"top_logprobs={self.top_logprobs} needs logprobs=True")
 
     @property
     def adjusts(self) -> bool:

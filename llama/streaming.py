@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from llama.engine import Engine
-from llama.request import FinishReason, TopLogprobs
+from llama.engine.request import FinishReason, TopLogprobs
 from llama.sampling import SamplingParams
 
 

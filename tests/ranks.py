@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from llama import Llama
-from llama.launch import launch
+from llama.cli.launch import launch
 
 TOKENS = torch.arange(3 * 16).view(3, 16)
 PROMPTS = [[1, 2, 3], list(range(30, 45)), [9] * 7]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama.bench import bench, bytes_per_step, prefill_flops
-from llama.interop.convert import convert
+from llama.checkpoint.convert import convert
+from llama.cli.bench import bench, bytes_per_step, prefill_flops
 from tests import tiny
 
 
@@ -42,7 +42,7 @@ def test_a_quantized_folder_is_counted_as_such(
         pytest.skip("this CPU has no such operators")
     saved = convert(ckpt, tmp_path / "saved", quantize="int8")
     counted = []
-    monkeypatch.setattr("llama.bench.bytes_per_step", lambda *args: counted.append(args[1]) or 1)
+    monkeypatch.setattr("llama.cli.bench.bytes_per_step", lambda *args: counted.append(args[1]) or 1)
     bench(str(saved), prompt=4, new=3, runs=1)
     assert counted == ["int8"]
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.chat import Chat, Conversation, Turn
-from llama.chat_format import chat_format
+from llama.cli.chat import Chat, Conversation, Turn
 from llama.tokenizer import Tokenizer
+from llama.tokenizer.chat_format import chat_format
 from tests.small import byte_tokenizer, tiny_model, write_checkpoint
 
 pexpect = pytest.importorskip("pexpect")

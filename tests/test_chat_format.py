@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from llama import Llama
-from llama.chat_format import ChatML, chat_format
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
+from llama.tokenizer.chat_format import ChatML, chat_format
 
 DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "  What is a llama?\n"}],

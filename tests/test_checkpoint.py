@@ -13,15 +13,12 @@ import pytest
 import torch
 
 from llama import Llama, ModelArgs, Transformer
-from llama.checkpoint import (
-    CheckpointError,
-    NativeShards,
-    find_shards,
-    load_weights,
-    read_params,
-    read_shard,
-)
-from llama.interop.convert import convert
+from llama.checkpoint.convert import convert
+from llama.checkpoint.native import NativeShards, find_shards
+from llama.checkpoint.params import read_params
+from llama.checkpoint.reader import load_weights
+from llama.checkpoint.source import read_shard
+from llama.errors import CheckpointError
 from llama.parallel import ModelParallel
 from tests import tiny
 

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llama import Llama
-from llama.checkpoint import CheckpointError
-from llama.interop import open_checkpoint
-from llama.interop.convert import convert
+from llama.checkpoint import open_checkpoint
+from llama.checkpoint.convert import convert
+from llama.errors import CheckpointError
 from tests import formats_fixtures as tiny
 from tests.test_lora import train
 
@@ -283,8 +283,8 @@ def big_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]
 MEASURE = """
 import resource, sys, threading, time
 import torch, numpy
-from llama.interop import convert
-from llama.interop.convert import convert as run
+from llama.checkpoint.convert import convert
+from llama.checkpoint.convert import convert as run
 from pathlib import Path
 
 def status(key):

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from llama import Llama, decode
-from llama.decode import Decoder, check_compile, launch
+from llama import Llama
+from llama.backends.onednn import can_pack, pack
 from llama.engine import Engine
+from llama.engine import static as decode
+from llama.engine.request import Request
+from llama.engine.static import Decoder, check_compile, launch
+from llama.loading import quantize
 from llama.model import Transformer
-from llama.packing import can_pack, pack
-from llama.quantization import quantize
-from llama.request import Request
 from llama.sampling import SamplingParams
 from tests.small import byte_tokenizer, tiny_model, write_checkpoint
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from llama.backends.onednn import pack
 from llama.engine import Engine, PromptError, Request
-from llama.invariance import check_batch_invariance
-from llama.packing import pack
-from llama.quantization import quantize
+from llama.engine.invariance import check_batch_invariance
+from llama.loading import quantize
 from llama.sampling import SamplingParams
 from tests.small import tiny_model
 

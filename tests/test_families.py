@@ -11,9 +11,9 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama import Llama, ModelArgs
-from llama.checkpoint import CheckpointError
-from llama.interop import open_checkpoint
-from llama.interop.huggingface import to_hf_rows, to_native_rows
+from llama.checkpoint import open_checkpoint
+from llama.checkpoint.huggingface import to_hf_rows, to_native_rows
+from llama.errors import CheckpointError
 from llama.model import rope_frequencies
 from tests import formats_fixtures as tiny
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama.interop.convert import convert
+from llama.checkpoint.convert import convert
 from tests import formats_fixtures as tiny
 from tests.test_lora import train
 

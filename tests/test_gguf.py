@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.checkpoint import CheckpointError
-from llama.interop import open_checkpoint
-from llama.interop.convert import convert
-from llama.interop.gguf import GGUFError
+from llama.checkpoint import open_checkpoint
+from llama.checkpoint.convert import convert
+from llama.checkpoint.gguf import GGUFError
+from llama.errors import CheckpointError
 from llama.tokenizer import SentencePieceTokenizer, Tokenizer
 from tests import formats_fixtures as tiny
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.interop.convert import convert
-from llama.interop.info import describe, memory
+from llama.checkpoint.convert import convert
+from llama.cli.info import describe, memory
 from llama.model import ModelArgs
 from tests import formats_fixtures as tiny
 

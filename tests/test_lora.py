@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from llama import Llama
-from llama.checkpoint import CheckpointError
-from llama.interop import open_checkpoint
-from llama.interop.convert import convert
+from llama.checkpoint import open_checkpoint
+from llama.checkpoint.convert import convert
+from llama.errors import CheckpointError
 from tests import formats_fixtures as tiny
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}

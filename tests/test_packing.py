@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from llama import Llama
-from llama.packing import Packed, can_pack, pack
+from llama.backends.onednn import Packed, can_pack, pack
 from llama.parallel import Joined, Linear
 from tests import tiny
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.perplexity import negative_log_likelihoods, perplexity, windows
+from llama.cli.perplexity import negative_log_likelihoods, perplexity, windows
 from tests import tiny
 
 

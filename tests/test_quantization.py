@@ -9,23 +9,13 @@ import torch
 from torch import Tensor
 
 from llama import Llama, quantization
-from llama.checkpoint import QuantizedShards
-from llama.interop import open_checkpoint
-from llama.interop.convert import convert
+from llama.checkpoint import open_checkpoint
+from llama.checkpoint.convert import convert
+from llama.checkpoint.quantized import QuantizedShards
+from llama.loading import check_quantize, load_quantized, quantize
 from llama.model import ModelArgs, Transformer
 from llama.parallel import Joined, Linear, ModelParallel
-from llama.quantization import (
-    Int4,
-    Int8,
-    Rotation,
-    check_quantize,
-    int4_groups,
-    int8_rows,
-    load_quantized,
-    quantize,
-    takes_int4,
-    weight_bytes,
-)
+from llama.quantization import Int4, Int8, Rotation, int4_groups, int8_rows, takes_int4, weight_bytes
 from tests import tiny
 
 CPU = torch.device("cpu")

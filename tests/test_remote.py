@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.checkpoint import CheckpointError
-from llama.interop import open_checkpoint, remote
+from llama.checkpoint import open_checkpoint, remote
+from llama.errors import CheckpointError
 from tests import formats_fixtures as tiny
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}
@@ -161,7 +161,7 @@ def test_checklist_names_an_absent_file(server: Server) -> None:
 @pytest.mark.slow
 def test_many_processes_at_once(server: Server) -> None:
     serve_native(server)
-    code = "import sys; from llama.interop import open_checkpoint; open_checkpoint(sys.argv[1])"
+    code = "import sys; from llama.checkpoint import open_checkpoint; open_checkpoint(sys.argv[1])"
     processes = [subprocess.Popen([sys.executable, "-c", code, f"{server.url}/model"]) for _ in range(4)]
     assert [process.wait(100) for process in processes] == [0] * 4
     assert server.asked["consolidated.00.pth"] == 1

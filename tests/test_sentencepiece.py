@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llama.chat_format import Llama2Chat
 from llama.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from llama.tokenizer.chat_format import Llama2Chat
 from tests import formats_fixtures as tiny
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama import Llama, decode
+from llama import Llama
 from llama.engine import Engine, Request
+from llama.engine import static as decode
 from llama.sampling import SamplingParams
 from tests.small import byte_tokenizer, tiny_model, write_checkpoint
 

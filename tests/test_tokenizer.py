@@ -183,7 +183,7 @@ class TestDemo:
         from tokenizers import Tokenizer as HFTokenizer
         from tokenizers import models, pre_tokenizers
 
-        from llama.interop.gguf import byte_alphabet
+        from llama.tokenizer.bpe import byte_alphabet
 
         letter = {byte: character for character, byte in byte_alphabet().items()}
         ranks = {t: i for t, i in tokenizer.model._mergeable_ranks.items() if i < tokenizer.n_words}

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama import quantization, torchao_backend
-from llama.checkpoint import dequantized
+from llama import loading
+from llama.backends import torchao as torchao_backend
+from llama.backends.torchao import CAPABILITIES, TorchAO, float8, from_stored
+from llama.loading import check_quantize
 from llama.parallel import Joined, Linear
-from llama.quantization import Quantizer, check_quantize
-from llama.torchao_backend import CAPABILITIES, TorchAO, float8, from_stored
+from llama.quantization import Quantizer, dequantized
 from tests.test_quantization import TOKENS, build, distance
 from tests.test_quantization import pytestmark as x86
 
@@ -102,11 +103,11 @@ def test_fp8_is_torchaos_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_whole_model_from_a_folder(ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a CUDA device would run of turned weights, on this CPU: the model that its source is."""
     pytest.importorskip("torchao")
-    from llama.interop.convert import convert
+    from llama.checkpoint.convert import convert
 
     exact = build(ckpt).model(TOKENS, 0)
     saved = convert(ckpt, tmp_path / "saved", quantize="int8")
-    monkeypatch.setattr(quantization, "backend", lambda name, whole: from_stored(whole, torch.float32))
+    monkeypatch.setattr(loading, "backend", lambda name, whole: from_stored(whole, torch.float32))
     model = build(saved).model
     held = [m.backend for m in model.modules() if isinstance(m, Linear | Joined) and m.backend]
     assert {type(product) for product in held} == {TorchAO}

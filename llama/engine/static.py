@@ -1,6 +1,7 @@
 """Decoding at shapes that stay the same, one step ahead of who reads the tokens.
 
 A ragged step has other shapes every time, so each is launched operator by operator. Here every slot
+from llama.errors import ArgumentError
 from the first to the last one in use takes part, with or without a token: a compiler takes such a step
 whole, and on CUDA it is captured once for each shape and replayed as a graph. Its tokens stay on the
 device, where the next step finds them; the host reads them while that one runs.
@@ -22,9 +23,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from llama.device import to_device
+from llama.engine.request import Request
+from llama.errors import ArgumentError
 from llama.model import Transformer
 from llama.parallel import lost_rank_as_error
-from llama.request import Request
 from llama.sampling import NUCLEUS_SHORTCUT, SamplingParams, draw, draw_among, settings, token_logprobs
 
 BROKEN = -1  # in place of a token, where the logits are not finite
@@ -302,13 +304,13 @@ def compile_blocks(model: Transformer) -> None:
 def check_compile(compile: bool | str, device: torch.device) -> bool:
     """Whether to compile for a device. Raises ValueError for what is not "auto", True or False."""
     if compile not in ("auto", True, False):
-        raise ValueError(f'compile must be "auto", True or False, not {compile!r}')
+        raise ArgumentError(f'compile must be "auto", True or False, not {compile!r}')
     if device.type == "cuda" and compile:
         capable = torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (7, 0)
         if compile == "auto":
             return capable and importlib.util.find_spec("triton") is not None
         if importlib.util.find_spec("triton") is None:
-            raise ValueError(
+            raise ArgumentError(
                 "compile=True needs the triton package on CUDA: install it, or leave compile out"
             )
     return compile is True

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llama.model import Transformer
-from llama.parallel import Joined, Linear
+from llama.parallel import Joined, matrices
 
 
 class Packed:
@@ -62,13 +62,3 @@ def replace_weights(
         module.backend = backend(name, weights[0] if len(weights) == 1 else torch.cat(weights))
         for part in parts.values():
             del part.weight
-
-
-def matrices(model: torch.nn.Module) -> list[tuple[str, Linear | Joined, dict[str, Linear]]]:
-    """Each matrix that is applied as one: its name, who applies it, and its linears by weights' names."""
-    linears = {module: name for name, module in model.named_modules() if isinstance(module, Linear)}
-    found: list[tuple[str, Linear | Joined, dict[str, Linear]]] = []
-    for name, joined in model.named_modules():
-        if isinstance(joined, Joined):
-            found.append((name, joined, {f"{linears.pop(part)}.weight": part for part in joined.parts}))
-    return [*found, *((name, linear, {f"{name}.weight": linear}) for linear, name in linears.items())]

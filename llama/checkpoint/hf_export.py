@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from llama.chat_format import ChatFormat, ChatML, DialogFormat, Llama2Chat
-from llama.checkpoint import Checkpoint
-from llama.interop.gguf import byte_alphabet
-from llama.interop.hf_tokenizer import ChatTemplate
-from llama.interop.huggingface import write_json
+from llama.checkpoint.huggingface import write_json
+from llama.checkpoint.source import Checkpoint
+from llama.errors import ArgumentError
 from llama.model import ModelArgs
-from llama.tokenizer import SentencePieceTokenizer, Tokenizer
+from llama.tokenizer import DialogFormat, SentencePieceTokenizer, Tokenizer
+from llama.tokenizer.bpe import byte_alphabet
+from llama.tokenizer.chat_format import ChatFormat, ChatML, Llama2Chat
+from llama.tokenizer.template import ChatTemplate
 
 LLAMA3_TEMPLATE = (
     "{{ bos_token }}"
@@ -123,7 +124,7 @@ def write_hf_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
         content = tiktoken_json(tokenizer)
         text = {i: name for name, i in tokenizer.special_tokens.items()}
     else:
-        raise ValueError(f"a {type(tokenizer).__name__} cannot be written as a tokenizer.json")
+        raise ArgumentError(f"a {type(tokenizer).__name__} cannot be written as a tokenizer.json")
     (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), "utf-8")
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from llama.device import gigabytes
+from llama.errors import ArgumentError
 from llama.generation import Llama
 from llama.model import Transformer
 from llama.quantization import weight_bytes
@@ -47,7 +48,7 @@ def bench(
         profile: a file to write a trace of one more run to, for https://ui.perfetto.dev
     """
     if min(batch, prompt, runs) < 1 or new < 3:
-        raise ValueError("batch, prompt and runs must be 1 or more, and new 3 or more")
+        raise ArgumentError("batch, prompt and runs must be 1 or more, and new 3 or more")
     if profile is not None and not Path(profile).absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {Path(profile).parent} to write {profile} to")
     start = time.perf_counter()

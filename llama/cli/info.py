@@ -6,13 +6,15 @@ from math import prod
 
 import torch
 
-from llama.chat_format import ChatFormat, ChatML, DialogFormat, Llama2Chat, NoChat
+from llama.checkpoint import StrPath, open_checkpoint
 from llama.device import gigabytes, parse_dtype
-from llama.interop import StrPath, open_checkpoint
+from llama.errors import ArgumentError
+from llama.loading import scheme_of
 from llama.model import ModelArgs, Transformer
 from llama.parallel import ModelParallel
-from llama.quantization import SCHEMES, scheme_of, weight_bytes
-from llama.tokenizer import SentencePieceTokenizer, TextTokenizer, Tokenizer
+from llama.quantization import SCHEMES, weight_bytes
+from llama.tokenizer import DialogFormat, SentencePieceTokenizer, TextTokenizer, Tokenizer
+from llama.tokenizer.chat_format import ChatFormat, ChatML, Llama2Chat, NoChat
 
 
 def describe(
@@ -31,7 +33,7 @@ def describe(
     Raises ValueError for other arguments, and what `open_checkpoint` raises.
     """
     if quantize is not None and quantize not in SCHEMES:
-        raise ValueError(f"--quantize must be one of {', '.join(SCHEMES)}, not {quantize!r}")
+        raise ArgumentError(f"--quantize must be one of {', '.join(SCHEMES)}, not {quantize!r}")
     checkpoint = open_checkpoint(path, tokenizer_path, adapter)
     quantize = scheme_of(checkpoint, quantize)
     stored = checkpoint.weights.dtype

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.checkpoint import GROUP, unpacked
+from llama.errors import ArgumentError, MissingPackageError
+from llama.quantization import GROUP, unpacked
 
 # The least compute capability that a scheme's operators run on.
 CAPABILITIES = {"int8": (0, 0), "int4": (8, 0), "fp8": (8, 9)}
@@ -21,16 +22,18 @@ CAPABILITIES = {"int8": (0, 0), "int4": (8, 0), "fp8": (8, 9)}
 def check_torchao(scheme: str, device: torch.device) -> None:
     """Raise ValueError where a CUDA device does not have a scheme, ImportError where torchao is missing."""
     if not torch.cuda.is_available():
-        raise ValueError(f"quantize={scheme!r} on cuda: PyTorch finds no CUDA device here; pass device='cpu'")
+        raise ArgumentError(
+            f"quantize={scheme!r} on cuda: PyTorch finds no CUDA device here; pass device='cpu'"
+        )
     found, least = torch.cuda.get_device_capability(device), CAPABILITIES[scheme]
     if found < least:
         can = [repr(other) for other, capability in CAPABILITIES.items() if capability <= found]
-        raise ValueError(
+        raise ArgumentError(
             f"quantize={scheme!r} needs a CUDA device of compute capability {least[0]}.{least[1]} or more, "
             f"and this one has {found[0]}.{found[1]}: {' and '.join(can)} can run here"
         )
     if find_spec("torchao") is None:
-        raise ImportError(
+        raise MissingPackageError(
             f"quantize={scheme!r} on CUDA needs the torchao package: "
             "pip install -c constraints.txt -e '.[quant]'"
         )

@@ -12,10 +12,11 @@ from typing import Any
 
 import fire
 
-from llama.chat_format import Message
+from llama.cli.terminal import Terminal
+from llama.errors import ArgumentError
 from llama.generation import Llama
 from llama.sampling import SamplingParams
-from llama.terminal import Terminal
+from llama.tokenizer import Message
 
 PARAMS = (
     "temperature",
@@ -118,7 +119,7 @@ def complete(
         compile: True, False or auto, which compiles on CUDA.
     """
     if prompt is None and sys.stdin.isatty():
-        raise ValueError("no prompt: give one behind the folder, or on the standard input")
+        raise ArgumentError("no prompt: give one behind the folder, or on the standard input")
     with Llama.build(
         ckpt_dir,
         tokenizer_path,
@@ -136,7 +137,7 @@ def complete(
         try:
             for event in llama.stream_text([prompt], temperature, top_p, max_gen_len, seed=seed, stop=stops):
                 if event.error:
-                    raise ValueError(event.error)
+                    raise ArgumentError(event.error)
                 text = event.text or text
                 print(event.text, end="", flush=True)
             if not text.endswith("\n"):
@@ -195,7 +196,7 @@ class Conversation:
                 data["system"] + "", [Turn(user, _answer_ids(llama, *answer)) for user, *answer in saved]
             )
         except (ValueError, KeyError, TypeError):
-            raise ValueError("this is not a conversation that /save wrote") from None
+            raise ArgumentError("this is not a conversation that /save wrote") from None
 
 
 def _answer_ids(llama: Llama, text: str, ids: list[int]) -> list[int]:
@@ -255,7 +256,7 @@ class Chat:
         elif name in self.commands:
             self.commands[name](rest.strip())
         else:
-            raise ValueError(f"there is no {name}; /help lists the commands")
+            raise ArgumentError(f"there is no {name}; /help lists the commands")
 
     def answer(self, message: str) -> None:
         """Answer a message, as the conversation's next turn, and print the answer as it comes."""
@@ -276,7 +277,7 @@ class Chat:
                     break
         print()
         if end and end.error:
-            raise ValueError(end.error)
+            raise ArgumentError(end.error)
         self.conversation.turns.append(Turn(message, tokens))
         if end is None:
             print("[stopped]")
@@ -312,7 +313,7 @@ class Chat:
             if len(ids) + room <= self.context:
                 break
         if len(ids) >= self.context:
-            raise ValueError(
+            raise ArgumentError(
                 f"the message takes {len(ids)} tokens with what surrounds it, and the context has "
                 f"{self.context}: shorten it, or start with a larger --max_seq_len"
             )
@@ -334,7 +335,7 @@ class Chat:
 
     def retry(self, _: str) -> None:
         if not self.conversation.turns:
-            raise ValueError("there is no message to answer again")
+            raise ArgumentError("there is no message to answer again")
         last = self.conversation.turns.pop()
         try:
             self.answer(last.message)
@@ -380,16 +381,16 @@ def check_params(params: dict[str, Any]) -> None:
 def _parse_param(item: str) -> tuple[str, Any]:
     name, _, value = item.partition("=")
     if name not in PARAMS or not value:
-        raise ValueError(f"{item!r} is not name=value with one of {', '.join(PARAMS)}")
+        raise ArgumentError(f"{item!r} is not name=value with one of {', '.join(PARAMS)}")
     try:
         return name, ast.literal_eval(value.capitalize() if value.lower() == "none" else value)
     except (ValueError, SyntaxError):
-        raise ValueError(f"{name} must be a number or None, not {value!r}") from None
+        raise ArgumentError(f"{name} must be a number or None, not {value!r}") from None
 
 
 def _path(name: str) -> Path:
     if not name:
-        raise ValueError("which file? give its name behind the command")
+        raise ArgumentError("which file? give its name behind the command")
     return Path(name).expanduser()
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from llama.errors import ArgumentError
 from llama.parallel import ModelParallel, lost_rank_as_error
 
 try:
@@ -40,7 +41,7 @@ class Terminal:
         self._group: dist.ProcessGroup | None = None
         if parallel.size > 1:
             if parallel.size != dist.get_world_size():
-                raise ValueError(
+                raise ArgumentError(
                     f"this wants one model on all {dist.get_world_size()} ranks, not on {parallel.size} each"
                 )
             # The other ranks wait as long as somebody thinks before typing.

@@ -12,7 +12,7 @@ from typing import Any
 import fire
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from llama.parallel import RankError
+from llama.errors import RankError
 
 
 def launch(command: Callable[..., Any] | Mapping[str, Callable[..., Any]], name: str | None = None) -> None:

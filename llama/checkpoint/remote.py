@@ -25,7 +25,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from tqdm import tqdm
 
-from llama.checkpoint import CheckpointError
+from llama.errors import CheckpointError
 
 # What may lie in a folder beside its weights.
 SMALL_FILES = (

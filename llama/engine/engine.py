@@ -19,11 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama.decode import BROKEN, Decoder, Flight, launch
-from llama.invariance import check_batch_invariance
+from llama.engine.invariance import check_batch_invariance
+from llama.engine.request import Event, FinishReason, Request, TopLogprobs
+from llama.engine.static import BROKEN, Decoder, Flight, launch
+from llama.errors import ArgumentError, PromptError
 from llama.model import Row, Transformer
 from llama.parallel import lost_rank_as_error
-from llama.request import Event, FinishReason, PromptError, Request, TopLogprobs
 from llama.sampling import SamplingParams, sample, token_logprobs, top_logprobs
 
 # Prompt positions projected to the vocabulary at once when a prompt's own logprobs are asked for:
@@ -84,7 +85,7 @@ class Engine:
         static: bool = False,
     ) -> None:
         if prefill_chunk < 1:
-            raise ValueError(f"prefill_chunk must be 1 or more, not {prefill_chunk}")
+            raise ArgumentError(f"prefill_chunk must be 1 or more, not {prefill_chunk}")
         self.model = model
         self.prefill_chunk = prefill_chunk
         self.batch_invariant = batch_invariant
@@ -112,7 +113,7 @@ class Engine:
                 f"max_seq_len={max_seq_len}; shorten it or build with a larger max_seq_len"
             )
         if unknown := [token for token in params.logit_bias if token >= vocab_size]:
-            raise ValueError(
+            raise ArgumentError(
                 f"logit_bias names {unknown[0]}, which is not a token id: the vocabulary has 0 to "
                 f"{vocab_size - 1}"
             )

@@ -2,6 +2,7 @@
 
 import torch
 
+from llama.errors import ArgumentError
 from llama.model import Row, Transformer
 from llama.parallel import lost_rank_as_error
 
@@ -21,7 +22,7 @@ def check_batch_invariance(model: Transformer, width: int) -> None:
         fits = bool((alike == alike[0]).all() and (beside[0] == alike[0]).all())
         worst = model.parallel.broadcast(torch.tensor([fits], device=model.device))
     if not worst.item():
-        raise ValueError(
+        raise ArgumentError(
             f"batch_invariant=True cannot be kept here: on {model.device} in {str(model.dtype)[6:]}, with "
             f"{model.parallel.size} rank(s) and max_batch_size={n}, a row's logits change with its place in "
             "the batch; try another max_batch_size or dtype, fewer ranks, or build without it"

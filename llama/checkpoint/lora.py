@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.checkpoint import CheckpointError, TensorSource
-from llama.interop.hf_tokenizer import read_json
-from llama.interop.huggingface import native_name, open_weights, rotary_heads, to_native_rows
+from llama.checkpoint.huggingface import native_name, open_weights, rotary_heads, to_native_rows
+from llama.checkpoint.source import TensorSource
+from llama.errors import CheckpointError
 from llama.model import ModelArgs
 from llama.parallel import Span
+from llama.tokenizer.huggingface import read_json
 
 # What changes the mathematics, and must be absent or have this value.
 REQUIRED = {

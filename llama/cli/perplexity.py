@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from llama.errors import ArgumentError
 from llama.generation import Llama
 
 
@@ -58,9 +59,9 @@ def negative_log_likelihoods(llama: Llama, tokens: Sequence[int], stride: int) -
     """
     length = llama.model.params.max_seq_len
     if len(tokens) < 2:
-        raise ValueError(f"the text has {len(tokens)} token(s): to score one, two are needed")
+        raise ArgumentError(f"the text has {len(tokens)} token(s): to score one, two are needed")
     if not 1 <= stride < length:
-        raise ValueError(f"stride={stride} must be 1 or more, and less than max_seq_len={length}")
+        raise ArgumentError(f"stride={stride} must be 1 or more, and less than max_seq_len={length}")
     scores: list[float] = []
     for start, stop, scored in tqdm(
         list(windows(len(tokens), length, stride)), "Scoring", leave=False, disable=None

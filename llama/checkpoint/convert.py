@@ -21,18 +21,20 @@ from typing import Any, BinaryIO
 import torch
 from tqdm import tqdm
 
-from llama.chat_format import chat_format
-from llama.checkpoint import QUANTIZATIONS, Checkpoint, whole_parts
+from llama.checkpoint import StrPath, open_checkpoint
+from llama.checkpoint.hf_export import template_of, write_hf_config, write_hf_tokenizer
+from llama.checkpoint.huggingface import hf_name, rotary_heads, to_hf_rows, write_json
+from llama.checkpoint.source import Checkpoint, whole_parts
 from llama.device import parse_dtype
-from llama.interop import StrPath, open_checkpoint
-from llama.interop.hf_export import template_of, write_hf_config, write_hf_tokenizer
-from llama.interop.hf_tokenizer import TOKENIZER_FILES, ChatTemplate, HFTokenizer
-from llama.interop.huggingface import hf_name, rotary_heads, to_hf_rows, write_json
+from llama.errors import ArgumentError
 from llama.model import ModelArgs, Transformer
-from llama.packing import matrices
-from llama.parallel import ModelParallel
-from llama.quantization import Quantizer, four_bits
-from llama.tokenizer import Layout, SentencePieceTokenizer, TextTokenizer, Tokenizer, is_sentencepiece
+from llama.parallel import ModelParallel, matrices
+from llama.quantization import QUANTIZATIONS, Quantizer, four_bits
+from llama.tokenizer import Layout, SentencePieceTokenizer, TextTokenizer, Tokenizer
+from llama.tokenizer.chat_format import chat_format
+from llama.tokenizer.huggingface import TOKENIZER_FILES, HFTokenizer
+from llama.tokenizer.spm import is_sentencepiece
+from llama.tokenizer.template import ChatTemplate
 
 LARGEST_SHARD = 20e9  # bytes: Meta's released shards are smaller
 LARGEST_FILE = 5e9  # of safetensors, as Hugging Face's own tools cut them
@@ -67,21 +69,23 @@ def convert(
     """
     destination = Path(destination)
     if to not in ("native", "hf"):
-        raise ValueError(f"--to must be native or hf, not {to!r}")
+        raise ArgumentError(f"--to must be native or hf, not {to!r}")
     if shards is not None and (isinstance(shards, bool) or not isinstance(shards, int) or shards < 1):
-        raise ValueError(f"--shards must be a whole number, 1 or more, not {shards!r}")
+        raise ArgumentError(f"--shards must be a whole number, 1 or more, not {shards!r}")
     if quantize is not None and quantize not in QUANTIZATIONS:
-        raise ValueError(f"--quantize must be {' or '.join(QUANTIZATIONS)} to be written, not {quantize!r}")
+        raise ArgumentError(
+            f"--quantize must be {' or '.join(QUANTIZATIONS)} to be written, not {quantize!r}"
+        )
     if quantize is not None and to != "native":
-        raise ValueError(f"--quantize {quantize} writes a folder for this runtime: leave out --to {to}")
+        raise ArgumentError(f"--quantize {quantize} writes a folder for this runtime: leave out --to {to}")
     if destination.exists() and not overwrite:
         raise FileExistsError(f"{destination} exists already; remove it, name another folder, or --overwrite")
     wanted = parse_dtype(dtype) if dtype is not None else None
     checkpoint = open_checkpoint(source, tokenizer_path, adapter)
     if destination.exists() and destination.resolve() == checkpoint.path.resolve():
-        raise ValueError(f"{destination} is the source itself; name another folder")
+        raise ArgumentError(f"{destination} is the source itself; name another folder")
     if checkpoint.quantization is not None:
-        raise ValueError(
+        raise ArgumentError(
             f"{source} holds {checkpoint.quantization} weights, and what they lost does not come back: "
             "convert the folder that they were made from"
         )
@@ -110,7 +114,7 @@ def write_native(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype
     count = shards or default_shards(checkpoint, dtype)
     for name, part in parts.items():
         if part.dim is not None and part.shape[part.dim] % count:
-            raise ValueError(
+            raise ArgumentError(
                 f"{count} shards do not divide {name} {part.shape}; use a divisor of {part.shape[part.dim]}"
             )
     total = sum(prod(part.shape) // (count if part.dim is not None else 1) for part in parts.values())
@@ -275,7 +279,7 @@ def spread(
     """Names of tensors, file by file: in `count` files of about one size, or in files of a usual size."""
     size = sum(prod(shape) for shape in shapes.values()) * itemsize
     if count is not None and count > len(shapes):
-        raise ValueError(f"{count} shards are more than the {len(shapes)} tensors; use fewer")
+        raise ArgumentError(f"{count} shards are more than the {len(shapes)} tensors; use fewer")
     limit = size / count if count else largest
     files: list[list[str]] = [[]]
     written, left = 0, len(shapes)

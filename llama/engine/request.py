@@ -9,10 +9,6 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 TopLogprobs = list[tuple[int, float]]  # ids and log-probabilities, most likely first
 
 
-class PromptError(ValueError):
-    """A prompt that cannot be generated from: empty, too long, or with ids outside the vocabulary."""
-
-
 @dataclass(eq=False)
 class Request:
     """One prompt on its way through the engine. The lists grow as it goes.

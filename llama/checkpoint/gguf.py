@@ -18,18 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.chat_format import DialogFormat, chat_format
-from llama.checkpoint import Checkpoint, CheckpointError, check_names, feed_forward, whole_parts
+from llama.checkpoint.params import feed_forward
+from llama.checkpoint.source import Checkpoint, check_names, whole_parts
+from llama.errors import CheckpointError, MissingPackageError
 from llama.model import ModelArgs, rope_frequencies
 from llama.parallel import Span
 from llama.tokenizer import (
-    LLAMA3_PATTERN,
+    DialogFormat,
     Layout,
     SentencePieceTokenizer,
     TextTokenizer,
     Tokenizer,
     load_tokenizer,
 )
+from llama.tokenizer.bpe import LLAMA3_PATTERN, byte_alphabet
+from llama.tokenizer.chat_format import chat_format
+from llama.tokenizer.template import ChatTemplate
 
 NAMES = {
     "token_embd": "tok_embeddings",
@@ -104,7 +108,7 @@ def read(path: Path) -> Any:
     try:
         import gguf
     except ImportError:
-        raise ImportError("GGUF files need the gguf package: pip install -e '.[demo]'") from None
+        raise MissingPackageError("GGUF files need the gguf package: pip install -e '.[demo]'") from None
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError) as error:
@@ -283,8 +287,6 @@ def read_formatter(path: Path, fields: Mapping[str, Any], tokenizer: TextTokeniz
     template = fields.get("tokenizer.chat_template", "")
     if name := known_format(template):
         return chat_format(tokenizer, name)
-    from llama.interop.hf_tokenizer import ChatTemplate
-
     texts = fields["tokenizer.ggml.tokens"]
     bos, eos = (fields.get(f"tokenizer.ggml.{which}_token_id") for which in ("bos", "eos"))
     return ChatTemplate(
@@ -363,14 +365,3 @@ def _varint(value: int) -> bytes:
         out.append(value & 127 | 128)
         value >>= 7
     return bytes([*out, value])
-
-
-def byte_alphabet() -> dict[str, int]:
-    """The printable characters that byte-level tokenizers write bytes as (Radford et al. 2019)."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

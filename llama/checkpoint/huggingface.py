@@ -16,19 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    check_names,
-    feed_forward,
-    find_tokenizer,
-    read_shard,
-    whole_parts,
-)
-from llama.interop.hf_tokenizer import HFTokenizer, find_template, read_json
+from llama.checkpoint.params import feed_forward
+from llama.checkpoint.source import Checkpoint, check_names, find_tokenizer, read_shard, whole_parts
+from llama.errors import ArgumentError, CheckpointError, MissingPackageError
 from llama.model import ModelArgs
 from llama.parallel import Span
 from llama.tokenizer import TextTokenizer
+from llama.tokenizer.huggingface import HFTokenizer, read_json
+from llama.tokenizer.template import find_template
 
 NAMES = {
     "model.embed_tokens": "tok_embeddings",
@@ -79,7 +74,7 @@ def hf_name(name: str) -> str:
     """layers.0.attention.wq.weight to model.layers.0.self_attn.q_proj.weight."""
     match = re.fullmatch(r"(layers\.\d+\.)?(\S+)\.weight", name)
     if not match:
-        raise ValueError(f"{name} is not a native tensor's name")
+        raise ArgumentError(f"{name} is not a native tensor's name")
     return f"{'model.' + match[1] if match[1] else ''}{HF_NAMES[match[2]]}.weight"
 
 
@@ -119,10 +114,9 @@ def open_huggingface(folder: Path, tokenizer_path: Path | None = None) -> Checkp
         tokenizer = HFTokenizer(
             folder, args.vocab_size, eos if isinstance(eos, list) else [eos] if eos is not None else []
         )
-        formatter = tokenizer.formatter
     else:
         tokenizer = find_tokenizer(folder, tokenizer_path)
-        formatter = find_template(folder, tokenizer)
+    formatter = find_template(folder, tokenizer)
     if tokenizer.n_words > args.vocab_size:
         raise CheckpointError(
             f"the tokenizer has {tokenizer.n_words} tokens, but {folder / 'config.json'} says "
@@ -286,7 +280,7 @@ def open_weights(path: Path) -> Any:
     try:
         import safetensors
     except ImportError:
-        raise ImportError(
+        raise MissingPackageError(
             "Hugging Face folders need the safetensors package: pip install -e '.[hf]'"
         ) from None
     try:

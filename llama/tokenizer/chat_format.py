@@ -7,53 +7,28 @@ encoded as ordinary text, whatever it looks like.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
 
-if TYPE_CHECKING:
-    from llama.tokenizer import TextTokenizer
-
-Role = Literal["system", "user", "assistant", "tool", "ipython"]
-
-
-class Message(TypedDict):
-    role: Role
-    content: str
-
-
-Dialog = Sequence[Message]
-
-
-class DialogFormat(Protocol):
-    """What every chat format offers."""
-
-    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
-        """The ids that ask for the assistant's next message. Raises ValueError for other dialogs."""
-
-    def encode_next_turn(self, content: str) -> list[int]:
-        """The ids between an answer, as it was generated, and the answer to the user's next message.
-
-        That is the end of the answer (the stop token is not part of it), the message, and the header of
-        the next answer. A chat that keeps ids needs it: to encode an answer's text again may give others.
-        """
+from llama.errors import ArgumentError
+from llama.tokenizer.interface import Dialog, DialogFormat, Message, TextTokenizer
 
 
 def check_dialog(dialog: Dialog, roles: Sequence[str]) -> None:
     """Raise ValueError unless every message of a dialog has a known role and text."""
     if isinstance(dialog, str | dict) or not isinstance(dialog, Sequence):
-        raise ValueError(f"a dialog is a list of messages, not a {type(dialog).__name__}")
+        raise ArgumentError(f"a dialog is a list of messages, not a {type(dialog).__name__}")
     if not dialog:
-        raise ValueError("the dialog is empty: it needs one message at least")
+        raise ArgumentError("the dialog is empty: it needs one message at least")
     for message in dialog:
         check_message(message, roles)
 
 
 def check_message(message: Message, roles: Sequence[str]) -> None:
     if not isinstance(message, dict) or "role" not in message or "content" not in message:
-        raise ValueError(f'a message is {{"role": ..., "content": ...}}, not {message!r}')
+        raise ArgumentError(f'a message is {{"role": ..., "content": ...}}, not {message!r}')
     if message["role"] not in roles:
-        raise ValueError(f"unknown role {message['role']!r}: use one of {', '.join(roles)}")
+        raise ArgumentError(f"unknown role {message['role']!r}: use one of {', '.join(roles)}")
     if not isinstance(message["content"], str):
-        raise ValueError(f"a message's content is text, not {type(message['content']).__name__}")
+        raise ArgumentError(f"a message's content is text, not {type(message['content']).__name__}")
 
 
 class ChatFormat:
@@ -163,7 +138,7 @@ class Llama2Chat:
         check_dialog(dialog, self.roles)
         for message in dialog:
             if found := [tag for tag in self.tags if tag in message["content"]]:
-                raise ValueError(
+                raise ArgumentError(
                     f"the {message['role']} message contains {found[0]}, which Llama 2's chat format keeps "
                     "for itself; take it out of the content"
                 )
@@ -174,7 +149,7 @@ class Llama2Chat:
             roles.pop(0)
             texts[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{texts[0]}"
         if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
-            raise ValueError(
+            raise ArgumentError(
                 "Llama 2's chat format takes an optional system message, then user and assistant in turn, "
                 f"and the last message from the user; got {', '.join(m['role'] for m in dialog)}"
             )
@@ -203,7 +178,7 @@ class NoChat:
 
     def encode_next_turn(self, content: str) -> list[int]:
         """Raises ValueError, with what to use instead."""
-        raise ValueError(
+        raise ArgumentError(
             "this is a base model, which was not trained to chat: use text_completion with a text for it to "
             "continue, or load the chat model of its family (named -chat in Llama 2, -Instruct since Llama 3)"
         )
@@ -219,5 +194,5 @@ def chat_format(tokenizer: TextTokenizer, name: str | None = None) -> DialogForm
     }
     name = name or tokenizer.chat_format
     if name not in formats:
-        raise ValueError(f"unknown chat format {name!r}: use one of {', '.join(formats)}")
+        raise ArgumentError(f"unknown chat format {name!r}: use one of {', '.join(formats)}")
     return formats[name]()

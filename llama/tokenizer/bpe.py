@@ -1,8 +1,10 @@
-"""Text to token ids and back, by tiktoken (Llama 3) or sentencepiece (LLaMA 1 and 2).
+"""The tokenizer of Llama 3, and others of byte-pair ranks, by tiktoken.
 
 A `tokenizer.model` of tiktoken holds byte-pair ranks and nothing else. What surrounds them (special
 tokens, split pattern, chat format) is Llama 3's unless a `format.json` lies beside it.
 """
+
+from __future__ import annotations
 
 import base64
 import binascii
@@ -14,33 +16,27 @@ from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import tiktoken
 
-from llama.chat_format import ChatFormat, Dialog, Message, Role
-
-__all__ = [
-    "ChatFormat",
-    "Dialog",
-    "Layout",
-    "Message",
-    "Role",
-    "SentencePieceTokenizer",
-    "TextTokenizer",
-    "Tokenizer",
-    "load_tokenizer",
-]
+from llama.errors import ArgumentError
+from llama.tokenizer.spm import is_sentencepiece
 
 # tiktoken panics on longer texts, and takes quadratic time on longer runs of spaces or of anything
 # else, so a text is cut, at the places where Meta's tokenizer cuts it.
 MAX_CHARS = 400_000
+
+
 MAX_RUN = 25_000
+
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
 # Ids count from the number of base tokens, 128,000. The rest up to 256 is reserved.
 LLAMA3_SPECIAL_TOKENS = {
     0: "<|begin_of_text|>",
@@ -79,7 +75,7 @@ class Layout:
     added: list[str] = field(default_factory=list)
 
     @staticmethod
-    def llama3(num_base_tokens: int) -> "Layout":
+    def llama3(num_base_tokens: int) -> Layout:
         reserved = (f"<|reserved_special_token_{i}|>" for i in range(256))
         names = [LLAMA3_SPECIAL_TOKENS.get(i) or next(reserved) for i in range(256)]
         return Layout(
@@ -93,43 +89,19 @@ class Layout:
         )
 
     @staticmethod
-    def read(path: Path, default: "Layout") -> "Layout":
+    def read(path: Path, default: Layout) -> Layout:
         """A layout file; what it leaves out is as in `default`. Raises ValueError for another file."""
         try:
             layout = replace(default, **json.loads(path.read_text("utf-8")))
             named = [layout.eos, layout.pad, *layout.stop, *([layout.bos] if layout.bos else [])]
             if unknown := [name for name in named if name not in layout.special_tokens]:
-                raise ValueError(f"{unknown[0]!r} is not among its special_tokens")
+                raise ArgumentError(f"{unknown[0]!r} is not among its special_tokens")
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a tokenizer layout: {error}") from None
+            raise ArgumentError(f"{path} is not a tokenizer layout: {error}") from None
         return layout
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
-
-
-class TextTokenizer(Protocol):
-    """What every kind of tokenizer offers. Text never becomes a special token unless asked to.
-
-    n_words: size of the vocabulary. bos_id, eos_id, pad_id: ids; bos_id is None for models trained
-    without. stop_tokens: ids that end an answer. special_tokens: text to id. chat_format: the name
-    of the dialog format that goes with it. default_system: that format's own system message.
-    """
-
-    n_words: int
-    bos_id: int | None
-    eos_id: int
-    pad_id: int
-    stop_tokens: list[int]
-    special_tokens: dict[str, int]
-    chat_format: str
-    default_system: str
-
-    def encode(self, s: str, *, bos: bool, eos: bool) -> list[int]: ...
-
-    def decode(self, t: Sequence[int]) -> str: ...
-
-    def decode_bytes(self, t: Sequence[int]) -> bytes: ...
 
 
 class Tokenizer:
@@ -154,7 +126,7 @@ class Tokenizer:
         self._set(ranks, layout)
 
     @classmethod
-    def from_ranks(cls, ranks: dict[bytes, int], layout: Layout) -> "Tokenizer":
+    def from_ranks(cls, ranks: dict[bytes, int], layout: Layout) -> Tokenizer:
         """A tokenizer of byte-pair ranks in memory: token to id, in the order of merging."""
         tokenizer = cls.__new__(cls)
         tokenizer._set(ranks, layout)
@@ -198,7 +170,7 @@ class Tokenizer:
         raise ValueError, or "all". Lone surrogates become U+FFFD, as in UTF-8's own decoders.
         """
         if not isinstance(s, str):
-            raise ValueError(f"only text can be encoded, not {type(s).__name__}")
+            raise ArgumentError(f"only text can be encoded, not {type(s).__name__}")
         ids = [self.bos_id] if bos and self.bos_id is not None else []
         if self.layout.added and allowed_special != "all":
             allowed_special = {*allowed_special, *self.layout.added}
@@ -218,108 +190,8 @@ class Tokenizer:
         """Bytes of ids: one token may hold a part of a character. Raises ValueError for an unknown id."""
         for token in t:
             if not 0 <= token < self.n_words:
-                raise ValueError(f"{token} is not a token id: the vocabulary has 0 to {self.n_words - 1}")
+                raise ArgumentError(f"{token} is not a token id: the vocabulary has 0 to {self.n_words - 1}")
         return self.model.decode_bytes(t)
-
-
-class SentencePieceTokenizer:
-    """The tokenizer of LLaMA 1 and 2, by sentencepiece; its attributes are those of `TextTokenizer`.
-
-    pad_id is -1: these models were trained without padding.
-    """
-
-    chat_format = "llama2"
-    default_system = ""
-
-    def __init__(self, model: str | os.PathLike[str] | bytes) -> None:
-        """model: a sentencepiece model, or the path of one.
-
-        Raises FileNotFoundError, ImportError without the sentencepiece package, or ValueError for
-        something else than a model.
-        """
-        try:
-            import sentencepiece
-        except ImportError:
-            raise ImportError(
-                "the tokenizer of LLaMA 1 and 2 needs the sentencepiece package: pip install sentencepiece"
-            ) from None
-        if not isinstance(model, bytes):
-            path = Path(model)
-            if not path.is_file():
-                raise FileNotFoundError(f"no tokenizer at {path}: give the path of a tokenizer.model")
-            model = path.read_bytes()
-            if (beside := path.with_name("format.json")).is_file():
-                try:
-                    self.chat_format = json.loads(beside.read_text("utf-8"))["chat_format"]
-                except (ValueError, TypeError, KeyError):
-                    raise ValueError(f"{beside} does not name a chat_format") from None
-        try:
-            self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError:
-            raise ValueError("the tokenizer is not a sentencepiece model; is it whole?") from None
-        self.proto = model
-        self.n_words: int = self.model.vocab_size()
-        self.bos_id: int | None = self.model.bos_id() if self.model.bos_id() >= 0 else None
-        self.eos_id: int = self.model.eos_id()
-        self.pad_id: int = self.model.pad_id()
-        self.stop_tokens = [self.eos_id]
-        self.special_tokens = {
-            self.model.id_to_piece(i): i for i in range(self.n_words) if self.model.is_control(i)
-        }
-
-    def encode(self, s: str, *, bos: bool, eos: bool) -> list[int]:
-        """Ids of a text, which never becomes a control token; bos, eos: put begin and end around it."""
-        if not isinstance(s, str):
-            raise ValueError(f"only text can be encoded, not {type(s).__name__}")
-        # sentencepiece wants UTF-8, which lone surrogates have not.
-        ids = self.model.encode(s.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        begin = [self.bos_id] if bos and self.bos_id is not None else []
-        return [*begin, *ids, *([self.eos_id] if eos else [])]
-
-    def decode(self, t: Sequence[int]) -> str:
-        """Text of ids, without the space that sentencepiece puts before a text's first word."""
-        data = self.decode_bytes(t)
-        first = next((token for token in t if not self.model.is_control(token)), None)
-        if first is not None and self.model.id_to_piece(first).startswith("▁"):
-            data = data[1:]
-        return data.decode("utf-8", errors="replace")
-
-    def decode_bytes(self, t: Sequence[int]) -> bytes:
-        """Bytes of ids, each by itself: words keep the space before them, the first one too.
-
-        One token may hold a part of a character; a control token holds nothing. Raises ValueError
-        for an unknown id.
-        """
-        return b"".join(self._piece(token) for token in t)
-
-    def _piece(self, token: int) -> bytes:
-        if not 0 <= token < self.n_words:
-            raise ValueError(f"{token} is not a token id: the vocabulary has 0 to {self.n_words - 1}")
-        if self.model.is_control(token):
-            return b""
-        if self.model.is_unknown(token):
-            return " ⁇ ".encode()  # as sentencepiece itself writes it
-        piece = self.model.id_to_piece(token)
-        if self.model.is_byte(token):
-            return bytes([int(piece[3:-1], 16)])
-        return piece.replace("▁", " ").encode()
-
-
-def load_tokenizer(path: str | os.PathLike[str]) -> "Tokenizer | SentencePieceTokenizer":
-    """The tokenizer of a `tokenizer.model`, whose kind is told by its content.
-
-    Raises FileNotFoundError, or ValueError for a file of another kind.
-    """
-    path = Path(path)
-    if path.is_file() and is_sentencepiece(path):
-        return SentencePieceTokenizer(path)
-    return Tokenizer(path)
-
-
-def is_sentencepiece(path: Path) -> bool:
-    """Whether a file begins as a sentencepiece model does, with the piece for the unknown."""
-    with path.open("rb") as file:
-        return b"<unk>" in file.read(64)
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -332,11 +204,11 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             kind = "it is a sentencepiece model" if is_sentencepiece(path) else "is it whole?"
-            raise ValueError(
+            raise ArgumentError(
                 f"{path} is not a file of tiktoken ranks: line {number} is not `base64 rank`; {kind}"
             ) from None
     if not ranks:
-        raise ValueError(f"{path} is empty: download it again")
+        raise ArgumentError(f"{path} is empty: download it again")
     return ranks
 
 
@@ -346,3 +218,14 @@ def _pieces(s: str) -> Iterator[str]:
         runs = [run.span() for run in re.finditer(r"\s+|\S+", text) if len(run[0]) > MAX_RUN]
         cuts = [0, *(i for a, b in runs for i in range(a + MAX_RUN, b, MAX_RUN)), len(text)]
         yield from (text[a:b] for a, b in pairwise(cuts))
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The printable characters that byte-level tokenizers write bytes as (Radford et al. 2019)."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -6,7 +6,10 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from llama.checkpoint import Checkpoint, CheckpointError, find_tokenizer, open_native, read_params
+from llama.checkpoint.native import open_native
+from llama.checkpoint.params import read_params
+from llama.checkpoint.source import Checkpoint, find_tokenizer
+from llama.errors import ArgumentError, CheckpointError
 from llama.model import ModelArgs
 
 StrPath = str | os.PathLike[str]
@@ -28,12 +31,12 @@ def open_checkpoint(
     checkpoint = _open(path, tokenizer_path)
     if adapter is not None:
         if checkpoint.quantization is not None:
-            raise ValueError(
+            raise ArgumentError(
                 f"{path} holds {checkpoint.quantization} weights, which an adapter cannot be merged into: "
                 "give the folder that they were made from, or quantize with the adapter: "
                 "python -m llama convert SOURCE NEW --quantize ... --adapter ..."
             )
-        from llama.interop.lora import Adapted
+        from llama.checkpoint.lora import Adapted
 
         adapted = Adapted(checkpoint.weights, local_path(adapter), ModelArgs(**checkpoint.params))
         checkpoint = replace(checkpoint, weights=adapted)
@@ -42,7 +45,7 @@ def open_checkpoint(
 
 def local_path(path: StrPath) -> Path:
     """A path, or that of the local copy of a URL."""
-    from llama.interop.remote import fetch, is_remote
+    from llama.checkpoint.remote import fetch, is_remote
 
     return fetch(str(path)) if is_remote(path) else Path(path)
 
@@ -51,7 +54,7 @@ def _open(path: Path, tokenizer_path: Path | None) -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"no folder {path}: give the path of a downloaded checkpoint as ckpt_dir")
     if path.is_file():
-        from llama.interop.gguf import open_gguf
+        from llama.checkpoint.gguf import open_gguf
 
         return open_gguf(path, tokenizer_path)
     if not any(path.glob("consolidated.*.pth")) and len(files := list(path.glob("*.gguf"))) == 1:
@@ -64,12 +67,13 @@ def _open(path: Path, tokenizer_path: Path | None) -> Checkpoint:
             "*.safetensors): keep one model, in one format, in a folder"
         )
     if hugging_face:
-        from llama.interop.huggingface import open_huggingface
+        from llama.checkpoint.huggingface import open_huggingface
 
         return open_huggingface(path, tokenizer_path)
     params, tokenizer = read_params(path), None
     if (path / "tokenizer_config.json").is_file():
-        from llama.interop.hf_tokenizer import HFTokenizer, find_template
+        from llama.tokenizer.huggingface import HFTokenizer
+        from llama.tokenizer.template import find_template
 
         # A converted folder: the tokenizer and the chat template are those of its origin.
         if tokenizer_path is None and (path / "tokenizer.json").is_file():

@@ -1,0 +1,1 @@
+"""How a matrix, or a whole step, is computed: one file a backend."""

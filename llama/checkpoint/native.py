@@ -1,0 +1,212 @@
+"""Meta's native format: a folder of `consolidated.NN.pth` and `params.json`.
+
+Each file holds the n-th part of every matrix, cut along the dimension that the parallel layer has too;
+norms lie whole in each file. Where a rank needs exactly what a file holds, the memory-mapped tensor
+becomes the weight itself and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint.params import read_params
+from llama.checkpoint.quantized import QuantizedShards
+from llama.checkpoint.source import (
+    Checkpoint,
+    TensorSource,
+    check_float,
+    check_names,
+    read_shard,
+    whole_parts,
+)
+from llama.errors import ArgumentError, CheckpointError
+from llama.model import ModelArgs
+from llama.parallel import Span
+from llama.tokenizer import DialogFormat, SentencePieceTokenizer, TextTokenizer, Tokenizer
+from llama.tokenizer.chat_format import chat_format
+
+
+def find_shards(ckpt_dir: Path) -> list[Path]:
+    """The checkpoint's files in order. Raises FileNotFoundError where there are none, or one lacks."""
+    found = {
+        int(m[1]): path
+        for path in ckpt_dir.iterdir()
+        if (m := re.fullmatch(r"consolidated\.(\d+)\.pth", path.name))
+    }
+    if not found:
+        raise FileNotFoundError(f"no consolidated.*.pth in {ckpt_dir}: is this a native Llama checkpoint?")
+    if missing := sorted(set(range(max(found) + 1)) - found.keys()):
+        raise FileNotFoundError(
+            f"{ckpt_dir} has {len(found)} shards up to {found[max(found)].name}, but consolidated."
+            f"{missing[0]:02d}.pth is missing; download it again"
+        )
+    return [found[i] for i in sorted(found)]
+
+
+def open_native(
+    ckpt_dir: Path, tokenizer: TextTokenizer, formatter: DialogFormat | None = None
+) -> Checkpoint:
+    """A native checkpoint, its generation told by its files.
+
+    formatter: of dialogs, where something tells it better than the generation.
+    Raises FileNotFoundError where a file lacks, CheckpointError where they do not belong together.
+    """
+    params = read_params(ckpt_dir)
+    shards = find_shards(ckpt_dir)
+    if params.get("vocab_size", -1) == -1:  # LLaMA 1 and 2 leave it to the tokenizer
+        params["vocab_size"] = tokenizer.n_words
+    if params["vocab_size"] != tokenizer.n_words:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.n_words} tokens, but {ckpt_dir / 'params.json'} says "
+            f"vocab_size={params['vocab_size']}: is it the tokenizer.model of this checkpoint?"
+        )
+    quantization = params.pop("quantization", None)
+    read = QuantizedShards if quantization else NativeShards
+    weights: TensorSource = read(shards, ModelArgs(**params))
+    family, context, chat = recognize(params, weights, tokenizer)
+    return Checkpoint(
+        path=ckpt_dir,
+        kind="native",
+        family=family,
+        params=params,
+        weights=weights,
+        tokenizer=tokenizer,
+        formatter=formatter or chat_format(tokenizer, chat),
+        context=context,
+        files=len(shards),
+        quantization=quantization,
+    )
+
+
+def recognize(
+    params: Mapping[str, Any], weights: TensorSource, tokenizer: TextTokenizer
+) -> tuple[str, int | None, str]:
+    """Family, context and chat format of a native checkpoint, as its files tell them.
+
+    Base and chat models of a generation have the same files, but for the numbers in them. What
+    `format.json` says goes before what is seen in the weights.
+    """
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        # LLaMA 1 came in fp16 and Llama 2 in bf16. Of LLaMA 1, 65B alone has the later norm_eps, and
+        # is told from Llama 2 70B by its key heads.
+        first = weights.dtype == torch.float16 and (
+            params.get("norm_eps") == 1e-6
+            or (params["dim"] == 8192 and params.get("n_kv_heads") in (None, params["n_heads"]))
+        )
+        return ("LLaMA", 2048, "none") if first else ("Llama 2", 4096, tokenizer.chat_format)
+    if not isinstance(tokenizer, Tokenizer):
+        return "Llama architecture", getattr(tokenizer, "context", None), tokenizer.chat_format
+    if "<|start_header_id|>" not in tokenizer.special_tokens:
+        return "Llama architecture", tokenizer.layout.context, tokenizer.chat_format
+    # The headers' embeddings of base models were left as they were initialised, at zero.
+    header = tokenizer.special_tokens["<|start_header_id|>"]
+    rows = [weights.read("tok_embeddings.weight", 0, (i, i + 1)).float().norm().item() for i in (0, header)]
+    chat = "none" if rows[0] > 1e-6 and rows[1] < 1e-9 else tokenizer.chat_format
+    if not params.get("use_scaled_rope"):
+        return "Llama 3", tokenizer.layout.context or 8192, chat
+    small = ModelArgs(**params).rope_scaling_factor == 32
+    return "Llama 3.2" if small else "Llama 3.1 or 3.3", tokenizer.layout.context or 131072, chat
+
+
+class NativeShards:
+    """The weights of native shards, as a `TensorSource`.
+
+    Every file is opened at once, which costs nothing while it is only mapped, so that any fault is
+    found. Raises CheckpointError where a tensor is missing, unknown or of another shape than the model's.
+    """
+
+    def __init__(self, paths: Sequence[Path], args: ModelArgs) -> None:
+        self.paths = paths
+        self.head_dim = args.head_dim
+        parts = whole_parts(args)
+        self._mapped = {path: read_shard(path) for path in paths}
+        first = self._mapped[paths[0]]
+        if "output.weight" not in first:
+            del parts["output.weight"]
+        self.parts = parts
+        for path, tensors in self._mapped.items():
+            self._check(path, tensors)
+        self.dtype = first["tok_embeddings.weight"].dtype
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: part.shape for name, part in self.parts.items()}
+
+    def read(self, name: str, dim: int = 0, span: Span | None = None) -> Tensor:
+        part, first = self.parts[name], self._tensors(0)[name]
+        file_dim, copies = self.cut(name, first.shape)
+        start, stop = span or (0, part.shape[dim])
+        if file_dim is None:
+            return first.narrow(dim, start, stop - start)
+        width = first.shape[file_dim]
+        if file_dim != dim:
+            low, high = 0, part.shape[file_dim]
+        else:
+            low, high = start, stop
+        pieces = []
+        for number in range(low // width, -(-high // width)):
+            piece = self._tensors(number * copies)[name]
+            at = number * width
+            begin, end = max(low, at) - at, min(high, at + width) - at
+            piece = piece.narrow(file_dim, begin, end - begin)
+            pieces.append(piece if file_dim == dim else piece.narrow(dim, start, stop - start))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, file_dim)
+
+    def release(self) -> None:
+        self._mapped = {}
+
+    def cut(self, name: str, shape: Sequence[int]) -> tuple[int | None, int]:
+        """The dimension that files are cut along, None where they are not, and how many hold the same.
+
+        Raises ValueError where this is not the shape of such a part.
+        """
+        part, count = self.parts[name], len(self.paths)
+        if part.dim is None and tuple(shape) == part.shape:
+            return None, 1
+        # LLaMA 1 and 2 cut the embeddings along the other dimension than Llama 3.
+        for dim in (part.dim, 1 if name == "tok_embeddings.weight" else None):
+            if dim is None or part.shape[dim] % count:
+                continue
+            if tuple(shape) == part.resized(dim, part.shape[dim] // count):
+                return dim, 1
+        if re.search(r"attention\.w[kv]\.", name) and tuple(shape) == part.resized(0, self.head_dim):
+            # Of more files than key heads, each has one: 0, 0, 1, 1, …
+            copies, rest = divmod(count * self.head_dim, part.shape[0])
+            if rest == 0:
+                return 0, copies
+        belongs = f"{part.shape}" if part.dim is None else f"one of {count} parts of {part.shape}"
+        found = f"has the shape {tuple(shape)}, where by params.json {belongs} belongs"
+        whole = [n // m for n, m in zip(part.shape, shape, strict=False) if n != m and m and n % m == 0]
+        hint = (
+            f"is a shard missing? This looks like one of {whole[0]}"
+            if whole
+            else "do all files belong to one model?"
+        )
+        raise ArgumentError(f"{found}; {hint}")
+
+    def _check(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        check_names(path, tensors, self.parts)
+        for name in self.parts:
+            tensor = tensors[name]
+            check_float(path, name, tensor)
+            try:
+                cut = self.cut(name, tensor.shape)
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {name} {error}") from None
+            if cut != self.cut(name, self._mapped[self.paths[0]][name].shape):
+                raise CheckpointError(
+                    f"{path}: {name} is cut along another dimension than in {self.paths[0].name}; "
+                    "do all files belong to one model?"
+                )
+
+    def _tensors(self, number: int) -> Mapping[str, Tensor]:
+        path = self.paths[number]
+        if path not in self._mapped:
+            self._mapped[path] = read_shard(path)
+        return self._mapped[path]

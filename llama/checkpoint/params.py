@@ -1,0 +1,51 @@
+"""A checkpoint's `params.json`: the arguments of `ModelArgs`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from llama.errors import CheckpointError
+from llama.model import ModelArgs
+from llama.quantization import QUANTIZATIONS
+
+
+def read_params(ckpt_dir: Path) -> dict[str, Any]:
+    """The `params.json` of a checkpoint: arguments for `ModelArgs`, and perhaps `quantization`.
+
+    Raises FileNotFoundError where there is none, CheckpointError where it is not a model's.
+    """
+    if not ckpt_dir.is_dir():
+        raise FileNotFoundError(f"no folder {ckpt_dir}: give the path of a downloaded checkpoint as ckpt_dir")
+    path = ckpt_dir / "params.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no params.json in {ckpt_dir}: is this a folder with a native Llama checkpoint?"
+        )
+    try:
+        params = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from None
+    if not isinstance(params, dict) or not {"dim", "n_layers", "n_heads"} <= params.keys():
+        raise CheckpointError(f"{path} lacks dim, n_layers or n_heads; download it again")
+    known = {field.name for field in fields(ModelArgs)}
+    if unknown := sorted(params.keys() - known - {"quantization"}):
+        raise CheckpointError(f"{path} has {', '.join(unknown)}, which this model does not implement")
+    if params.get("quantization", "int8") not in QUANTIZATIONS:
+        raise CheckpointError(
+            f"{path} has quantization={params['quantization']!r}; {' and '.join(QUANTIZATIONS)} can be loaded"
+        )
+    # LLaMA 1 and 2 came before the key, with the original paper's theta.
+    return {"rope_theta": 10000.0, **params}
+
+
+def feed_forward(dim: int, hidden_dim: int) -> dict[str, Any]:
+    """`multiple_of` and `ffn_dim_multiplier` that make `ModelArgs.hidden_dim` come out as given."""
+    plain = int(2 * 4 * dim / 3)
+    for multiple_of in (256, 1024, 4096):
+        if multiple_of * -(-plain // multiple_of) == hidden_dim:
+            return {"multiple_of": multiple_of}
+    # Half a unit more than needed, because the product is rounded down.
+    return {"multiple_of": 1, "ffn_dim_multiplier": (hidden_dim + 0.5) / plain}

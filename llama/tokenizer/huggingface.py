@@ -1,0 +1,151 @@
+"""Hugging Face's `tokenizer.json`, behind the surface of this package's tokenizers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llama.errors import ArgumentError, CheckpointError, MissingPackageError
+from llama.tokenizer.bpe import byte_alphabet
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError for something else; a file that lacks is an empty one."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object; download it again")
+    return content
+
+
+class HFTokenizer:
+    """The tokenizer of a Hugging Face folder; its attributes are those of `TextTokenizer`.
+
+    context: tokens the model was trained for, where the tokenizer's files say it.
+    """
+
+    chat_format = "none"
+    default_system = ""
+
+    def __init__(self, folder: Path, vocab_size: int = 0, eos_ids: Collection[int] = ()) -> None:
+        """vocab_size: of the model, where it has more ids than the tokenizer. eos_ids: further ids
+        that end an answer. Raises FileNotFoundError, ImportError without the tokenizers package, or
+        CheckpointError for a file that is not a tokenizer."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"no tokenizer.json in {folder}; download it again")
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise MissingPackageError(
+                "tokenizer.json needs the tokenizers package: pip install -e '.[hf]'"
+            ) from None
+        try:
+            self.model = Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises nothing narrower
+            raise CheckpointError(f"{path} is not a tokenizer: {error}") from None
+        self.folder = folder
+        self.model.no_truncation()
+        self.model.no_padding()
+        self.special_tokens: dict[str, int] = {
+            token.content: i for i, token in self.model.get_added_tokens_decoder().items() if token.special
+        }
+        self._added = {i: token.content for i, token in self.model.get_added_tokens_decoder().items()}
+        config = read_json(folder / "tokenizer_config.json")
+        generation = read_json(folder / "generation_config.json")
+        named = read_json(folder / "special_tokens_map.json") | config
+        bos_token, eos_token, pad = (
+            _token_text(named.get(f"{kind}_token")) for kind in ("bos", "eos", "pad")
+        )
+        self.n_words = max(self.model.get_vocab_size(), vocab_size)
+        begins = self.model.encode("", add_special_tokens=True).ids
+        bos = self.model.token_to_id(bos_token) if bos_token else None
+        self.bos_id: int | None = bos if config.get("add_bos_token", bos in begins[:1]) else None
+        stops = [self.model.token_to_id(eos_token)] if eos_token else []
+        listed = generation.get("eos_token_id")
+        stops += listed if isinstance(listed, list) else [listed]
+        # Models that answer in turns may end one by these, whatever their configuration names.
+        stops += [*eos_ids, *(self.special_tokens.get(text) for text in ("<|eot_id|>", "<|eom_id|>"))]
+        self.stop_tokens: list[int] = list(dict.fromkeys(i for i in stops if i is not None))
+        if not self.stop_tokens:
+            raise CheckpointError(
+                f"{folder} names no eos_token: neither tokenizer_config.json nor generation_config.json does"
+            )
+        self.eos_id = self.stop_tokens[0]
+        pad_id = self.model.token_to_id(pad) if pad else None
+        self.pad_id: int = self.eos_id if pad_id is None else pad_id
+        context = config.get("model_max_length")
+        self.context: int | None = context if isinstance(context, int) and context < 10**9 else None
+
+    def encode(self, s: str, *, bos: bool, eos: bool) -> list[int]:
+        """Ids of a text, which never becomes a special token; bos, eos: put begin and end around it."""
+        if not isinstance(s, str):
+            raise ArgumentError(f"only text can be encoded, not {type(s).__name__}")
+        begin = [self.bos_id] if bos and self.bos_id is not None else []
+        return [*begin, *self._encode(s, special=False), *([self.eos_id] if eos else [])]
+
+    def encode_rendered(self, s: str) -> list[int]:
+        """Ids of a template's output, in which the texts of special tokens become them."""
+        return self._encode(s, special=True)
+
+    def _encode(self, s: str, special: bool) -> list[int]:
+        self.model.encode_special_tokens = not special
+        valid = s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids: list[int] = self.model.encode(valid, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, t: Sequence[int]) -> str:
+        """Text of ids; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an unknown id."""
+        data = self.decode_bytes(t)
+        if not self._byte_level:
+            first = next((piece for token in t if (piece := self.model.id_to_token(token))), "")
+            data = data[1:] if first.startswith("▁") else data
+        return data.decode("utf-8", errors="replace")
+
+    def decode_bytes(self, t: Sequence[int]) -> bytes:
+        """Bytes of ids, each by itself: one token may hold a part of a character.
+
+        Ids that the model has and the tokenizer has not hold nothing. Raises ValueError for others.
+        """
+        return b"".join(self._piece(token) for token in t)
+
+    def _piece(self, token: int) -> bytes:
+        if not 0 <= token < self.n_words:
+            raise ArgumentError(f"{token} is not a token id: the vocabulary has 0 to {self.n_words - 1}")
+        if token in self._added:
+            return self._added[token].encode()
+        piece = self.model.id_to_token(token)
+        if piece is None:
+            return b""
+        if self._byte_level:
+            return bytes(self._byte_level[character] for character in piece)
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:-1], 16)])
+        return str(piece).replace("▁", " ").encode()
+
+    @cached_property
+    def _byte_level(self) -> dict[str, int]:
+        """Characters to bytes where pieces are written in the alphabet of byte-level tokenizers."""
+        decoder = json.loads(self.model.decoder.__getstate__()) if self.model.decoder else {}
+        kinds = [decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", ()))]
+        return byte_alphabet() if "ByteLevel" in kinds else {}
+
+
+def _token_text(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token

@@ -1,0 +1,99 @@
+"""The tokenizer of LLaMA 1 and 2, by sentencepiece."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from llama.errors import ArgumentError, MissingPackageError
+
+
+class SentencePieceTokenizer:
+    """The tokenizer of LLaMA 1 and 2, by sentencepiece; its attributes are those of `TextTokenizer`.
+
+    pad_id is -1: these models were trained without padding.
+    """
+
+    chat_format = "llama2"
+    default_system = ""
+
+    def __init__(self, model: str | os.PathLike[str] | bytes) -> None:
+        """model: a sentencepiece model, or the path of one.
+
+        Raises FileNotFoundError, ImportError without the sentencepiece package, or ValueError for
+        something else than a model.
+        """
+        try:
+            import sentencepiece
+        except ImportError:
+            raise MissingPackageError(
+                "the tokenizer of LLaMA 1 and 2 needs the sentencepiece package: pip install sentencepiece"
+            ) from None
+        if not isinstance(model, bytes):
+            path = Path(model)
+            if not path.is_file():
+                raise FileNotFoundError(f"no tokenizer at {path}: give the path of a tokenizer.model")
+            model = path.read_bytes()
+            if (beside := path.with_name("format.json")).is_file():
+                try:
+                    self.chat_format = json.loads(beside.read_text("utf-8"))["chat_format"]
+                except (ValueError, TypeError, KeyError):
+                    raise ArgumentError(f"{beside} does not name a chat_format") from None
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise ArgumentError("the tokenizer is not a sentencepiece model; is it whole?") from None
+        self.proto = model
+        self.n_words: int = self.model.vocab_size()
+        self.bos_id: int | None = self.model.bos_id() if self.model.bos_id() >= 0 else None
+        self.eos_id: int = self.model.eos_id()
+        self.pad_id: int = self.model.pad_id()
+        self.stop_tokens = [self.eos_id]
+        self.special_tokens = {
+            self.model.id_to_piece(i): i for i in range(self.n_words) if self.model.is_control(i)
+        }
+
+    def encode(self, s: str, *, bos: bool, eos: bool) -> list[int]:
+        """Ids of a text, which never becomes a control token; bos, eos: put begin and end around it."""
+        if not isinstance(s, str):
+            raise ArgumentError(f"only text can be encoded, not {type(s).__name__}")
+        # sentencepiece wants UTF-8, which lone surrogates have not.
+        ids = self.model.encode(s.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        begin = [self.bos_id] if bos and self.bos_id is not None else []
+        return [*begin, *ids, *([self.eos_id] if eos else [])]
+
+    def decode(self, t: Sequence[int]) -> str:
+        """Text of ids, without the space that sentencepiece puts before a text's first word."""
+        data = self.decode_bytes(t)
+        first = next((token for token in t if not self.model.is_control(token)), None)
+        if first is not None and self.model.id_to_piece(first).startswith("▁"):
+            data = data[1:]
+        return data.decode("utf-8", errors="replace")
+
+    def decode_bytes(self, t: Sequence[int]) -> bytes:
+        """Bytes of ids, each by itself: words keep the space before them, the first one too.
+
+        One token may hold a part of a character; a control token holds nothing. Raises ValueError
+        for an unknown id.
+        """
+        return b"".join(self._piece(token) for token in t)
+
+    def _piece(self, token: int) -> bytes:
+        if not 0 <= token < self.n_words:
+            raise ArgumentError(f"{token} is not a token id: the vocabulary has 0 to {self.n_words - 1}")
+        if self.model.is_control(token):
+            return b""
+        if self.model.is_unknown(token):
+            return " ⁇ ".encode()  # as sentencepiece itself writes it
+        piece = self.model.id_to_piece(token)
+        if self.model.is_byte(token):
+            return bytes([int(piece[3:-1], 16)])
+        return piece.replace("▁", " ").encode()
+
+
+def is_sentencepiece(path: Path) -> bool:
+    """Whether a file begins as a sentencepiece model does, with the piece for the unknown."""
+    with path.open("rb") as file:
+        return b"<unk>" in file.read(64)

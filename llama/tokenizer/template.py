@@ -1,0 +1,148 @@
+"""Hugging Face chat templates, rendered by jinja2 in its sandbox.
+
+The template's special tokens must reach the model as such, and those that a user typed must not. So
+a dialog whose content holds the text of one is rendered with a stand-in character, and what the
+template itself wrote is told apart by that.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import NoReturn
+
+from llama.errors import ArgumentError, CheckpointError, MissingPackageError
+from llama.tokenizer.chat_format import NoChat, check_dialog
+from llama.tokenizer.huggingface import HFTokenizer, _token_text, read_json
+from llama.tokenizer.interface import Dialog, DialogFormat, TextTokenizer
+
+
+def find_template(folder: Path, tokenizer: TextTokenizer) -> DialogFormat:
+    """The chat template of a Hugging Face folder for a tokenizer, or the refusal of models without.
+
+    A template's own file goes before the configuration, which may hold several.
+    """
+    config = read_json(folder / "tokenizer_config.json")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    if (path := folder / "chat_template.jinja").is_file():
+        template = path.read_text("utf-8")
+    if not template:
+        return NoChat(tokenizer)
+    named = read_json(folder / "special_tokens_map.json") | config
+    bos, eos = (_token_text(named.get(f"{kind}_token")) for kind in ("bos", "eos"))
+    return ChatTemplate(tokenizer, template, folder, bos, eos)
+
+
+class ChatTemplate:
+    """A Hugging Face chat template, rendered by jinja2 in its sandbox."""
+
+    roles = ("system", "user", "assistant", "tool", "ipython")
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        template: str,
+        origin: Path,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+    ) -> None:
+        """origin: named in errors. bos_token, eos_token: what the template knows by these names.
+
+        Raises ImportError without jinja2, CheckpointError for a template with a syntax error."""
+        try:
+            import jinja2
+            import jinja2.sandbox
+        except ImportError:
+            raise MissingPackageError(
+                "chat templates need the jinja2 package: pip install -e '.[hf]'"
+            ) from None
+        self.tokenizer = tokenizer
+        self.origin, self.source = origin, template
+        self.names = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+            value, ensure_ascii=False, indent=indent
+        )
+        try:
+            self.template = environment.from_string(template)
+        except jinja2.TemplateError as error:
+            raise CheckpointError(
+                f"the chat template of {self.origin} is not valid jinja2: {error}"
+            ) from None
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        """The rendered dialog with the head of the answer to come.
+
+        Raises ValueError where the template refuses the dialog, or tries to leave its sandbox.
+        """
+        check_dialog(dialog, self.roles)
+        return self._encode(dialog)
+
+    def encode_next_turn(self, content: str) -> list[int]:
+        """What the template writes between an answer and the answer to the user's next message."""
+        mark = next(chr(i) for i in range(0xF8FF, 0xE000, -1) if chr(i) not in content)
+        dialog: Dialog = [
+            {"role": "user", "content": "."},
+            {"role": "assistant", "content": mark},
+            {"role": "user", "content": content},
+        ]
+        return self._encode(dialog, mark)
+
+    def _encode(self, dialog: Dialog, after: str = "") -> list[int]:
+        """Ids of a rendered dialog, or of what stands after a mark in it."""
+        special = self.tokenizer.special_tokens
+        contents = [message["content"] for message in dialog]
+        typed = any(text in content for text in special for content in contents)
+        if isinstance(self.tokenizer, HFTokenizer) and not typed:
+            text = self._render(dialog, contents)
+            return self.tokenizer.encode_rendered(text.rpartition(after)[2] if after else text)
+        # A private character stands for the first one of each special token that a user typed.
+        used = {*"".join(contents)}
+        free = (chr(i) for i in range(0xE000, 0xF8FF) if chr(i) not in used)
+        stands_for: dict[str, str] = dict(zip(free, sorted({text[0] for text in special}), strict=False))
+        stand_in = {character: private for private, character in stands_for.items()}
+        any_special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+        hidden = [any_special.sub(lambda m: stand_in[m[0][0]] + m[0][1:], text) for text in contents]
+        text, ids, at = self._render(dialog, hidden), [], 0
+        text = text.rpartition(after)[2] if after else text
+        for match in [*any_special.finditer(text), None]:
+            piece = text[at : match.start()] if match else text[at:]
+            ordinary = "".join(stands_for.get(c, c) for c in piece)
+            ids += self.tokenizer.encode(ordinary, bos=False, eos=False) if ordinary else []
+            if match:
+                ids.append(special[match[0]])
+                at = match.end()
+        return ids
+
+    def _render(self, dialog: Dialog, contents: Sequence[str]) -> str:
+        import jinja2
+        from jinja2.exceptions import SecurityError
+
+        messages = [{**message, "content": text} for message, text in zip(dialog, contents, strict=True)]
+        try:
+            return self.template.render(
+                messages=messages,
+                add_generation_prompt=True,
+                **self.names,
+            )
+        except SecurityError as error:
+            raise ArgumentError(
+                f"the chat template of {self.origin} tries to leave its sandbox, so it was stopped: {error}"
+            ) from None
+        except (jinja2.TemplateError, TypeError, OverflowError, LookupError, ArithmeticError) as error:
+            raise ArgumentError(f"the model's chat template refuses this dialog: {error}") from None
+
+
+def _refuse(message: str) -> NoReturn:
+    import jinja2
+
+    raise jinja2.TemplateError(message)

@@ -49,6 +49,7 @@ def info(
     quantize: str | None = None,
     tokenizer_path: str | None = None,
     adapter: str | None = None,
+    max_images: int = 1,
 ) -> None:
     """Tell what a checkpoint is, and what memory it takes to run it.
 
@@ -60,10 +61,13 @@ def info(
         quantize: of the weights, int8, int4 or fp8; by default that of the files.
         tokenizer_path: of another tokenizer than the checkpoint's own.
         adapter: a folder with a LoRA adapter in PEFT's format.
+        max_images: images of the cache per sequence, where the model sees.
     """
     from llama.cli.info import describe
 
-    print(describe(ckpt_dir, max_seq_len, max_batch_size, dtype, quantize, tokenizer_path, adapter))
+    print(
+        describe(ckpt_dir, max_seq_len, max_batch_size, dtype, quantize, tokenizer_path, adapter, max_images)
+    )
 
 
 if __name__ == "__main__":

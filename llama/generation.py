@@ -16,11 +16,12 @@ from llama.engine import Engine
 from llama.engine.static import check_compile
 from llama.errors import ArgumentError
 from llama.loading import check_quantize, load, scheme_of, warm_up
-from llama.model import ModelArgs, Transformer
+from llama.model import Transformer
 from llama.sampling import SamplingParams, derive_seed
 from llama.streaming import Answer, StreamEvent, collect, stream
 from llama.tokenizer import Dialog, DialogFormat, Message, TextTokenizer
 from llama.tokenizer.chat_format import chat_format
+from llama.vision import make_args, text_params
 
 StrPath = str | os.PathLike[str]
 T = TypeVar("T")
@@ -80,6 +81,8 @@ class Llama:
         batch_invariant: bool = False,
         quantize: str | None = None,
         compile: bool | str = "auto",
+        vision: bool = True,
+        max_images: int = 1,
     ) -> "Llama":
         """Load a checkpoint: a native or a Hugging Face folder, or a GGUF file; local, or any URL
         that blobfile reads.
@@ -99,6 +102,8 @@ class Llama:
         what the files hold. A folder of quantized weights needs no word here.
         compile: whether to compile the model, and to decode at fixed shapes, on CUDA as a captured graph;
         "auto" does on CUDA, where it pays. Takes its time at build. Not with batch_invariant.
+        vision: of a model that sees, whether to load it so. Its image encoder loads with the first image.
+        max_images: images in one sequence, for which a cache of their own has room.
 
         Raises FileNotFoundError where a file lacks, ValueError (CheckpointError where the files are
         to blame) where they, the arguments and the ranks do not fit, MemoryError where weights and
@@ -118,7 +123,10 @@ class Llama:
                 checkpoint = open_checkpoint(ckpt_dir, tokenizer_path, adapter)
                 scheme = scheme_of(checkpoint, quantize)
                 check_quantize(scheme, device)
-                args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+                params = checkpoint.params if vision else text_params(checkpoint.params)
+                args = make_args(
+                    params, max_seq_len=max_seq_len, max_batch_size=max_batch_size, max_images=max_images
+                )
                 model = load(checkpoint, args, group, device, dtype, scheme)
             llama = Llama(
                 model,

@@ -29,6 +29,11 @@ from llama.quantization import (
     weight_bytes,
 )
 from llama.sampling import SamplingParams
+from llama.vision import VisionModel, VisionTransformer, make_model
+
+# Prefixes of the tensors of a vision model that only images need: the encoder, and all of them.
+TOWER = "vision_model."
+VISION = (TOWER, "cross_attention_layers.", "learnable_embedding.")
 
 
 def load(
@@ -45,10 +50,18 @@ def load(
     """
     start = time.perf_counter()
     with torch.device("meta"):
-        model = Transformer(args, group)
+        model = make_model(args, group)
     resident = weight_bytes(model, dtype, scheme)
     cache = math.prod(model.cache_shape()) * dtype.itemsize
     sequences = f"max_batch_size={args.max_batch_size}, max_seq_len={args.max_seq_len}"
+    skip: tuple[str, ...] = ()
+    if isinstance(model, VisionTransformer):
+        cache += math.prod(model.image_cache_shape()) * dtype.itemsize
+        sequences += f", max_images={model.params.max_images}"
+        defer_tower(model, checkpoint.weights, scheme, dtype, device)
+        skip = (TOWER,)
+    elif "vision_chunk_size" in checkpoint.params:
+        skip = VISION
     memory = total_memory(device)
     if memory is not None and resident + cache > memory:
         raise OutOfMemoryError(
@@ -67,11 +80,11 @@ def load(
             f"{checkpoint.family} model was trained for; answers beyond them degrade"
         )
     if scheme is None:
-        load_weights(model, checkpoint.weights, dtype, device)
+        load_weights(model, checkpoint.weights, dtype, device, skip=skip)
         weights = sum(weight.nbytes for weight in model.parameters())  # fewer where embeddings are tied
         pack(model)
     else:
-        load_quantized(model, checkpoint.weights, scheme, dtype, device)
+        load_quantized(model, checkpoint.weights, scheme, dtype, device, skip=skip)
         weights = resident
     share = f", {group.size} ranks" if group.size > 1 else ""
     say(
@@ -81,6 +94,31 @@ def load(
     say(f"KV cache: {gigabytes(cache)} for {sequences}")
     model.allocate_cache()
     return model
+
+
+def defer_tower(
+    model: VisionTransformer,
+    source: TensorSource,
+    scheme: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Let a vision model load its image encoder with the first image, and not before."""
+    tower = model.vision_model
+    del model.vision_model
+
+    @torch.inference_mode(False)
+    def load_tower() -> None:
+        with model.parallel.together():
+            if scheme is None:
+                load_weights(tower, source, dtype, device, prefix=TOWER)
+                pack(tower)
+            else:
+                load_quantized(tower, source, scheme, dtype, device, prefix=TOWER)
+        source.release()
+        model.vision_model = tower
+
+    model.load_tower = load_tower
 
 
 def warm_up(engine: Engine, required: bool) -> None:
@@ -150,7 +188,14 @@ def scheme_of(checkpoint: Checkpoint, scheme: str | None) -> str | None:
 
 
 def load_quantized(
-    model: Transformer, source: TensorSource, scheme: str, dtype: torch.dtype, device: torch.device
+    model: Transformer | VisionModel,
+    source: TensorSource,
+    scheme: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    prefix: str = "",
+    skip: tuple[str, ...] = (),
 ) -> None:
     """Fill a model that was built on the meta device; of its linears only quantized weights are ever held.
 
@@ -159,10 +204,9 @@ def load_quantized(
     """
     linears = {name for _, _, parts in matrices(model) for name in parts}
     # Mapped files are let go of often: what was read of them would look like memory in use.
-    with RankReader(model, source, release_after=2**28) as reader:
-        quantizer = Quantizer(
-            scheme, model.params.dim, source.read, turns=scheme == "int8" and device.type == "cpu"
-        )
+    with RankReader(model, source, 2**28, prefix=prefix, skip=skip) as reader:
+        turns = scheme == "int8" and device.type == "cpu" and isinstance(model, Transformer)
+        quantizer = Quantizer(scheme, model.params.dim, source.read, turns)
         kept = {}
         for name in [name for name in reader.parts if name not in linears]:
             weight = reader.read(name)
@@ -203,7 +247,7 @@ def _stored_part(reader: RankReader, source: QuantizedShards, name: str) -> Stor
     """What a folder of quantized weights has of this rank's part; None where a border cuts a group."""
     part = reader.parts[name]
     assert part.dim is not None
-    pieces = [source.stored(name, part.dim, span) for span in part.spans]
+    pieces = [source.stored(reader.prefix + name, part.dim, span) for span in part.spans]
     whole = [piece for piece in pieces if piece is not None]
     if len(whole) < len(pieces):
         return None
@@ -223,7 +267,10 @@ def quantize(model: Transformer, scheme: str) -> None:
 
 
 def _replace(
-    model: Transformer, scheme: str, read: Callable[[str, bool], Stored], dtype: torch.dtype | None = None
+    model: torch.nn.Module,
+    scheme: str,
+    read: Callable[[str, bool], Stored],
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Give every linear of a model the backend of its stored weight, and take its plain one away.
 

@@ -16,6 +16,7 @@ turned weights from a folder serve as well, for the model they make is the same.
 """
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,13 +41,18 @@ LARGE = 4096  # dim from which on w2 too has 4 bits: what a small model loses by
 # stay in a core's cache.
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 SEARCHED = 2**18
+# Linears that write to the residual stream (all others read it), norms that read it, and linears whose
+# input has passed no norm: the end of a feed-forward, and the projection of image features.
+WRITERS = ("wo.weight", "w2.weight")
+GAINS = ("attention_norm.weight", "ffn_norm.weight")  # besides the last one, norm.weight
+UNNORMED = ("w2", "c_proj", "vision_projection")
 
 
 def backend(name: str, stored: Stored) -> Callable[[Tensor], Tensor]:
     """The operator of an x86 CPU for a matrix as it is stored."""
     if len(stored) == 3:
         return Int4((unpacked(stored[0]).to(torch.int32), *stored[1:]))
-    return Int8((stored[0], stored[1]), split=name.endswith("w2"))
+    return Int8((stored[0], stored[1]), split=name.endswith(UNNORMED))
 
 
 def four_bits(model: torch.nn.Module, scheme: str) -> set[str]:
@@ -58,6 +64,11 @@ def four_bits(model: torch.nn.Module, scheme: str) -> set[str]:
         if takes_int4(name, whole):
             found |= parts.keys()
     return found
+
+
+def reads_images(name: str) -> bool:
+    """Whether a weight reads pixels or features of images, in a vision model, not the residual stream."""
+    return re.match(r"vision_model\.|cross_attention_layers\.\d+\.attention\.w[kv]\.", name) is not None
 
 
 class Quantizer:
@@ -79,8 +90,7 @@ class Quantizer:
             values, scales, zeros = int4_groups(weight)
             pairs = values.to(torch.uint8)
             return pairs[:, ::2] | pairs[:, 1::2] << 4, scales, zeros
-        if self.rotation is not None and name.endswith(("wo.weight", "w2.weight")):
-            # These write to the residual stream, all others read it.
+        if self.rotation is not None and name.endswith(WRITERS) and not reads_images(name):
             parts = [self.rotation(part.T.contiguous().float()).T for part in weight.split(TURNED, 1)]
             weight = torch.cat(parts, 1)
             del parts
@@ -89,7 +99,7 @@ class Quantizer:
         return tuple(map(torch.cat, zip(*quantized, strict=True)))
 
     def _turned(self, name: str, rows: Tensor) -> Tensor:
-        if self.rotation is None or name.endswith(("wo.weight", "w2.weight")):
+        if self.rotation is None or name.endswith(WRITERS) or reads_images(name):
             return rows
         layer, _, part = name.removesuffix(".weight").rpartition(".")[0].rpartition(".")
         gain = {"": "norm", "attention": f"{layer}.attention_norm", "feed_forward": f"{layer}.ffn_norm"}[part]
@@ -100,15 +110,17 @@ class Quantizer:
         return self.scheme == "int4" and name == EMBEDDINGS
 
     def other(self, name: str, weight: Tensor) -> Tensor:
-        """Embeddings or the gain of a norm, in the dtype that they have; itself where nothing changes."""
+        """What belongs to no linear, in the dtype that it has; itself where nothing changes."""
         if self.narrows(name):
             values, scales = self.matrix(name, weight, False)
             return widened(values, scales, weight.dtype)
         if self.rotation is None:
             return weight
-        if name != EMBEDDINGS:
-            # Its gain, which differs from channel to channel, went into the weights that follow.
+        if name == "norm.weight" or name.endswith(GAINS):
+            # It differs from channel to channel, and went into the weights that follow.
             return torch.ones_like(weight)
+        if name not in (EMBEDDINGS, "learnable_embedding.weight"):
+            return weight
         turned = torch.empty_like(weight)
         for rows, to in zip(weight.split(4096), turned.split(4096), strict=True):
             to.copy_(self.rotation(rows.float()))

@@ -8,10 +8,10 @@ they are tried first, and where they are missing nothing changes.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama.model import Transformer
-from llama.parallel import Joined, matrices
+from llama.parallel import Joined, Linear, matrices
 
 
 class Packed:
@@ -36,17 +36,19 @@ def can_pack(weight: Tensor) -> bool:
         return False
 
 
-def pack(model: Transformer) -> None:
+def pack(model: nn.Module) -> None:
     """Lay out every linear of a loaded model for its kernels: packed on a CPU where that is possible; on
     other devices, whatever reads the same input as one matrix."""
-    if model.device.type not in ("cpu", "meta"):
+    weight = next(module.weight for module in model.modules() if isinstance(module, Linear))
+    if weight.device.type not in ("cpu", "meta"):
         for module in model.modules():
             if isinstance(module, Joined):
                 module.join()
-    if can_pack(model.output.weight):
+    if can_pack(weight):
         replace_weights(model, lambda _, weight: Packed(weight))
-        # oneDNN 3.12 takes 1.3 times as long for one to three rows as for four.
-        model.least_rows = 4
+        if isinstance(model, Transformer):
+            # oneDNN 3.12 takes 1.3 times as long for one to three rows as for four.
+            model.least_rows = 4
 
 
 def replace_weights(

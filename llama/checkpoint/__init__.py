@@ -10,7 +10,7 @@ from llama.checkpoint.native import open_native
 from llama.checkpoint.params import read_params
 from llama.checkpoint.source import Checkpoint, find_tokenizer
 from llama.errors import ArgumentError, CheckpointError
-from llama.model import ModelArgs
+from llama.vision import make_args
 
 StrPath = str | os.PathLike[str]
 
@@ -38,7 +38,7 @@ def open_checkpoint(
             )
         from llama.checkpoint.lora import Adapted
 
-        adapted = Adapted(checkpoint.weights, local_path(adapter), ModelArgs(**checkpoint.params))
+        adapted = Adapted(checkpoint.weights, local_path(adapter), make_args(checkpoint.params))
         checkpoint = replace(checkpoint, weights=adapted)
     return checkpoint
 
@@ -57,9 +57,9 @@ def _open(path: Path, tokenizer_path: Path | None) -> Checkpoint:
         from llama.checkpoint.gguf import open_gguf
 
         return open_gguf(path, tokenizer_path)
-    if not any(path.glob("consolidated.*.pth")) and len(files := list(path.glob("*.gguf"))) == 1:
+    if not any(path.glob("consolidated*.pth")) and len(files := list(path.glob("*.gguf"))) == 1:
         return _open(files[0], tokenizer_path)
-    native = any(path.glob("consolidated.*.pth"))
+    native = any(path.glob("consolidated*.pth"))
     hugging_face = (path / "config.json").is_file() or any(path.glob("*.safetensors"))
     if native and hugging_face:
         raise CheckpointError(
@@ -68,8 +68,11 @@ def _open(path: Path, tokenizer_path: Path | None) -> Checkpoint:
         )
     if hugging_face:
         from llama.checkpoint.huggingface import open_huggingface
+        from llama.checkpoint.mllama import open_mllama
+        from llama.tokenizer.huggingface import read_json
 
-        return open_huggingface(path, tokenizer_path)
+        mllama = read_json(path / "config.json").get("model_type") == "mllama"
+        return (open_mllama if mllama else open_huggingface)(path, tokenizer_path)
     params, tokenizer = read_params(path), None
     if (path / "tokenizer_config.json").is_file():
         from llama.tokenizer.huggingface import HFTokenizer

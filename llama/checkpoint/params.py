@@ -10,6 +10,7 @@ from typing import Any
 from llama.errors import CheckpointError
 from llama.model import ModelArgs
 from llama.quantization import QUANTIZATIONS
+from llama.vision import VisionArgs
 
 
 def read_params(ckpt_dir: Path) -> dict[str, Any]:
@@ -28,9 +29,12 @@ def read_params(ckpt_dir: Path) -> dict[str, Any]:
         params = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); download it again") from None
+    if isinstance(params, dict) and isinstance(params.get("model"), dict):
+        params = params["model"]  # as some vision models have it
     if not isinstance(params, dict) or not {"dim", "n_layers", "n_heads"} <= params.keys():
         raise CheckpointError(f"{path} lacks dim, n_layers or n_heads; download it again")
-    known = {field.name for field in fields(ModelArgs)}
+    kind = VisionArgs if "vision_chunk_size" in params else ModelArgs
+    known = {field.name for field in fields(kind)}
     if unknown := sorted(params.keys() - known - {"quantization"}):
         raise CheckpointError(f"{path} has {', '.join(unknown)}, which this model does not implement")
     if params.get("quantization", "int8") not in QUANTIZATIONS:

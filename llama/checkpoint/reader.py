@@ -8,21 +8,39 @@ from tqdm import tqdm
 
 from llama.checkpoint.source import OUTPUT, RELEASE_AFTER, Part, TensorSource, check_shapes
 from llama.model import Transformer
+from llama.vision import VisionModel
 
 
 class RankReader:
     """This rank's parts of a source's tensors, by name, with a bar to watch.
 
-    release_after: bytes copied from mapped files before they are let go of.
+    model: or a part of one, whose tensors' names the source has with a prefix
+    release_after: bytes copied from mapped files before they are let go of
+    prefix: of the source's names, that are to be read
+    skip: prefixes of names that are of no part of the model
+
     Where the source has no `output.weight`, the embeddings serve as output too.
     Raises CheckpointError where a tensor is missing, unknown or of another shape than the model's.
     """
 
-    def __init__(self, model: Transformer, source: TensorSource, release_after: int = RELEASE_AFTER) -> None:
+    def __init__(
+        self,
+        model: Transformer | VisionModel,
+        source: TensorSource,
+        release_after: int = RELEASE_AFTER,
+        *,
+        prefix: str = "",
+        skip: tuple[str, ...] = (),
+    ) -> None:
         self.parts = {name: Part.of(model, name) for name, _ in model.named_parameters()}
-        self.tied = "output.weight" not in source.shapes
-        check_shapes(source.shapes, {n: p for n, p in self.parts.items() if not self.tied or n != OUTPUT})
-        self.source, self._release_after = source, release_after
+        shapes = {
+            name.removeprefix(prefix): shape
+            for name, shape in source.shapes.items()
+            if name.startswith(prefix) and not name.startswith(skip)
+        }
+        self.tied = OUTPUT in self.parts and OUTPUT not in shapes
+        check_shapes(shapes, {n: p for n, p in self.parts.items() if not self.tied or n != OUTPUT})
+        self.source, self.prefix, self._release_after = source, prefix, release_after
         self._unreleased = 0
         total = sum(weight.numel() for weight in model.parameters())
         quiet = True if model.parallel.rank else None  # None: tqdm looks whether anybody watches
@@ -39,7 +57,7 @@ class RankReader:
     def read(self, name: str) -> Tensor:
         """A part; mapped from the file where it can be."""
         part = self.parts[name]
-        stored = "tok_embeddings.weight" if self.tied and name == OUTPUT else name
+        stored = "tok_embeddings.weight" if self.tied and name == OUTPUT else self.prefix + name
         if part.dim is None:
             return self.source.read(stored)
         pieces = [self.source.read(stored, part.dim, span) for span in part.spans]
@@ -54,14 +72,23 @@ class RankReader:
             self._unreleased = 0
 
 
-def load_weights(model: Transformer, source: TensorSource, dtype: torch.dtype, device: torch.device) -> None:
+def load_weights(
+    model: Transformer | VisionModel,
+    source: TensorSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    prefix: str = "",
+    skip: tuple[str, ...] = (),
+) -> None:
     """Fill a model that was built on the meta device with this rank's part of every tensor.
 
+    prefix, skip: see `RankReader`
     Where the source has no `output.weight`, the embeddings serve as output too.
     Raises CheckpointError where a tensor is missing, unknown or of another shape than the model's.
     """
     loaded: dict[str, Tensor] = {}
-    with RankReader(model, source) as reader:
+    with RankReader(model, source, prefix=prefix, skip=skip) as reader:
         for name in reader.parts:
             if reader.tied and name == OUTPUT:
                 continue
@@ -69,7 +96,8 @@ def load_weights(model: Transformer, source: TensorSource, dtype: torch.dtype, d
             # No copy where nothing changes.
             loaded[name] = weight.to(device, dtype).contiguous()
             reader.done(weight.numel(), weight.nbytes if loaded[name] is not weight else 0)
-    loaded.setdefault(OUTPUT, loaded["tok_embeddings.weight"])
-    model.load_state_dict(loaded, strict=True, assign=True)
     if reader.tied:
+        loaded[OUTPUT] = loaded["tok_embeddings.weight"]
+    model.load_state_dict(loaded, strict=True, assign=True)
+    if reader.tied and isinstance(model, Transformer):
         model.output.weight = model.tok_embeddings.weight

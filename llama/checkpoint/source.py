@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama.errors import CheckpointError
-from llama.model import ModelArgs, Transformer
+from llama.model import ModelArgs
 from llama.parallel import ModelParallel, Sharded, Span
 from llama.tokenizer import DialogFormat, TextTokenizer, load_tokenizer
+from llama.vision import make_model
 
 EMBEDDINGS = "tok_embeddings.weight"
 
@@ -86,11 +87,12 @@ class Part:
     spans: list[Span]
 
     @staticmethod
-    def of(model: Transformer, name: str) -> Part:
+    def of(model: nn.Module, name: str) -> Part:
         layer = model.get_submodule(name.rpartition(".")[0])
-        if not isinstance(layer, Sharded):
+        bias = name.endswith(".bias")
+        if not isinstance(layer, Sharded) or (bias and layer.dim == 1):
             return Part(tuple(model.get_parameter(name).shape), None, [])
-        return Part(layer.shape, layer.dim, layer.spans)
+        return Part(layer.shape[:1] if bias else layer.shape, layer.dim, layer.spans)
 
     def resized(self, dim: int, length: int) -> tuple[int, ...]:
         return (*self.shape[:dim], length, *self.shape[dim + 1 :])
@@ -99,7 +101,7 @@ class Part:
 def whole_parts(args: ModelArgs) -> dict[str, Part]:
     """Every tensor of a model on one rank, by its native name."""
     with torch.device("meta"):
-        model = Transformer(args, ModelParallel())
+        model = make_model(args, ModelParallel())
     return {name: Part.of(model, name) for name, _ in model.named_parameters()}
 
 

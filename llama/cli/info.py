@@ -10,11 +10,12 @@ from llama.checkpoint import StrPath, open_checkpoint
 from llama.device import gigabytes, parse_dtype
 from llama.errors import ArgumentError
 from llama.loading import scheme_of
-from llama.model import ModelArgs, Transformer
+from llama.model import ModelArgs
 from llama.parallel import ModelParallel
 from llama.quantization import SCHEMES, weight_bytes
 from llama.tokenizer import DialogFormat, SentencePieceTokenizer, TextTokenizer, Tokenizer
 from llama.tokenizer.chat_format import ChatFormat, ChatML, Llama2Chat, NoChat
+from llama.vision import VisionArgs, VisionTransformer, make_args, make_model
 
 
 def describe(
@@ -25,11 +26,13 @@ def describe(
     quantize: str | None = None,
     tokenizer_path: StrPath | None = None,
     adapter: StrPath | None = None,
+    max_images: int = 1,
 ) -> str:
     """A checkpoint's family, shapes, files and tokenizer, and the memory it takes, as lines of text.
 
     max_seq_len, max_batch_size: of the KV cache. dtype: weights and cache are loaded in, by default
-    the files' own. quantize: of the weights, "int8", "int4" or "fp8"; by default as the files have them.
+    the files' own. max_images: of a sequence, that the cache of a vision model has room for.
+    quantize: of the weights, "int8", "int4" or "fp8"; by default as the files have them.
     Raises ValueError for other arguments, and what `open_checkpoint` raises.
     """
     if quantize is not None and quantize not in SCHEMES:
@@ -41,7 +44,9 @@ def describe(
     if checkpoint.quantization:
         kinds = f"weights {checkpoint.quantization}, others {kinds}"
     loaded = parse_dtype(dtype) if dtype is not None else stored
-    args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    args = make_args(
+        checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size, max_images=max_images
+    )
     tied = "output.weight" not in checkpoint.weights.shapes
     parameters = sum(prod(shape) for shape in checkpoint.weights.shapes.values())
     scaling = f", scaled by {args.rope_scaling_factor:g}" if args.use_scaled_rope else ""
@@ -59,10 +64,13 @@ def describe(
         ("context", context),
         ("world sizes", ", ".join(map(str, world_sizes(args)))),
     ]
+    if isinstance(args, VisionArgs):
+        rows[5:5] = describe_vision(args)
     lines = [f"{name:<12} {value}" for name, value in rows]
     how = str(loaded).removeprefix("torch.") + (f", weights {quantize}" if quantize else "")
     lines.append(
-        f"\nMemory per rank in {how}, at max_seq_len {max_seq_len}, max_batch_size {max_batch_size}:"
+        f"\nMemory per rank in {how}, at max_seq_len {max_seq_len}, max_batch_size {max_batch_size}"
+        + (f", max_images {max_images}:" if isinstance(args, VisionArgs) else ":")
     )
     lines.append(f"{'ranks':>7} {'weights':>12} {'KV cache':>12} {'together':>12}")
     for size in world_sizes(args):
@@ -82,11 +90,23 @@ def memory(
 ) -> tuple[int, int]:
     """Bytes of weights and of KV cache on the first of `size` ranks."""
     with torch.device("meta"):
-        model = Transformer(args, ModelParallel(0, size))
+        model = make_model(args, ModelParallel(0, size))
     weights = weight_bytes(model, dtype, quantize)
     if tied and not quantize:
         weights -= model.output.weight.numel() * dtype.itemsize
-    return weights, prod(model.cache_shape()) * dtype.itemsize
+    cache = prod(model.cache_shape())
+    if isinstance(model, VisionTransformer):
+        cache += prod(model.image_cache_shape())
+    return weights, cache * dtype.itemsize
+
+
+def describe_vision(args: VisionArgs) -> list[tuple[str, str]]:
+    side, layers = args.vision_chunk_size, f"{args.vision_layers} + {args.vision_global_layers} layers"
+    return [
+        ("images", f"up to {args.vision_max_num_chunks} tiles of {side} × {side} pixels"),
+        ("encoder", f"dim {args.vision_dim}, {layers}"),
+        ("cross-attn", f"before layers {', '.join(map(str, args.fusion))}"),
+    ]
 
 
 def describe_tokenizer(tokenizer: TextTokenizer) -> str:

@@ -1,8 +1,46 @@
 """Llama 3.2 Vision: pictures to tiles (`images`), tiles to vectors (`encoder`), and the model that reads
 both text and images (`transformer`)."""
 
-from llama.vision.encoder import VisionArgs
-from llama.vision.images import TiledImage, tile_image
+from collections.abc import Mapping
+from typing import Any
+
+from llama.model import ModelArgs, Transformer
+from llama.parallel import ModelParallel
+from llama.vision.encoder import VisionArgs, VisionModel
+from llama.vision.images import ImageSource, TiledImage, open_image, tile_image
 from llama.vision.transformer import PlacedImage, VisionTransformer
 
-__all__ = ["PlacedImage", "TiledImage", "VisionArgs", "VisionTransformer", "tile_image"]
+__all__ = [
+    "ImageSource",
+    "PlacedImage",
+    "TiledImage",
+    "VisionArgs",
+    "VisionModel",
+    "VisionTransformer",
+    "make_args",
+    "make_model",
+    "open_image",
+    "text_params",
+    "tile_image",
+]
+
+
+def make_args(params: Mapping[str, Any], **cache: int) -> ModelArgs:
+    """The arguments that a checkpoint's `params.json` gives, of a model that sees if it has vision keys.
+
+    cache: max_seq_len, max_batch_size, and max_images, which only such a model has
+    """
+    if "vision_chunk_size" in params:
+        return VisionArgs(**{**params, **cache})
+    cache.pop("max_images", None)
+    return ModelArgs(**{**params, **cache})
+
+
+def text_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What `params.json` says of the text model alone."""
+    return {name: value for name, value in params.items() if not name.startswith("vision_")}
+
+
+def make_model(args: ModelArgs, parallel: ModelParallel | None = None) -> Transformer:
+    """The model of these arguments, or one rank's part of it."""
+    return VisionTransformer(args, parallel) if isinstance(args, VisionArgs) else Transformer(args, parallel)

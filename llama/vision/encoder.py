@@ -275,7 +275,7 @@ class VisionModel(nn.Module):
 
     def __init__(self, args: VisionArgs, parallel: ModelParallel) -> None:
         super().__init__()
-        self.dim, self.parallel = args.dim, parallel
+        self.params, self.parallel = args, parallel
         self.vision_encoder = VisionEncoder(args, parallel)
         self.vision_projection = BiasedColumns(
             (1 + len(args.vision_taps)) * args.vision_dim, args.dim, parallel
@@ -286,4 +286,4 @@ class VisionModel(nn.Module):
         bias = self.vision_projection.bias
         pixels = image.normalized().to(bias.device, bias.dtype)
         features = self.vision_encoder(pixels, image.rows, image.columns)
-        return self.parallel.all_gather(self.vision_projection(features), self.dim)
+        return self.parallel.all_gather(self.vision_projection(features), self.params.dim)

@@ -10,13 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import tiny
+from tests.support import DEMO, ROOT, tiny
 
 # What tiny products gain by a second thread, its waking costs; on a busy machine many times over.
 torch.set_num_threads(1)
 
-ROOT = Path(__file__).parent.parent
-DEMO = "SmolLM2-135M-Instruct"
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves soaks out unless `-m` names them, and skips what needs a GPU where there is none."""
+    soaks = [item for item in items if item.get_closest_marker("soak")]
+    if soaks and "soak" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=soaks)
+        items[:] = [item for item in items if item not in soaks]
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(scope="session")

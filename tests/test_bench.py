@@ -9,7 +9,7 @@ import torch
 
 from llama.checkpoint.convert import convert
 from llama.cli.bench import bench, bytes_per_step, prefill_flops
-from tests import tiny
+from tests.support import tiny
 
 
 def test_it_prints_every_figure_and_writes_a_trace(

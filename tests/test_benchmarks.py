@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import tiny
-from tests.conftest import ROOT
+from tests.support import ROOT, tiny
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess:

@@ -16,7 +16,7 @@ from llama import Llama
 from llama.cli.chat import Chat, Conversation, Turn
 from llama.tokenizer import Tokenizer
 from llama.tokenizer.chat_format import chat_format
-from tests.small import byte_tokenizer, tiny_model, write_checkpoint
+from tests.support.tiny import byte_tokenizer, save_model, small_model
 
 pexpect = pytest.importorskip("pexpect")
 
@@ -26,7 +26,7 @@ TORCHRUN = [*PYTHON, "torch.distributed.run", "--standalone", "--nproc_per_node"
 
 def talkative_model(tokenizer, **changes):
     """A model whose answers are small letters without an end, when greedy."""
-    model = tiny_model(std=0.5, vocab_size=tokenizer.n_words, **changes)
+    model = small_model(std=0.5, vocab_size=tokenizer.n_words, **changes)
     letters = model.output.weight[ord("a") : ord("z") + 1].clone()
     model.output.weight.data.zero_()
     model.output.weight[ord("a") : ord("z") + 1] = letters
@@ -36,7 +36,7 @@ def talkative_model(tokenizer, **changes):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    write_checkpoint(folder, talkative_model(byte_tokenizer(folder)))
+    save_model(folder, talkative_model(byte_tokenizer(folder)))
     return folder
 
 

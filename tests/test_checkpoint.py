@@ -20,7 +20,7 @@ from llama.checkpoint.reader import load_weights
 from llama.checkpoint.source import read_shard
 from llama.errors import CheckpointError
 from llama.parallel import ModelParallel
-from tests import tiny
+from tests.support import tiny
 
 
 def load(

@@ -19,8 +19,8 @@ from llama import Llama
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.convert import convert
 from llama.errors import CheckpointError
-from tests import formats_fixtures as tiny
-from tests.test_lora import train
+from tests.support import formats, gguf_files
+from tests.support.lora import train
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}
 LLAMA3 = {**PARAMS, "rope_theta": 500000.0, "use_scaled_rope": True, "vocab_size": 640}
@@ -31,9 +31,9 @@ def native(
     folder: Path, kind: str, shards: int = 1, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Path, dict[str, torch.Tensor]]:
     params: dict[str, Any] = LLAMA2 if kind == "llama2" else LLAMA3
-    tokenizer = tiny.sentencepiece_model() if kind == "llama2" else tiny.tiktoken_ranks()
-    weights = tiny.random_weights(params, 400 if kind == "llama2" else 640, kind == "tied", dtype)
-    return tiny.write_native(folder, params, weights, tokenizer, shards), weights
+    tokenizer = formats.sentencepiece_model() if kind == "llama2" else formats.tiktoken_ranks()
+    weights = formats.random_weights(params, 400 if kind == "llama2" else 640, kind == "tied", dtype)
+    return formats.write_native(folder, params, weights, tokenizer, shards), weights
 
 
 def shards_of(folder: Path) -> list[dict[str, torch.Tensor]]:
@@ -65,7 +65,7 @@ def test_round_trip_by_hugging_face(kind: str, shards: int, tmp_path: Path) -> N
     llama = Llama.build(source, max_seq_len=64, max_batch_size=2, dtype="float32", device="cpu")
     again = Llama.build(hf, max_seq_len=64, max_batch_size=2, dtype="float32", device="cpu")
     tokens = torch.randint(0, len(weights["tok_embeddings.weight"]), (2, 48))
-    expected = tiny.logits_of(model, tokens)
+    expected = formats.logits_of(model, tokens)
     torch.testing.assert_close(llama.model.forward(tokens, 0), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(again.model.forward(tokens, 0), expected, atol=1e-4, rtol=0)
 
@@ -76,7 +76,7 @@ def test_tokenizer_and_template_for_transformers(kind: str, tmp_path: Path) -> N
     hf = convert(source, tmp_path / "hf", "hf")
     ours, theirs = open_checkpoint(source), AutoTokenizer.from_pretrained(hf)
     again = open_checkpoint(hf)
-    for text in tiny.random_texts(1000):
+    for text in formats.random_texts(1000):
         expected = ours.tokenizer.encode(text, bos=True, eos=False)
         assert again.tokenizer.encode(text, bos=True, eos=False) == expected
         if not any(special in text for special in ours.tokenizer.special_tokens) and "<unk>" not in text:
@@ -122,12 +122,12 @@ def test_reshard_and_back(kind: str, tmp_path: Path) -> None:
 def test_foreign_hugging_face_model_becomes_native(tmp_path: Path) -> None:
     """With a tokenizer that has no native form, and shapes that params.json can hardly say."""
     params = {**PARAMS, "rope_theta": 500000.0, "multiple_of": 4, "ffn_dim_multiplier": 0.9, "head_dim": 32}
-    model = tiny.write_hf(tmp_path / "hf", params, tiny.random_weights(params, 400))
-    theirs = tiny.hf_tokenizer(tmp_path / "hf")
+    model = formats.write_hf(tmp_path / "hf", params, formats.random_weights(params, 400))
+    theirs = formats.hf_tokenizer(tmp_path / "hf")
     folder = convert(tmp_path / "hf", tmp_path / "native", shards=2)
     llama = Llama.build(folder, max_seq_len=64, max_batch_size=1, dtype="float32", device="cpu")
     tokens = torch.randint(0, 400, (1, 32))
-    expected = tiny.logits_of(model, tokens)
+    expected = formats.logits_of(model, tokens)
     torch.testing.assert_close(llama.model.forward(tokens, 0), expected, atol=1e-4, rtol=0)
     dialog = [{"role": "user", "content": "hello"}]
     expected_ids = theirs.apply_chat_template(dialog, add_generation_prompt=True)["input_ids"]
@@ -161,13 +161,15 @@ x86 = pytest.mark.skipif(
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 @pytest.mark.parametrize("kind", ["native", "hf", "gguf"])
 def test_quantized_from_any_format(kind: str, scheme: str, tmp_path: Path) -> None:
-    weights, model = tiny.random_weights(LLAMA2, 400), tiny.sentencepiece_model()
-    source = tiny.write_native(tmp_path / "source", LLAMA2, weights, model, 2)
-    train(tmp_path / "adapter", tiny.oracle(weights, LLAMA2))
+    weights, model = formats.random_weights(LLAMA2, 400), formats.sentencepiece_model()
+    source = formats.write_native(tmp_path / "source", LLAMA2, weights, model, 2)
+    train(tmp_path / "adapter", formats.oracle(weights, LLAMA2))
     if kind == "hf":
         source = convert(source, tmp_path / "hf", "hf", shards=3)
     elif kind == "gguf":
-        source = tiny.write_gguf(tmp_path / "m.gguf", PARAMS, weights, tiny.gguf_sentencepiece(model))
+        source = gguf_files.write_gguf(
+            tmp_path / "m.gguf", PARAMS, weights, gguf_files.sentencepiece_fields(model)
+        )
     options: dict[str, Any] = {"max_seq_len": 64, "max_batch_size": 2, "dtype": "float32", "device": "cpu"}
     tokens = torch.randint(0, 400, (2, 32))
     for adapter in (None, tmp_path / "adapter"):
@@ -273,11 +275,11 @@ BIG = {"dim": 512, "n_layers": 24, "n_heads": 8, "n_kv_heads": 8, "multiple_of":
 def big_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """About 320 MB in four files."""
     folder = tmp_path_factory.mktemp("big") / "source"
-    ranks = tiny.tiktoken_ranks(0)
+    ranks = formats.tiktoken_ranks(0)
     params = {**BIG, "vocab_size": 512, "rope_theta": 500000.0}
-    weights = tiny.random_weights(params, 512)
+    weights = formats.random_weights(params, 512)
     size = sum(weight.nbytes for weight in weights.values())
-    return tiny.write_native(folder, params, weights, ranks, 4), size
+    return formats.write_native(folder, params, weights, ranks, 4), size
 
 
 MEASURE = """

@@ -17,7 +17,7 @@ from llama.engine.static import Decoder, check_compile, launch
 from llama.loading import quantize
 from llama.model import Transformer
 from llama.sampling import SamplingParams
-from tests.small import byte_tokenizer, tiny_model, write_checkpoint
+from tests.support.tiny import byte_tokenizer, save_model, small_model
 
 
 def flexible(self: Decoder, model: Transformer, init: Any = Decoder.__init__) -> None:
@@ -64,8 +64,8 @@ def prompt_of(length: int, seed: int) -> list[int]:
 @pytest.mark.parametrize("shortcut", [1024, 2], ids=["", "nuclei larger than the shortcut"])
 @pytest.mark.parametrize("slots", [1, 3, 8])
 def test_static_is_ragged(slots: int, shortcut: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    ragged = Engine(tiny_model(max_batch_size=1))
-    static = Engine(tiny_model(max_batch_size=slots), static=True)
+    ragged = Engine(small_model(max_batch_size=1))
+    static = Engine(small_model(max_batch_size=slots), static=True)
     launches = Launches(static)
     monkeypatch.setattr(decode, "NUCLEUS_SHORTCUT", shortcut)
     prompts = [prompt_of(2 + 5 * i, seed=i) for i in range(len(CASES))]
@@ -82,7 +82,7 @@ def test_static_is_ragged(slots: int, shortcut: int, monkeypatch: pytest.MonkeyP
 
 
 def test_a_step_begins_before_the_last_ones_tokens_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(tiny_model(max_batch_size=2), static=True)
+    engine = Engine(small_model(max_batch_size=2), static=True)
     calls: list[str] = []
     run, land = engine.decoder.run, decode.Flight.land  # type: ignore[union-attr]
     monkeypatch.setattr(engine.decoder, "run", lambda *args: calls.append("run") or run(*args))
@@ -93,9 +93,9 @@ def test_a_step_begins_before_the_last_ones_tokens_are_read(monkeypatch: pytest.
 
 
 def test_who_leaves_in_mid_air_leaves_the_others_as_they_were() -> None:
-    model = tiny_model(max_batch_size=3)
+    model = small_model(max_batch_size=3)
     engine = Engine(model, static=True)
-    alone = Engine(tiny_model(max_batch_size=1))
+    alone = Engine(small_model(max_batch_size=1))
     expected = alone.add([1, 2, 3], SamplingParams(temperature=0.9, seed=1, max_tokens=20))
     finish(alone, expected)
     stays = engine.add(expected.prompt, expected.params)
@@ -112,7 +112,7 @@ def test_who_leaves_in_mid_air_leaves_the_others_as_they_were() -> None:
 
 
 def test_a_stale_row_that_is_not_finite_hurts_nobody() -> None:
-    model = tiny_model(max_batch_size=1)
+    model = small_model(max_batch_size=1)
     model.tok_embeddings.weight[13] = torch.nan
     engine = Engine(model, static=True)
     params = SamplingParams(temperature=0, max_tokens=10)
@@ -126,7 +126,7 @@ def test_a_stale_row_that_is_not_finite_hurts_nobody() -> None:
 
 
 def test_slots_without_a_token_keep_their_cache() -> None:
-    model = tiny_model(max_batch_size=4)
+    model = small_model(max_batch_size=4)
     model.allocate_cache()
     model.cache.normal_(generator=torch.Generator().manual_seed(0))
     before = model.cache.clone()
@@ -137,7 +137,7 @@ def test_slots_without_a_token_keep_their_cache() -> None:
 
 
 def test_what_lies_beyond_a_position_is_not_seen() -> None:
-    model = tiny_model(max_batch_size=2)
+    model = small_model(max_batch_size=2)
     model.allocate_cache()
     model.cache.normal_(generator=torch.Generator().manual_seed(0))
     decoder = Decoder(model)
@@ -153,7 +153,7 @@ def test_what_lies_beyond_a_position_is_not_seen() -> None:
 def test_a_launch_waits_for_nothing() -> None:
     """On the meta device there are no values, so whatever wanted to read one would raise."""
     with torch.device("meta"):
-        model: Transformer = tiny_model(max_batch_size=4)
+        model: Transformer = small_model(max_batch_size=4)
     model.allocate_cache()
     decoder = Decoder(model)
     requests = {
@@ -185,7 +185,7 @@ def test_where_flex_attention_fails_the_plain_one_takes_over(monkeypatch: pytest
         raise RuntimeError("no such kernel\nand a long report")
 
     monkeypatch.setattr(decode, "flex_attention", fails)
-    engines = Engine(tiny_model(max_batch_size=2), static=True), Engine(tiny_model(max_batch_size=2))
+    engines = Engine(small_model(max_batch_size=2), static=True), Engine(small_model(max_batch_size=2))
     assert engines[0].decoder
     engines[0].decoder.flex = True
     requests = [engine.add([1, 2, 3], SamplingParams(temperature=0, max_tokens=9)) for engine in engines]
@@ -199,7 +199,7 @@ def test_where_flex_attention_fails_the_plain_one_takes_over(monkeypatch: pytest
 def test_compiled_is_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU the compiled step is the one that CUDA captures, but for the capture."""
     tokenizer = byte_tokenizer(tmp_path)
-    write_checkpoint(tmp_path, tiny_model(std=0.5, vocab_size=tokenizer.n_words))
+    save_model(tmp_path, small_model(std=0.5, vocab_size=tokenizer.n_words))
     shape = {"max_seq_len": 200, "max_batch_size": 4, "device": "cpu", "dtype": "float32"}
     eager = Llama.build(tmp_path, compile=False, **shape)
     monkeypatch.setattr(Decoder, "__init__", flexible)
@@ -221,7 +221,7 @@ def test_compiled_is_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("scheme", ["packed", "int8"])
 def test_compiled_around_operators_that_the_compiler_does_not_know(scheme: str) -> None:
     """The graph breaks there, and what was written in place before must be there after."""
-    model = tiny_model(std=0.3).bfloat16()
+    model = small_model(std=0.3).bfloat16()
     if not can_pack(model.output.weight):
         pytest.skip("this CPU or build of PyTorch has no packed bf16")
     if scheme == "packed":
@@ -237,8 +237,8 @@ def test_compiled_around_operators_that_the_compiler_does_not_know(scheme: str) 
 @pytest.mark.slow
 def test_two_ranks_compile_whole(tmp_path: Path, torchrun) -> None:
     tokenizer = byte_tokenizer(tmp_path)
-    model = tiny_model(std=0.5, vocab_size=tokenizer.n_words, max_batch_size=4)
-    write_checkpoint(tmp_path, model)
+    model = small_model(std=0.5, vocab_size=tokenizer.n_words, max_batch_size=4)
+    save_model(tmp_path, model)
     result = torchrun(2, "-m", __name__, tmp_path)
     assert result.returncode == 0, result.stderr
     answers = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]

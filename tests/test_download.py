@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_llama_server import SIGNATURE, FakeLlamaServer, md5
+from tests.support.download_server import SIGNATURE, FakeLlamaServer, md5
 
 SCRIPT = Path(__file__).parent.parent / "download.sh"
 SHARD = "consolidated.00.pth"

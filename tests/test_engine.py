@@ -10,7 +10,7 @@ from llama.engine import Engine, PromptError, Request
 from llama.engine.invariance import check_batch_invariance
 from llama.loading import quantize
 from llama.sampling import SamplingParams
-from tests.small import tiny_model
+from tests.support.tiny import small_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
@@ -38,7 +38,7 @@ def finish(engine: Engine, *requests: Request) -> None:
 
 
 def alone(prompt: list[int], params: SamplingParams, **changes) -> Request:
-    engine = Engine(tiny_model(max_batch_size=1, **changes), prefill_chunk=64)
+    engine = Engine(small_model(max_batch_size=1, **changes), prefill_chunk=64)
     request = engine.add(prompt, params)
     finish(engine, request)
     return request
@@ -54,7 +54,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 @pytest.mark.parametrize("slots", [1, 2, 7])
 def test_alone_is_together(chunk, slots):
-    engine = Engine(tiny_model(max_batch_size=slots), prefill_chunk=chunk)
+    engine = Engine(small_model(max_batch_size=slots), prefill_chunk=chunk)
     cases = []
     for seed in range(7):
         params = SamplingParams(
@@ -82,7 +82,7 @@ def test_alone_is_together(chunk, slots):
 
 
 def test_logprobs_are_those_of_one_pass_over_the_same_tokens():
-    model = tiny_model()
+    model = small_model()
     engine = Engine(model, prefill_chunk=4)
     prompt = prompt_of(9)
     request = engine.add(
@@ -90,7 +90,7 @@ def test_logprobs_are_those_of_one_pass_over_the_same_tokens():
     )
     finish(engine, request)
     tokens = torch.tensor([[*prompt, *request.tokens]])
-    expected = tiny_model()(tokens, 0)[0].log_softmax(-1)[:-1].gather(1, tokens[0, 1:, None])[:, 0]
+    expected = small_model()(tokens, 0)[0].log_softmax(-1)[:-1].gather(1, tokens[0, 1:, None])[:, 0]
     assert request.prompt_logprobs[0] == 0
     seen = torch.tensor([*request.prompt_logprobs[1:], *request.logprobs])
     torch.testing.assert_close(seen, expected, atol=1e-4, rtol=1e-4)
@@ -109,21 +109,21 @@ def test_logprobs_are_those_of_one_pass_over_the_same_tokens():
 
 
 def test_prompts_of_different_lengths_take_one_pass():
-    model = tiny_model()
+    model = small_model()
     engine, count = Engine(model), Counter(model)
     finish(engine, *(engine.add(prompt_of(n), GREEDY) for n in (3, 10, 6)))
     assert count.lengths() == [[3, 10, 6]] + [[1, 1, 1]] * 7
 
 
 def test_prompts_take_as_many_passes_as_the_longest_has_chunks():
-    model = tiny_model()
+    model = small_model()
     engine, count = Engine(model, prefill_chunk=8), Counter(model)
     finish(engine, *(engine.add(prompt_of(n), SamplingParams(max_tokens=1)) for n in (30, 25, 27)))
     assert count.lengths() == [[8, 8, 8]] * 3 + [[6, 1, 3]]
 
 
 def test_a_long_prompt_does_not_hold_up_who_runs():
-    model = tiny_model(max_seq_len=512)
+    model = small_model(max_seq_len=512)
     engine = Engine(model, prefill_chunk=16)
     first = engine.add(prompt_of(2), SamplingParams(max_tokens=100))
     engine.step()
@@ -141,7 +141,7 @@ def test_a_long_prompt_does_not_hold_up_who_runs():
 
 
 def test_only_positions_that_are_needed_reach_the_vocabulary():
-    model = tiny_model()
+    model = small_model()
     seen = []
     logits = model.logits
     model.logits = lambda states: seen.append(len(states)) or logits(states)
@@ -151,7 +151,7 @@ def test_only_positions_that_are_needed_reach_the_vocabulary():
 
 
 def test_cost_follows_what_is_alive():
-    model = tiny_model()
+    model = small_model()
     engine, count = Engine(model), Counter(model)
     requests = [engine.add(prompt_of(4, n), SamplingParams(max_tokens=n)) for n in (1, 2, 5)]
     finish(engine, *requests)
@@ -161,7 +161,7 @@ def test_cost_follows_what_is_alive():
 
 
 def test_no_token_asked_for_reads_the_prompt_and_draws_nothing():
-    model = tiny_model()
+    model = small_model()
     engine = Engine(model, prefill_chunk=4)
     params = SamplingParams(max_tokens=0, logprobs=True, prompt_logprobs=True)
     request = engine.add(prompt_of(64), params)  # fills the whole context
@@ -173,7 +173,7 @@ def test_no_token_asked_for_reads_the_prompt_and_draws_nothing():
 
 
 def test_a_free_slot_is_taken_at_once():
-    engine = Engine(tiny_model(max_batch_size=2))
+    engine = Engine(small_model(max_batch_size=2))
     long = engine.add(prompt_of(3), SamplingParams(max_tokens=20))
     short = engine.add(prompt_of(4), SamplingParams(max_tokens=2))
     third = engine.add(prompt_of(5), SamplingParams(max_tokens=3))
@@ -188,7 +188,7 @@ def test_a_free_slot_is_taken_at_once():
 
 
 def test_cancel_at_any_time_frees_the_slot_and_leaves_the_others():
-    engine = Engine(tiny_model(max_batch_size=2), prefill_chunk=4)
+    engine = Engine(small_model(max_batch_size=2), prefill_chunk=4)
     runs = engine.add(prompt_of(3), SamplingParams(max_tokens=12))
     reads = engine.add(prompt_of(30), GREEDY)
     waits = engine.add(prompt_of(5), GREEDY)
@@ -207,7 +207,7 @@ def test_cancel_at_any_time_frees_the_slot_and_leaves_the_others():
 
 
 def test_interleaved_iterators_each_get_all_their_own():
-    engine = Engine(tiny_model())
+    engine = Engine(small_model())
     first, second = (engine.add(prompt_of(3, seed), GREEDY) for seed in range(2))
     one, two = engine.run([first]), engine.run([second])
     seen: dict[int, list] = {0: [], 1: []}
@@ -220,7 +220,7 @@ def test_interleaved_iterators_each_get_all_their_own():
 
 
 def test_a_consumer_that_leaves_frees_its_slots():
-    engine = Engine(tiny_model(max_batch_size=2))
+    engine = Engine(small_model(max_batch_size=2))
     other = engine.add(prompt_of(3), GREEDY)
     requests = [engine.add(prompt_of(4, n), GREEDY) for n in range(3)]
     events = engine.run(requests)
@@ -242,7 +242,7 @@ def test_a_consumer_that_leaves_frees_its_slots():
 
 
 def test_a_consumer_that_stops_reading_misses_nothing_later():
-    engine = Engine(tiny_model())
+    engine = Engine(small_model())
     slow = engine.add(prompt_of(3), GREEDY)
     events = engine.run([slow])
     first = next(events).token
@@ -255,7 +255,7 @@ def test_a_consumer_that_stops_reading_misses_nothing_later():
 
 
 def test_a_next_turn_reads_its_new_tokens_only():
-    model = tiny_model()
+    model = small_model()
     engine = Engine(model)
     first = engine.add(prompt_of(20), GREEDY)
     finish(engine, first)
@@ -270,7 +270,7 @@ def test_a_next_turn_reads_its_new_tokens_only():
 
 
 def test_a_slot_is_continued_where_the_whole_of_it_is_wanted():
-    engine = Engine(tiny_model(max_batch_size=3))
+    engine = Engine(small_model(max_batch_size=3))
     short = SamplingParams(max_tokens=1)
     finish(engine, *(engine.add(prompt, short) for prompt in ([1, 2, 3], [1, 2], [7, 8, 9])))
     assert [slot.tokens for slot in engine.slots] == [[1, 2, 3], [1, 2], [7, 8, 9]]
@@ -284,7 +284,7 @@ def test_a_slot_is_continued_where_the_whole_of_it_is_wanted():
 
 
 def test_chats_that_begin_alike_share_the_beginning_and_keep_their_slots():
-    engine = Engine(tiny_model(max_batch_size=4))
+    engine = Engine(small_model(max_batch_size=4))
     system, params = prompt_of(12), SamplingParams(max_tokens=3, logprobs=True)
     first = engine.add([*system, 1], params)
     engine.step()
@@ -301,7 +301,7 @@ def test_chats_that_begin_alike_share_the_beginning_and_keep_their_slots():
 
 
 def test_the_same_prompt_again_still_has_its_logprobs():
-    engine = Engine(tiny_model(max_batch_size=1))
+    engine = Engine(small_model(max_batch_size=1))
     params = SamplingParams(max_tokens=3, logprobs=True, prompt_logprobs=True)
     first, second = engine.add(prompt_of(9), params), engine.add(prompt_of(9), params)
     finish(engine, first, second)
@@ -312,7 +312,7 @@ def test_the_same_prompt_again_still_has_its_logprobs():
 @pytest.mark.parametrize("invariant", [False, True])
 def test_two_engines_may_take_turns_over_one_model(invariant):
     """Each finds the cache overwritten by the other, and reads again what it needs."""
-    model = tiny_model(max_batch_size=2)
+    model = small_model(max_batch_size=2)
     params = SamplingParams(max_tokens=20, logprobs=True, prompt_logprobs=True, seed=1)
     engines = [Engine(model, prefill_chunk=8, batch_invariant=invariant) for _ in range(2)]
     requests = [engine.add(prompt_of(11 + i, i), params) for i, engine in enumerate(engines)]
@@ -346,7 +346,7 @@ def test_two_engines_may_take_turns_over_one_model(invariant):
     ],
 )
 def test_impossible_prompts_are_refused_and_leave_nothing(prompt, message):
-    engine = Engine(tiny_model())
+    engine = Engine(small_model())
     with pytest.raises(PromptError, match=message):
         engine.add(prompt, GREEDY)
     assert not engine.has_work()
@@ -354,11 +354,11 @@ def test_impossible_prompts_are_refused_and_leave_nothing(prompt, message):
 
 def test_a_bias_outside_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match="logit_bias names 64"):
-        Engine(tiny_model()).add([1], SamplingParams(logit_bias={64: 1.0}))
+        Engine(small_model()).add([1], SamplingParams(logit_bias={64: 1.0}))
 
 
 def test_broken_logits_end_one_request_and_say_which():
-    model = tiny_model()
+    model = small_model()
     model.tok_embeddings.weight[13] = math.nan  # a damaged row of the checkpoint
     engine = Engine(model, prefill_chunk=4)
     params = SamplingParams(temperature=1.0, seed=3, max_tokens=8, logit_bias={13: -math.inf}, logprobs=True)
@@ -377,7 +377,7 @@ def test_broken_logits_end_one_request_and_say_which():
 
 def test_nobody_builds_on_what_is_broken():
     """A damaged token spoils the others of its chunk; whoever left before that showed left no trace."""
-    model = tiny_model(max_batch_size=1)
+    model = small_model(max_batch_size=1)
     model.tok_embeddings.weight[13] = math.nan
     engine = Engine(model)
     begin = [7] * 9
@@ -392,7 +392,7 @@ def test_nobody_builds_on_what_is_broken():
 
 
 def test_a_step_that_raises_can_be_repeated():
-    model = tiny_model()
+    model = small_model()
     engine = Engine(model, prefill_chunk=4)
     params = SamplingParams(seed=1, max_tokens=8, logprobs=True, prompt_logprobs=True)
     requests = [engine.add(prompt_of(n, n), params) for n in (3, 11)]
@@ -415,12 +415,12 @@ def test_a_step_that_raises_can_be_repeated():
 
 def test_a_bad_chunk_is_refused():
     with pytest.raises(ValueError, match="prefill_chunk must be 1 or more, not 0"):
-        Engine(tiny_model(), prefill_chunk=0)
+        Engine(small_model(), prefill_chunk=0)
 
 
 def test_no_global_side_effects():
     state, dtype, threads = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads()
-    engine = Engine(tiny_model(dtype=torch.bfloat16))
+    engine = Engine(small_model(dtype=torch.bfloat16))
     finish(engine, engine.add(prompt_of(5), SamplingParams(seed=4, max_tokens=9)))
     assert torch.get_rng_state().equal(state)
     assert (torch.get_default_dtype(), torch.get_num_threads()) == (dtype, threads)
@@ -439,7 +439,7 @@ def test_batch_invariance_is_bitwise(weights):
 
     # Wide enough that products, and sums over the vocabulary, of one row and of eight do run other kernels.
     shape = dict(dim=128, n_heads=8, n_kv_heads=4, vocab_size=50_000, max_batch_size=8)
-    model = tiny_model(std=0.1, dtype=torch.float32 if weights == "fp32" else torch.bfloat16, **shape)
+    model = small_model(std=0.1, dtype=torch.float32 if weights == "fp32" else torch.bfloat16, **shape)
     if weights == "packed":
         pack(model)
     elif weights.startswith("int"):
@@ -471,7 +471,7 @@ def test_batch_invariance_is_bitwise(weights):
 
 
 def test_batch_invariance_runs_fixed_shapes():
-    model = tiny_model()
+    model = small_model()
     shapes = []
     hidden, logits = model.hidden, model.logits
     engine = Engine(model, prefill_chunk=8, batch_invariant=True)
@@ -490,7 +490,7 @@ def test_batch_invariance_runs_fixed_shapes():
     ids=["place", "company"],
 )
 def test_batch_invariance_is_refused_where_the_kernels_break_it(spoil):
-    model = tiny_model()
+    model = small_model()
     check_batch_invariance(model, 4)
     w2 = model.layers[0].feed_forward.w2
     forward = w2.forward

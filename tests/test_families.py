@@ -15,7 +15,7 @@ from llama.checkpoint import open_checkpoint
 from llama.checkpoint.huggingface import to_hf_rows, to_native_rows
 from llama.errors import CheckpointError
 from llama.model import rope_frequencies
-from tests import formats_fixtures as tiny
+from tests.support import formats
 
 BASE = {"dim": 64, "n_layers": 2, "n_heads": 4, "multiple_of": 32}
 OLD = {**BASE, "vocab_size": -1}
@@ -80,12 +80,12 @@ FAMILIES = {
 
 def make(folder: Path, name: str) -> tuple[Path, dict[str, Any], dict[str, torch.Tensor]]:
     params, shards, options, dtype, form, *_ = FAMILIES[name]
-    tokenizer = tiny.sentencepiece_model() if params.get("vocab_size") == -1 else tiny.tiktoken_ranks()
+    tokenizer = formats.sentencepiece_model() if params.get("vocab_size") == -1 else formats.tiktoken_ranks()
     vocab_size = 400 if isinstance(tokenizer, bytes) else len(tokenizer) + 256
     if params.get("vocab_size") != -1:
         params = {**params, "vocab_size": vocab_size}
-    weights = tiny.random_weights(params, vocab_size, tied=name.startswith("Llama 3.2"), dtype=dtype)
-    path = tiny.write_native(folder / "mine", params, weights, tokenizer, shards, **options)
+    weights = formats.random_weights(params, vocab_size, tied=name.startswith("Llama 3.2"), dtype=dtype)
+    path = formats.write_native(folder / "mine", params, weights, tokenizer, shards, **options)
     if form:
         (path / "format.json").write_text(json.dumps(form))
     return path, params, weights
@@ -97,7 +97,7 @@ def test_family_runs_and_is_recognised(name: str, tmp_path: Path) -> None:
     folder, params, weights = make(tmp_path, name)
     llama = Llama.build(folder, max_seq_len=64, max_batch_size=2, dtype="float32", device="cpu")
     tokens = torch.randint(0, len(weights["tok_embeddings.weight"]), (2, 48))
-    expected = tiny.logits_of(tiny.oracle(weights, params), tokens)
+    expected = formats.logits_of(formats.oracle(weights, params), tokens)
     torch.testing.assert_close(llama.model.forward(tokens, 0), expected, atol=1e-4, rtol=0)
 
     checkpoint = open_checkpoint(folder)
@@ -115,16 +115,16 @@ def test_scaling_factor_follows_from_the_released_shapes(dim: int, layers: int, 
     params = {"dim": dim, "n_layers": layers, "n_heads": heads, "multiple_of": 256, "norm_eps": 1e-5}
     params |= {"rope_theta": 500000.0, "use_scaled_rope": True}
     factor = 8.0 if dim == 4096 else 32.0
-    config = tiny.hf_config({**params, "rope_scaling_factor": factor}, 512)
+    config = formats.hf_config({**params, "rope_scaling_factor": factor}, 512)
     ours = rope_frequencies(ModelArgs(**params, vocab_size=512))
     torch.testing.assert_close(ours, LlamaRotaryEmbedding(config).inv_freq)
 
 
 def test_untrained_headers_tell_a_base_model(tmp_path: Path) -> None:
     params = {**NEW, "vocab_size": 640}
-    weights = tiny.random_weights(params, 640)
+    weights = formats.random_weights(params, 640)
     weights["tok_embeddings.weight"][384 + 6] = 0  # <|start_header_id|>
-    folder = tiny.write_native(tmp_path / "mine", params, weights, tiny.tiktoken_ranks())
+    folder = formats.write_native(tmp_path / "mine", params, weights, formats.tiktoken_ranks())
     with pytest.raises(ValueError, match="base model"):
         open_checkpoint(folder).formatter.encode_dialog_prompt([{"role": "user", "content": "hi"}])
 
@@ -165,7 +165,7 @@ def test_embeddings_cut_along_two_dimensions_are_refused(tmp_path: Path) -> None
 
 def test_wrong_tokenizer_is_refused(tmp_path: Path) -> None:
     folder, *_ = make(tmp_path, "Llama 3 8B")
-    (folder / "tokenizer.model").write_bytes(tiny.sentencepiece_model())
+    (folder / "tokenizer.model").write_bytes(formats.sentencepiece_model())
     with pytest.raises(CheckpointError, match="400 tokens"):
         open_checkpoint(folder)
 

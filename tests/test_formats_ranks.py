@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from llama.checkpoint.convert import convert
-from tests import formats_fixtures as tiny
-from tests.test_lora import train
+from tests.support import formats, gguf_files
+from tests.support.lora import train
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}
 OLD = {**PARAMS, "vocab_size": -1}
@@ -38,16 +38,16 @@ if os.environ["RANK"] == "0":
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_logits_on_ranks(world_size: int, tmp_path: Path) -> None:
-    weights = tiny.random_weights(OLD, 400)
-    model = tiny.sentencepiece_model()
-    native = tiny.write_native(tmp_path / "native", OLD, weights, model, 2)
-    gguf = tiny.write_gguf(tmp_path / "m.gguf", PARAMS, weights, tiny.gguf_sentencepiece(model))
+    weights = formats.random_weights(OLD, 400)
+    model = formats.sentencepiece_model()
+    native = formats.write_native(tmp_path / "native", OLD, weights, model, 2)
+    gguf = gguf_files.write_gguf(tmp_path / "m.gguf", PARAMS, weights, gguf_files.sentencepiece_fields(model))
     hf = convert(native, tmp_path / "hf", "hf", shards=3)
-    merged = train(tmp_path / "adapter", tiny.oracle(weights, OLD))
+    merged = train(tmp_path / "adapter", formats.oracle(weights, OLD))
     adapter = str(tmp_path / "adapter")
     tokens = torch.randint(0, 400, (2, 32))
     torch.save(tokens, tmp_path / "tokens")
-    plain, adapted = (tiny.logits_of(m, tokens) for m in (tiny.oracle(weights, OLD), merged))
+    plain, adapted = (formats.logits_of(m, tokens) for m in (formats.oracle(weights, OLD), merged))
     jobs = {
         "native": (str(native), None),
         "hf": (str(hf), None),

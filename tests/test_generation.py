@@ -12,8 +12,8 @@ import torch.distributed as dist
 from llama import Llama, Tokenizer
 from llama.errors import CheckpointError
 from llama.sampling import SamplingParams
-from tests import tiny
-from tests.test_model import hf_model
+from tests.support import tiny
+from tests.support.formats import hf_model
 
 PROMPTS = [[256, 3, 100], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [99, 98, 97, 96, 95, 94]]
 

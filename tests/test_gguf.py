@@ -15,12 +15,12 @@ from llama.checkpoint.convert import convert
 from llama.checkpoint.gguf import GGUFError
 from llama.errors import CheckpointError
 from llama.tokenizer import SentencePieceTokenizer, Tokenizer
-from tests import formats_fixtures as tiny
+from tests.support import formats, gguf_files
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}
 PARAMS |= {"rope_theta": 500000.0}
-RANKS = tiny.tiktoken_ranks()
-SIZE = len(RANKS) + len(tiny.SPECIAL)
+RANKS = formats.tiktoken_ranks()
+SIZE = len(RANKS) + len(formats.SPECIAL)
 
 
 def build(path: Path) -> Llama:
@@ -28,26 +28,26 @@ def build(path: Path) -> Llama:
 
 
 def byte_level(path: Path, params: dict[str, Any] = PARAMS, tied: bool = False, **options: Any) -> Path:
-    fields = tiny.gguf_byte_level(RANKS, **options.pop("tokenizer", {}))
-    weights = options.pop("weights", None) or tiny.random_weights(params, SIZE, tied)
-    return tiny.write_gguf(path, params, weights, fields, **options)
+    fields = gguf_files.byte_level_fields(RANKS, **options.pop("tokenizer", {}))
+    weights = options.pop("weights", None) or formats.random_weights(params, SIZE, tied)
+    return gguf_files.write_gguf(path, params, weights, fields, **options)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("change", [{}, {"head_dim": 32}, {"multiple_of": 4, "ffn_dim_multiplier": 0.9}])
 def test_logits_are_those_of_transformers(change: dict[str, Any], tied: bool, tmp_path: Path) -> None:
     params = {**PARAMS, **change}
-    weights = tiny.random_weights(params, SIZE, tied)
+    weights = formats.random_weights(params, SIZE, tied)
     llama = build(byte_level(tmp_path / "model.gguf", params, weights=weights))
     tokens = torch.randint(0, SIZE, (2, 32))
-    expected = tiny.logits_of(tiny.oracle(weights, params), tokens)
+    expected = formats.logits_of(formats.oracle(weights, params), tokens)
     torch.testing.assert_close(llama.model.forward(tokens, 0), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_quantizations(kind: str, tmp_path: Path) -> None:
     """Logits of what the gguf package makes of the blocks; read whole, by rows, and by columns."""
-    weights = tiny.random_weights(PARAMS, SIZE)
+    weights = formats.random_weights(PARAMS, SIZE)
     path = byte_level(tmp_path / "model.gguf", weights=weights, kind=kind)
     q = gguf.GGMLQuantizationType[kind]
     rounded = {
@@ -57,7 +57,7 @@ def test_quantizations(kind: str, tmp_path: Path) -> None:
         for name, weight in weights.items()
     }
     tokens = torch.randint(0, SIZE, (1, 32))
-    expected = tiny.logits_of(tiny.oracle(rounded, PARAMS), tokens)
+    expected = formats.logits_of(formats.oracle(rounded, PARAMS), tokens)
     torch.testing.assert_close(build(path).model.forward(tokens, 0), expected, atol=1e-4, rtol=0)
     source = open_checkpoint(path).weights
     for name, weight in rounded.items():
@@ -74,8 +74,10 @@ def test_every_quantization_that_the_package_knows_is_read(kind: Any, tmp_path: 
 
     block, size = gguf.GGML_QUANT_SIZES[kind]
     params = {**PARAMS, "dim": 256, "n_layers": 1, "multiple_of": 256}
-    weights = tiny.random_weights(params, SIZE)
-    path = tiny.write_gguf(tmp_path / "model.gguf", params, weights, tiny.gguf_byte_level(RANKS))
+    weights = formats.random_weights(params, SIZE)
+    path = gguf_files.write_gguf(
+        tmp_path / "model.gguf", params, weights, gguf_files.byte_level_fields(RANKS)
+    )
     source = open_checkpoint(path).weights
     raw = np.random.default_rng(0).integers(0, 64, (8, 256 // block * size), np.uint8)
     raw.tofile(tmp_path / "blocks")
@@ -87,11 +89,11 @@ def test_every_quantization_that_the_package_knows_is_read(kind: Any, tmp_path: 
 
 
 def test_byte_level_tokenizer(tmp_path: Path) -> None:
-    template = tiny.CHAT_TEMPLATE
+    template = formats.CHAT_TEMPLATE
     path = byte_level(tmp_path / "model.gguf", tokenizer={"chat_template": template})
     checkpoint = open_checkpoint(path)
     native = Tokenizer.from_ranks(RANKS, checkpoint.tokenizer.layout)  # type: ignore[attr-defined]
-    for text in tiny.random_texts(300):
+    for text in formats.random_texts(300):
         ids = checkpoint.tokenizer.encode(text, bos=True, eos=False)
         assert ids == [len(RANKS), *native.encode(text, bos=False, eos=False)]
         assert checkpoint.tokenizer.decode(ids[1:]) == text
@@ -103,22 +105,24 @@ def test_byte_level_tokenizer(tmp_path: Path) -> None:
 
 def test_sentencepiece_tokenizer(tmp_path: Path) -> None:
     """Rebuilt from the file's pieces: the ids of the model that the pieces came from."""
-    model = tiny.sentencepiece_model()
+    model = formats.sentencepiece_model()
     params = {**PARAMS, "rope_theta": 10000.0}
-    weights = tiny.random_weights(params, 400)
-    path = tiny.write_gguf(tmp_path / "model.gguf", params, weights, tiny.gguf_sentencepiece(model))
+    weights = formats.random_weights(params, 400)
+    path = gguf_files.write_gguf(
+        tmp_path / "model.gguf", params, weights, gguf_files.sentencepiece_fields(model)
+    )
     llama, original = build(path), SentencePieceTokenizer(model)
     assert isinstance(llama.tokenizer, SentencePieceTokenizer)
     for name in ("n_words", "bos_id", "eos_id", "pad_id", "stop_tokens", "special_tokens"):
         assert getattr(llama.tokenizer, name) == getattr(original, name), name
-    for text in tiny.random_texts(1000):
+    for text in formats.random_texts(1000):
         ids = llama.tokenizer.encode(text, bos=True, eos=False)
         assert ids == original.encode(text, bos=True, eos=False)
         assert llama.tokenizer.decode(ids) == original.decode(ids)
     with pytest.raises(ValueError, match="text_completion"):
         llama.chat_completion([[{"role": "user", "content": "hi"}]])
     tokens = torch.randint(0, 400, (1, 16))
-    expected = tiny.logits_of(tiny.oracle(weights, params), tokens)
+    expected = formats.logits_of(formats.oracle(weights, params), tokens)
     torch.testing.assert_close(llama.model.forward(tokens, 0), expected, atol=1e-4, rtol=0)
 
 
@@ -127,8 +131,8 @@ def test_template_of_its_own(tmp_path: Path) -> None:
     template = (
         "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
     )
-    fields = tiny.gguf_sentencepiece(tiny.sentencepiece_model(), chat_template=template)
-    path = tiny.write_gguf(tmp_path / "m.gguf", PARAMS, tiny.random_weights(PARAMS, 400), fields)
+    fields = gguf_files.sentencepiece_fields(formats.sentencepiece_model(), chat_template=template)
+    path = gguf_files.write_gguf(tmp_path / "m.gguf", PARAMS, formats.random_weights(PARAMS, 400), fields)
     checkpoint = open_checkpoint(path)
     dialog = [{"role": "user", "content": "hi</s>"}]
     ids = checkpoint.formatter.encode_dialog_prompt(dialog)
@@ -146,7 +150,7 @@ def test_convert(kind: str, tmp_path: Path) -> None:
         tokens = torch.randint(0, SIZE, (1, 32))
         direct, converted = build(path), build(folder)
         assert torch.equal(converted.model.forward(tokens, 0), direct.model.forward(tokens, 0))
-        for text in tiny.random_texts(200):
+        for text in formats.random_texts(200):
             expected = direct.tokenizer.encode(text, bos=True, eos=False)
             assert converted.tokenizer.encode(text, bos=True, eos=False) == expected
 
@@ -180,9 +184,9 @@ def test_damaged_file(tmp_path: Path) -> None:
 
 
 def test_merges_out_of_order_are_refused(tmp_path: Path) -> None:
-    fields = tiny.gguf_byte_level(RANKS)
+    fields = gguf_files.byte_level_fields(RANKS)
     fields["merges"] = fields["merges"][::-1]
-    path = tiny.write_gguf(tmp_path / "m.gguf", PARAMS, tiny.random_weights(PARAMS, SIZE), fields)
+    path = gguf_files.write_gguf(tmp_path / "m.gguf", PARAMS, formats.random_weights(PARAMS, SIZE), fields)
     with pytest.raises(GGUFError, match="merges"):
         open_checkpoint(path)
 
@@ -203,10 +207,14 @@ CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_e
 def test_user_defined_tokens(kind: str, tmp_path: Path) -> None:
     """Words are found in any text; what marks the turns of a chat is not."""
     sp = kind == "sentencepiece"
-    fields = tiny.gguf_sentencepiece(tiny.sentencepiece_model()) if sp else tiny.gguf_byte_level(RANKS)
+    fields = (
+        gguf_files.sentencepiece_fields(formats.sentencepiece_model())
+        if sp
+        else gguf_files.byte_level_fields(RANKS)
+    )
     fields = with_words(fields, CHATML, "[word]", "<|im_start|>", "<|im_end|>")
     size = len(fields["tokens"])
-    path = tiny.write_gguf(tmp_path / "m.gguf", PARAMS, tiny.random_weights(PARAMS, size), fields)
+    path = gguf_files.write_gguf(tmp_path / "m.gguf", PARAMS, formats.random_weights(PARAMS, size), fields)
     for folder in (path, convert(path, tmp_path / "native")):
         checkpoint = open_checkpoint(folder)
         ids = checkpoint.tokenizer.encode("a [word] <|im_start|>b<|im_end|>", bos=False, eos=False)
@@ -223,12 +231,16 @@ def test_user_defined_tokens(kind: str, tmp_path: Path) -> None:
 def test_ids_are_those_of_llama_cpp(kind: str, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     sp = kind == "sentencepiece"
-    fields = tiny.gguf_sentencepiece(tiny.sentencepiece_model()) if sp else tiny.gguf_byte_level(RANKS)
+    fields = (
+        gguf_files.sentencepiece_fields(formats.sentencepiece_model())
+        if sp
+        else gguf_files.byte_level_fields(RANKS)
+    )
     # After a user-defined token llama.cpp begins a sentencepiece text anew, and sentencepiece does not.
     fields = fields if sp else with_words(fields, "", "[word]")
-    weights = tiny.random_weights(PARAMS, len(fields["tokens"]))
-    path = tiny.write_gguf(tmp_path / "m.gguf", PARAMS, weights, fields)
+    weights = formats.random_weights(PARAMS, len(fields["tokens"]))
+    path = gguf_files.write_gguf(tmp_path / "m.gguf", PARAMS, weights, fields)
     theirs, ours = llama_cpp.Llama(str(path), vocab_only=True, verbose=False), open_checkpoint(path).tokenizer
-    for text in [*tiny.random_texts(10_000), "a [word] b", "[word]", "x[word]y"]:
+    for text in [*formats.random_texts(10_000), "a [word] b", "[word]", "x[word]y"]:
         expected = theirs.tokenize(text.encode(), add_bos=False, special=False)
         assert ours.encode(text, bos=False, eos=False) == expected, text

@@ -13,7 +13,7 @@ from llama import Llama
 from llama.checkpoint.convert import convert
 from llama.cli.info import describe, memory
 from llama.model import ModelArgs
-from tests import formats_fixtures as tiny
+from tests.support import formats
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}
 PARAMS |= {"rope_theta": 500000.0, "use_scaled_rope": True, "vocab_size": 640}
@@ -21,13 +21,13 @@ PARAMS |= {"rope_theta": 500000.0, "use_scaled_rope": True, "vocab_size": 640}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    weights = tiny.random_weights(PARAMS, 640, dtype=torch.bfloat16)
-    return tiny.write_native(tmp_path / "mine", PARAMS, weights, tiny.tiktoken_ranks(), 2)
+    weights = formats.random_weights(PARAMS, 640, dtype=torch.bfloat16)
+    return formats.write_native(tmp_path / "mine", PARAMS, weights, formats.tiktoken_ranks(), 2)
 
 
 def test_says_all(folder: Path) -> None:
     text = describe(folder, max_seq_len=64, max_batch_size=2, dtype="fp32")
-    parameters = sum(w.numel() for w in tiny.random_weights(PARAMS, 640).values())
+    parameters = sum(w.numel() for w in formats.random_weights(PARAMS, 640).values())
     for part in (
         "Llama 3.1 or 3.3, native format",
         f"{parameters:,}",

@@ -6,11 +6,11 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from llama.model import ModelArgs, Row, Transformer, attend, local_kv_heads, rope_frequencies
 from llama.parallel import ModelParallel
-from tests import tiny
+from tests.support import tiny
+from tests.support.formats import hf_model
 
 TOLERANCE = 1e-4
 HEADS = {"MHA": (8, 8), "GQA": (8, 2), "MQA": (8, 1)}
@@ -34,53 +34,6 @@ def meta_model(model: Transformer) -> torch.nn.Module:
 
     oracle = MetaTransformer(MetaArgs(**asdict(model.params)))
     oracle.load_state_dict(model.state_dict())
-    return oracle
-
-
-def hf_model(model: Transformer, tied: bool = False) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    args = model.params
-    rope = {"rope_type": "default", "rope_theta": args.rope_theta}
-    if args.use_scaled_rope:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": args.rope_scaling_factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-    oracle = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=args.dim,
-            num_hidden_layers=args.n_layers,
-            num_attention_heads=args.n_heads,
-            num_key_value_heads=args.n_kv_heads,
-            intermediate_size=args.hidden_dim,
-            vocab_size=args.vocab_size,
-            rms_norm_eps=args.norm_eps,
-            rope_parameters=rope,
-            max_position_embeddings=131072,
-            tie_word_embeddings=tied,
-        )
-    ).eval()
-
-    def half_split(weight: Tensor, n_heads: int) -> Tensor:
-        """Adjacent pairs of channels to Hugging Face's pairs half a head apart."""
-        return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-    names = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-    names |= {f"attention.w{x}": f"self_attn.{x}_proj" for x in "qkvo"}
-    names |= {f"feed_forward.w{i}": f"mlp.{x}_proj" for i, x in ((1, "gate"), (2, "down"), (3, "up"))}
-    state = {"lm_head.weight": model.output.weight, "model.norm.weight": model.norm.weight}
-    state["model.embed_tokens.weight"] = model.tok_embeddings.weight
-    for i, layer in enumerate(model.layers):
-        for ours, theirs in names.items():
-            weight = layer.get_parameter(f"{ours}.weight")
-            if ours in ("attention.wq", "attention.wk"):
-                weight = half_split(weight, args.n_heads if ours.endswith("q") else args.n_kv_heads)
-            state[f"model.layers.{i}.{theirs}.weight"] = weight
-    oracle.load_state_dict(state)
     return oracle
 
 

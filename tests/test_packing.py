@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from llama import Llama
 from llama.backends.onednn import Packed, can_pack, pack
 from llama.parallel import Joined, Linear
-from tests import tiny
+from tests.support import tiny
 
 packable = pytest.mark.skipif(
     not can_pack(torch.zeros(1, dtype=torch.bfloat16)),

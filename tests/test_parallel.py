@@ -12,10 +12,10 @@ import torch
 
 from llama import Llama
 from llama.parallel import ModelParallel, merged
-from tests import ranks, tiny
+from tests.support import ranks, tiny
 
 RANKS = Path(__file__).with_name("ranks.py")
-MODULE = ["-m", "tests.ranks"]
+MODULE = ["-m", "tests.support.ranks"]
 
 
 def checkpoints(folder: Path) -> Path:

@@ -8,7 +8,7 @@ import torch
 
 from llama import Llama
 from llama.cli.perplexity import negative_log_likelihoods, perplexity, windows
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.mark.parametrize(("n", "length", "stride"), [(2, 8, 4), (8, 8, 4), (9, 8, 4), (50, 8, 3), (50, 8, 7)])

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 
 from llama import Llama, quantization
 from llama.checkpoint import open_checkpoint
@@ -16,16 +15,11 @@ from llama.loading import check_quantize, load_quantized, quantize
 from llama.model import ModelArgs, Transformer
 from llama.parallel import Joined, Linear, ModelParallel
 from llama.quantization import Int4, Int8, Rotation, int4_groups, int8_rows, takes_int4, weight_bytes
-from tests import tiny
+from tests.support import tiny
+from tests.support.quantized import TOKENS, build, distance, x86
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(
-    "fbgemm" not in torch.backends.quantized.supported_engines, reason="this CPU has no such operators"
-)
-
-
-def distance(found: Tensor, exact: Tensor) -> float:
-    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
+pytestmark = x86
 
 
 # For weights and inputs from a normal distribution, whose largest of 256 is about 3 deviations, steps
@@ -155,15 +149,6 @@ def test_a_cpu_without_the_operators_is_told_so(ckpt: Path, tmp_path: Path, monk
             Llama.build(folder, quantize=scheme, device="cpu")
 
 
-def build(folder: Path, scheme: str | None = None) -> Llama:
-    return Llama.build(
-        folder, max_seq_len=32, max_batch_size=3, dtype="float32", device="cpu", quantize=scheme
-    )
-
-
-TOKENS = torch.arange(3 * 16).view(3, 16)
-
-
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_saved_folder_says_what_its_source_quantized_says(scheme: str, tied: bool, tmp_path: Path) -> None:
@@ -242,7 +227,7 @@ def test_the_demo_model_keeps_its_quality(scheme: str, demo_ckpt: Path) -> None:
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_ranks_agree(scheme: str, tmp_path: Path, torchrun) -> None:
     folder = tiny.write_checkpoint(tmp_path / "tiny")
-    done = torchrun(2, "tests/ranks.py", "quantized", folder, scheme, tmp_path / "seen")
+    done = torchrun(2, "tests/support/ranks.py", "quantized", folder, scheme, tmp_path / "seen")
     assert done.returncode == 0, done.stderr
     exact = build(folder, scheme).model(TOKENS, 0)
     seen = [torch.load(f"{tmp_path}/seen.{rank}") for rank in range(2)]
@@ -255,7 +240,7 @@ def test_ranks_agree(scheme: str, tmp_path: Path, torchrun) -> None:
 def test_a_saved_folder_on_ranks(scheme: str, ranks: int, tmp_path: Path, torchrun) -> None:
     source = tiny.write_checkpoint(tmp_path / "tiny", n_kv_heads=2)  # that four ranks repeat
     folder = convert(source, tmp_path / "saved", quantize=scheme, shards=3)
-    done = torchrun(ranks, "tests/ranks.py", "quantized", folder, "None", tmp_path / "seen")
+    done = torchrun(ranks, "tests/support/ranks.py", "quantized", folder, "None", tmp_path / "seen")
     assert done.returncode == 0, done.stderr
     exact = build(folder).model(TOKENS, 0)
     for rank in range(ranks):

@@ -22,7 +22,7 @@ import torch
 from llama import Llama
 from llama.checkpoint import open_checkpoint, remote
 from llama.errors import CheckpointError
-from tests import formats_fixtures as tiny
+from tests.support import formats, gguf_files
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}
 PARAMS |= {"rope_theta": 500000.0, "vocab_size": 640}
@@ -73,8 +73,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def serve_native(server: Server, shards: int = 2) -> Path:
-    weights = tiny.random_weights(PARAMS, 640)
-    folder = tiny.write_native(server.folder / "model", PARAMS, weights, tiny.tiktoken_ranks(), shards)
+    weights = formats.random_weights(PARAMS, 640)
+    folder = formats.write_native(server.folder / "model", PARAMS, weights, formats.tiktoken_ranks(), shards)
     lines = (f"{hashlib.md5(path.read_bytes()).hexdigest()}  {path.name}\n" for path in folder.iterdir())
     (folder / "checklist.chk").write_text("".join(sorted(lines)))
     return folder
@@ -104,16 +104,20 @@ def test_native_folder_is_copied_once(with_checklist: bool, server: Server) -> N
 
 
 def test_hugging_face_folder(server: Server) -> None:
-    tiny.write_hf(server.folder / "hf", PARAMS, tiny.random_weights(PARAMS, 400), max_shard_size="100KB")
-    tiny.hf_tokenizer(server.folder / "hf")
+    formats.write_hf(
+        server.folder / "hf", PARAMS, formats.random_weights(PARAMS, 400), max_shard_size="100KB"
+    )
+    formats.hf_tokenizer(server.folder / "hf")
     assert same(build(f"{server.url}/hf"), build(server.folder / "hf"))
 
 
 def test_single_files(server: Server) -> None:
     """A GGUF file, and a tokenizer for a local folder."""
-    ranks = tiny.tiktoken_ranks()
-    weights = tiny.random_weights(PARAMS, len(ranks) + 5)
-    path = tiny.write_gguf(server.folder / "m.gguf", PARAMS, weights, tiny.gguf_byte_level(ranks))
+    ranks = formats.tiktoken_ranks()
+    weights = formats.random_weights(PARAMS, len(ranks) + 5)
+    path = gguf_files.write_gguf(
+        server.folder / "m.gguf", PARAMS, weights, gguf_files.byte_level_fields(ranks)
+    )
     assert same(build(f"{server.url}/m.gguf"), build(path))
     folder = serve_native(server)
     url = f"{server.url}/model/tokenizer.model"
@@ -170,7 +174,7 @@ def test_many_processes_at_once(server: Server) -> None:
 def test_bucket_by_blobfile(tmp_path: Path) -> None:
     """The path that gs:// and az:// take, over the one kind of folder that blobfile reads offline."""
     folder = tmp_path / "bucket"
-    tiny.write_native(folder, PARAMS, tiny.random_weights(PARAMS, 640), tiny.tiktoken_ranks(), 2)
+    formats.write_native(folder, PARAMS, formats.random_weights(PARAMS, 640), formats.tiktoken_ranks(), 2)
     (folder / "unrelated.txt").touch()
     copy = tmp_path / "copy"
     copy.mkdir()

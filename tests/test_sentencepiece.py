@@ -8,13 +8,13 @@ import pytest
 
 from llama.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from llama.tokenizer.chat_format import Llama2Chat
-from tests import formats_fixtures as tiny
+from tests.support import formats
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
     path = tmp_path_factory.mktemp("sp") / "tokenizer.model"
-    path.write_bytes(tiny.sentencepiece_model())
+    path.write_bytes(formats.sentencepiece_model())
     loaded = load_tokenizer(path)
     assert isinstance(loaded, SentencePieceTokenizer)
     return loaded
@@ -30,7 +30,7 @@ def test_surface(tokenizer: SentencePieceTokenizer) -> None:
 
 
 def test_ids_and_texts_are_those_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> None:
-    for text in tiny.random_texts(500):
+    for text in formats.random_texts(500):
         ids = tokenizer.encode(text, bos=False, eos=False)
         assert ids == tokenizer.model.encode(text)
         assert tokenizer.decode(ids) == tokenizer.model.decode(ids)

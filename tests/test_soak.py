@@ -19,13 +19,13 @@ from llama import Llama
 from llama.engine import Engine, Request
 from llama.engine import static as decode
 from llama.sampling import SamplingParams
-from tests.small import byte_tokenizer, tiny_model, write_checkpoint
+from tests.support.tiny import byte_tokenizer, save_model, small_model
 
 BROKEN = 13  # a token whose embedding is damaged
 
 
 def soak_model(slots: int, **changes):
-    model = tiny_model(std=0.5, max_batch_size=slots, **changes)
+    model = small_model(std=0.5, max_batch_size=slots, **changes)
     model.tok_embeddings.weight[BROKEN] = torch.nan
     return model
 
@@ -148,7 +148,7 @@ def test_batch_invariant_soak_is_bitwise(dtype):
 @pytest.mark.slow
 def test_two_ranks(tmp_path, torchrun):
     tokenizer = byte_tokenizer(tmp_path)
-    write_checkpoint(tmp_path, soak_model(1, vocab_size=tokenizer.n_words))
+    save_model(tmp_path, soak_model(1, vocab_size=tokenizer.n_words))
     single = Engine(soak_model(1, vocab_size=tokenizer.n_words))
     expected = []
 

@@ -10,7 +10,7 @@ import torch
 from llama import Llama
 from llama.engine import PromptError
 from llama.streaming import TextStream
-from tests.small import byte_tokenizer, tiny_model
+from tests.support.tiny import byte_tokenizer, small_model
 
 WORDS = ("the", " llama", "🦙", "and", "ands", "STOP")
 
@@ -22,7 +22,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def llama(tokenizer):
-    return Llama(tiny_model(vocab_size=tokenizer.n_words, max_batch_size=3, max_seq_len=128), tokenizer)
+    return Llama(small_model(vocab_size=tokenizer.n_words, max_batch_size=3, max_seq_len=128), tokenizer)
 
 
 def pieces(tokenizer, tokens, stop=()):

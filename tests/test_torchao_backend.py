@@ -11,8 +11,7 @@ from llama.backends.torchao import CAPABILITIES, TorchAO, float8, from_stored
 from llama.loading import check_quantize
 from llama.parallel import Joined, Linear
 from llama.quantization import Quantizer, dequantized
-from tests.test_quantization import TOKENS, build, distance
-from tests.test_quantization import pytestmark as x86
+from tests.support.quantized import TOKENS, build, distance, x86
 
 CUDA = torch.device("cuda")
 

@@ -1,17 +1,20 @@
-"""Random checkpoints small enough to make in a moment, in the layout of Meta's files."""
+"""Random models, tokenizers and native checkpoints that are made in a moment."""
 
 import base64
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llama.model import ModelArgs, Transformer
+from llama.tokenizer import Layout, Tokenizer
 
 # 256 single bytes and a few merges, then Llama 3's 256 special tokens.
 MERGES = [b"th", b"the", b" the", b"in", b"er", b"an", b"ll", b"ama"]
 VOCAB = 256 + len(MERGES) + 256
+CHATML = ["<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>"]  # of byte_tokenizer
 
 PARAMS = {
     "dim": 64,
@@ -39,9 +42,46 @@ def random_model(seed: int = 0, std: float = 0.3, **args: object) -> Transformer
     return model
 
 
-def write_tokenizer(path: Path) -> None:
-    tokens = [bytes([byte]) for byte in range(256)] + MERGES
+def small_model(
+    seed: int = 0, *, std: float = 0.2, dtype: torch.dtype = torch.float32, **changes: object
+) -> Transformer:
+    """A random model of 2 layers, dim 32, vocabulary 64."""
+    shape = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 64}
+    return random_model(seed, std, **{**shape, **changes}).to(dtype)
+
+
+def write_ranks(path: Path, tokens: Iterable[bytes]) -> None:
+    """A tokenizer.model of tokens in the order of their ranks."""
     path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(t), i) for i, t in enumerate(tokens)))
+
+
+def write_tokenizer(path: Path) -> None:
+    write_ranks(path, [*(bytes([byte]) for byte in range(256)), *MERGES])
+
+
+def byte_tokenizer(folder: Path, *, words: tuple[str, ...] = (), chat_format: str = "chatml") -> Tokenizer:
+    """A tokenizer of single bytes and a few longer words, written to a folder and read from there.
+
+    No word's beginning may lie in the middle of another token, so each is one merge of bytes.
+    """
+    tokens = [bytes([byte]) for byte in range(256)]
+    for word in words:
+        parts = word.encode()
+        tokens += [parts[: n + 1] for n in range(1, len(parts)) if parts[: n + 1] not in tokens]
+    special = {name: len(tokens) + i for i, name in enumerate(CHATML)}
+    layout = Layout(
+        special_tokens=special,
+        pattern=r"[\s\S]+",
+        bos=CHATML[0],
+        eos=CHATML[1],
+        pad=CHATML[1],
+        stop=[CHATML[1], CHATML[3]],
+        chat_format=chat_format,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_ranks(folder / "tokenizer.model", tokens)
+    layout.write(folder / "format.json")
+    return Tokenizer(folder / "tokenizer.model")
 
 
 def shards(state: dict[str, Tensor], count: int, cut: dict[str, int] = CUT) -> list[dict[str, Tensor]]:
@@ -75,3 +115,10 @@ def write_checkpoint(
     (folder / "params.json").write_text(json.dumps(params))
     write_tokenizer(folder / "tokenizer.model")
     return folder
+
+
+def save_model(folder: Path, model: Transformer) -> None:
+    """A model as the one file of a native checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "params.json").write_text(json.dumps({name: getattr(model.params, name) for name in PARAMS}))
+    torch.save(model.state_dict(), folder / "consolidated.00.pth")

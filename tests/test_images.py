@@ -13,8 +13,8 @@ from PIL import Image
 from llama.errors import PromptError
 from llama.vision import images
 from llama.vision.images import best_canvas, fitted_size, open_image, tile_image
-from tests import meta_vision
-from tests.meta_vision import picture
+from tests.support import meta_vision
+from tests.support.meta_vision import picture
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from llama.errors import ArgumentError
 from llama.parallel import ModelParallel
 from llama.vision import PlacedImage, VisionArgs, VisionTransformer, tile_image
-from tests import meta_vision
-from tests.meta_vision import ENCODER, IMAGE, PARAMS, picture
+from tests.support import meta_vision
+from tests.support.meta_vision import ENCODER, IMAGE, PARAMS, picture
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_the_encoder_is_metas_on_every_canvas(meta, model, canvas):
     torch.testing.assert_close(model.encode(tiled), expected, atol=1e-4, rtol=1e-4)
 
 
-TEXT = [9, 30, 31, 400, 511, 7, 12, 99]
+TEXT = [9, 30, 31, 400, 519, 7, 12, 99]
 PROMPTS = {
     "text only": (TEXT, []),
     "image first": ([IMAGE, *TEXT[1:]], [(40, 50)]),

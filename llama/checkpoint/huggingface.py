@@ -47,8 +47,8 @@ MODEL_TYPES = ("llama", "mistral", "Yi", "aquila")
 # Of generation, which older configs repeat.
 GENERATION = {
     "diversity_penalty", "do_sample", "encoder_no_repeat_ngram_size", "length_penalty", "max_length",
-    "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "pruned_heads",
-    "repetition_penalty", "temperature", "top_k", "top_p", "typical_p",
+    "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+    "pruned_heads", "repetition_penalty", "temperature", "top_k", "top_p", "typical_p",
 }  # fmt: skip
 # What a config may say beside the model's shape, whatever the value: it is about training, about
 # files, or read elsewhere.

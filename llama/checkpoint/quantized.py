@@ -89,7 +89,8 @@ class QuantizedShards:
     def _keys(self, name: str) -> list[str]:
         """Names of what is stored of a tensor: of a matrix at least weight and scales."""
         stem = name.removesuffix("weight")
-        if self.parts[name].dim is None:
+        part = self.parts[name]
+        if part.dim is None or len(part.shape) == 1 or name == "learnable_embedding.weight":
             return [name]
         if name == EMBEDDINGS and not (name in self._where and self._tensor(name).dtype == torch.int8):
             return [name]

@@ -5,9 +5,11 @@ Its code wants torchvision for four things that Pillow and torch do as well; a s
 
 import enum
 import functools
+import json
 import math
 import sys
 import types
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -19,12 +21,15 @@ import transformers.models.mllama.modeling_mllama  # noqa: F401
 from PIL import Image
 from torch import Tensor
 
+from llama.vision import VisionArgs, VisionTransformer
+from tests.support import tiny
+
 PARAMS = {
     "dim": 128,
     "n_layers": 8,
     "n_heads": 4,
     "n_kv_heads": 2,
-    "vocab_size": 512,
+    "vocab_size": tiny.VOCAB,
     "multiple_of": 32,
     "ffn_dim_multiplier": 1.3,
     "norm_eps": 1e-5,
@@ -101,6 +106,43 @@ def draw(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
     if name.endswith("bias"):
         return 0.1 * x
     return 0.5 * x if "embed" in name else x / math.sqrt(like.shape[-1])
+
+
+def random_vision(seed: int = 0, **changes: object) -> VisionTransformer:
+    """A model of this package with weights as `build`'s, though not the same."""
+    args = {**PARAMS, **ENCODER, "max_seq_len": 64, "max_batch_size": 4, "max_images": 4, **changes}
+    with torch.device("meta"):
+        vision = VisionTransformer(VisionArgs(**args))
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: draw(name, w, generator) for name, w in vision.state_dict().items()}
+    vision.load_state_dict(weights, strict=True, assign=True)
+    return vision
+
+
+def cut_along(name: str) -> int | None:
+    """The dimension that Meta's files cut a tensor along."""
+    kind, _, last = name.rpartition(".")
+    kind = kind.rpartition(".")[2]
+    if kind in ("wo", "w2", "c_proj"):
+        return 1 if last == "weight" else None
+    columns = ("_linear", "c_fc", "vision_projection", "learnable_embedding", "tok_embeddings", "output")
+    return 0 if kind in columns or kind in ("wq", "wk", "wv", "w1", "w3") else None
+
+
+def write_checkpoint(folder: Path, vision: VisionTransformer, count: int = 1) -> Path:
+    """A model in the form of Meta's files, with a tokenizer."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        file = {}
+        for name, weight in vision.state_dict().items():
+            prefix = "" if name.startswith("vision_model.") else "text_model."
+            dim = cut_along(name)
+            file[prefix + name] = (weight if dim is None else weight.chunk(count, dim)[i]).clone()
+        torch.save(file, folder / f"consolidated.{i:02d}.pth")
+    args = vision.params
+    (folder / "params.json").write_text(json.dumps({name: getattr(args, name) for name in PARAMS | ENCODER}))
+    tiny.write_tokenizer(folder / "tokenizer.model")
+    return folder
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

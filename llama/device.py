@@ -25,6 +25,24 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def parse_device(device: str | torch.device) -> torch.device:
+    """A device of this machine by its name, or itself; "cuda" is this rank's. Raises ArgumentError."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise ArgumentError(f"device must be cpu, cuda, cuda:N or mps, not {str(device)!r}")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ArgumentError("device is mps, but PyTorch finds no Apple GPU here; use cpu")
+    if found.type == "cuda":
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        found = torch.device("cuda", rank if found.index is None else found.index)
+        if found.index >= (count := torch.cuda.device_count()):
+            raise ArgumentError(f"device is {found}, but PyTorch finds {count} CUDA devices here; use cpu")
+    return found
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     """bf16 where the device computes in it; else fp16, or fp32 on a CPU."""
     if device.type == "cuda":

@@ -1,48 +1,35 @@
 """The public `Llama`: build it from a checkpoint, complete text, answer dialogs."""
 
+import itertools
 import os
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from types import TracebackType
-from typing import Any, TypedDict, TypeVar
+from typing import TypedDict
 
 import torch
 from typing_extensions import Unpack
 
 from llama import parallel
+from llama.arguments import Options, Sampling, TextRequest, entries, flag, text_requests, whole
 from llama.checkpoint import open_checkpoint
-from llama.device import default_device, default_dtype, parse_dtype
-from llama.engine import Engine
+from llama.device import default_device, default_dtype, parse_device, parse_dtype
+from llama.engine import Engine, FinishReason
 from llama.engine.static import check_compile
 from llama.errors import ArgumentError
 from llama.loading import check_quantize, load, scheme_of, warm_up
 from llama.model import Transformer
-from llama.sampling import SamplingParams, derive_seed
-from llama.streaming import Answer, StreamEvent, collect, stream
+from llama.sampling import derive_seed
+from llama.streaming import Answer, StreamEvent, astream, collect, stream
 from llama.tokenizer import Dialog, DialogFormat, Message, TextTokenizer
 from llama.tokenizer.chat_format import chat_format
 from llama.vision import make_args, text_params
 
 StrPath = str | os.PathLike[str]
-T = TypeVar("T")
-
-
-class Sampling(TypedDict, total=False):
-    """Arguments that every call takes, by keyword. See `SamplingParams` for those not told here."""
-
-    seed: int | None  # of every prompt's own draws; None: of this call's place among the program's
-    top_k: int | None
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: Mapping[int, float]
-    top_logprobs: int
-    stop: str | Sequence[str]  # text that ends the answer, and is not part of it
-    stop_token_ids: Sequence[int]  # besides the tokenizer's own
 
 
 class Scored(TypedDict, total=False):
+    """With `logprobs`, and `top_logprobs` if asked for."""
+
     tokens: list[str]  # each token as text
     logprobs: list[float]
     top_logprobs: list[list[tuple[str, float]]]
@@ -50,10 +37,12 @@ class Scored(TypedDict, total=False):
 
 class CompletionPrediction(Scored):
     generation: str
+    finish_reason: FinishReason
 
 
 class ChatPrediction(Scored):
     generation: Message
+    finish_reason: FinishReason
 
 
 class Llama:
@@ -84,38 +73,40 @@ class Llama:
         vision: bool = True,
         max_images: int = 1,
     ) -> "Llama":
-        """Load a checkpoint: a native or a Hugging Face folder, or a GGUF file; local, or any URL
-        that blobfile reads.
+        """Load a checkpoint.
 
-        tokenizer_path: by default the tokenizer that lies with the weights.
-        max_seq_len: tokens of prompt and answer together. max_batch_size: sequences at a time. The
-        KV cache is allocated for both.
-        model_parallel_size: ranks that share the model; by default all that `torchrun` started. Any
-        number that divides the model's heads, whatever the number of files.
-        seed: of all sampling, for calls that bring no seed of their own.
-        device: by default the rank's CUDA device, else MPS, else the CPU.
-        dtype: "bfloat16", "float16" or "float32"; by default bf16 where the device computes in it.
+        ckpt_dir: a native or Hugging Face folder, or a GGUF file; local, or any URL that blobfile reads.
+        tokenizer_path: by default the tokenizer beside the weights.
+        max_seq_len: tokens of prompt and answer together, for which the KV cache is allocated.
+        max_batch_size: sequences that run at a time, likewise.
+        model_parallel_size: ranks that share the model, any number that divides its heads; by default
+            all that `torchrun` started.
+        seed: of all sampling, for calls without a seed of their own.
+        device: "cpu", "cuda", "cuda:1", "mps"; by default this rank's CUDA device, else MPS, else CPU.
+        dtype: "bfloat16", "float16" or "float32"; by default bf16 if the device computes in it.
         adapter: a folder with a LoRA adapter in PEFT's format, merged into the weights.
-        batch_invariant: a request's logprobs are the same to the bit whatever else runs beside it, for
-        some speed. Refused (ValueError) where this machine's kernels cannot keep it.
-        quantize: "int8" or "int4" weights, on x86 CPUs, and on CUDA, there "fp8" too; by default they are
-        what the files hold. A folder of quantized weights needs no word here.
-        compile: whether to compile the model, and to decode at fixed shapes, on CUDA as a captured graph;
-        "auto" does on CUDA, where it pays. Takes its time at build. Not with batch_invariant.
-        vision: of a model that sees, whether to load it so. Its image encoder loads with the first image.
-        max_images: images in one sequence, for which a cache of their own has room.
+        batch_invariant: a request's logprobs are the same to the bit whatever else runs beside it, at
+            some cost in speed; refused if this machine's kernels cannot guarantee it.
+        quantize: "int8" or "int4" weights on x86 CPUs and CUDA, "fp8" on CUDA; by default as the files are.
+        compile: compile the model and decode at fixed shapes, on CUDA as a captured graph; slow to
+            build, and not with batch_invariant. "auto": on CUDA.
+        vision: load a vision model so that it sees. Its image encoder loads with the first image.
+        max_images: images of one sequence, for which a vision model allocates a cache of its own.
 
-        Raises FileNotFoundError where a file lacks, ValueError (CheckpointError where the files are
-        to blame) where they, the arguments and the ranks do not fit, MemoryError where weights and
-        cache are larger than the device's memory.
+        Raises ArgumentError if arguments do not fit each other or the machine, before any weight is
+        read; FileNotFoundError if a file is missing, CheckpointError if files are damaged, and
+        MemoryError if weights and cache are larger than the device's memory.
         """
-        device = torch.device(device) if device is not None else default_device()
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        max_seq_len = whole("max_seq_len", max_seq_len, 1)
+        max_batch_size = whole("max_batch_size", max_batch_size, 1)
+        seed, batch_invariant = whole("seed", seed), flag("batch_invariant", batch_invariant)
+        if model_parallel_size is not None:
+            model_parallel_size = whole("model_parallel_size", model_parallel_size, 1)
+        device = parse_device(device) if device is not None else default_device()
         dtype = parse_dtype(dtype) if dtype is not None else default_dtype(device)
         check_quantize(quantize, device)
         if compile is True and batch_invariant:
-            raise ArgumentError("batch_invariant=True has shapes of its own: leave compile=True out")
+            raise ArgumentError("compile=True and batch_invariant=True exclude each other: choose one")
         compiles = check_compile(compile, device) and not batch_invariant
         group = parallel.connect(model_parallel_size, device)
         try:
@@ -167,7 +158,7 @@ class Llama:
             static=static,
         )
         self._seed = seed
-        self._requests = 0  # made so far without a seed of their own
+        self._seeds = itertools.count(1)  # of requests without a seed of their own
         self._connected = False
 
     def close(self) -> None:
@@ -188,7 +179,7 @@ class Llama:
 
     def generate(
         self,
-        prompt_tokens: Sequence[Sequence[int]],
+        prompt_tokens: Iterable[Iterable[int]],
         max_gen_len: int | None = None,
         temperature: float = 0.6,
         top_p: float = 0.9,
@@ -198,28 +189,24 @@ class Llama:
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continue prompts of token ids, each until a stop token, which is left out.
 
-        prompt_tokens: any number; `max_batch_size` of them run at a time.
-        max_gen_len: new tokens at most, within max_seq_len; None for as many as fit; 0 scores the
-        prompts, with logprobs and echo.
-        temperature, top_p: see `SamplingParams`. sampling: see `Sampling`; after a stop string, its
-        tokens are among the ids, for a token may hold more than it.
-        echo: put the prompt in front of its answer.
+        prompt_tokens: any number of lists, tuples, arrays or tensors; `max_batch_size` run at a time.
+        The rest: see `Options`.
 
-        Returns the ids, and with `logprobs` the log-probability of each under the raw logits (0 for
-        a prompt's first), else None. Raises PromptError where a prompt is empty, leaves no room, or
-        has unknown ids; ValueError for parameters out of range, and for no prompts at all.
+        Returns the ids of each answer, and with `logprobs` those of their tokens, else None. Raises
+        PromptError for a prompt that is empty, leaves no room for an answer or has unknown ids, and
+        ArgumentError for options that do not exist or are out of range, and for no prompts at all.
         """
         if sampling.get("top_logprobs"):
             raise ArgumentError("generate returns no top_logprobs; text_completion and the streams do")
         events = self.stream_tokens(
             prompt_tokens, temperature, top_p, max_gen_len, logprobs, echo, **sampling
         )
-        answers = collect(events, len(prompt_tokens))
+        answers = collect(events)
         return [a.tokens for a in answers], [a.logprobs for a in answers] if logprobs else None
 
     def text_completion(
         self,
-        prompts: Sequence[str],
+        prompts: Iterable[str],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
@@ -227,43 +214,46 @@ class Llama:
         echo: bool = False,
         **sampling: Unpack[Sampling],
     ) -> list[CompletionPrediction]:
-        """Continue texts. Arguments and errors are those of `generate`.
+        """Continue texts. Raises what `generate` raises.
 
-        Returns for each prompt {"generation": text}, and with `logprobs` also the "tokens", each as
-        text, and their "logprobs", and with `top_logprobs` those too.
+        Returns for each answer its text and why it ended (see `StreamEvent`), and with `logprobs` what
+        `Scored` names.
         """
         events = self.stream_text(prompts, temperature, top_p, max_gen_len, logprobs, echo, **sampling)
         return [
-            {"generation": answer.text, **self._scored(answer, logprobs)}
-            for answer in collect(events, len(prompts))
+            {"generation": a.text, "finish_reason": a.finish_reason, **self._scored(a, logprobs)}
+            for a in collect(events)
         ]
 
     def chat_completion(
         self,
-        dialogs: Sequence[Dialog],
+        dialogs: Iterable[Dialog],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
         **sampling: Unpack[Sampling],
     ) -> list[ChatPrediction]:
-        """Answer dialogs: lists of {"role": ..., "content": ...}. Other arguments as in `generate`.
+        """Answer dialogs: lists of {"role": ..., "content": ...}.
 
-        Returns for each {"generation": {"role": "assistant", "content": text}}, and with `logprobs`
-        what `text_completion` does. Raises ValueError for a dialog that the chat format cannot hold.
+        A last message of the assistant's is the beginning of the answer, which goes on after it.
+
+        Returns what `text_completion` returns, but each text as a message of the assistant's. Raises
+        what `generate` raises, and ArgumentError for a dialog that the chat format cannot hold.
         """
         events = self.stream_chat(dialogs, temperature, top_p, max_gen_len, logprobs, **sampling)
         return [
             {
-                "generation": {"role": "assistant", "content": answer.text},
-                **self._scored(answer, logprobs),
+                "generation": {"role": "assistant", "content": a.text},
+                "finish_reason": a.finish_reason,
+                **self._scored(a, logprobs),
             }
-            for answer in collect(events, len(dialogs))
+            for a in collect(events)
         ]
 
     def stream_text(
         self,
-        prompts: Sequence[str],
+        prompts: Iterable[str],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
@@ -275,15 +265,15 @@ class Llama:
 
         The pieces of text joined are the answer of `text_completion`. With `echo` the prompt's tokens
         come first. Several streams may be read in turn. Closing one, or dropping it, cancels what has
-        not ended and frees its slots. Where one request fails, its end says why and the others go on.
+        not ended and frees its slots. If one request fails, its end says why and the others go on.
         Raises what `generate` raises, at the call.
         """
-        ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in _list_of(prompts, "prompts")]
+        ids = self._encode_texts(prompts)
         return self.stream_tokens(ids, temperature, top_p, max_gen_len, logprobs, echo, **sampling)
 
     def stream_chat(
         self,
-        dialogs: Sequence[Dialog],
+        dialogs: Iterable[Dialog],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
@@ -291,12 +281,12 @@ class Llama:
         **sampling: Unpack[Sampling],
     ) -> Generator[StreamEvent, None, None]:
         """What `chat_completion` does, as it happens; otherwise as `stream_text`."""
-        ids = [self.formatter.encode_dialog_prompt(dialog) for dialog in _list_of(dialogs, "dialogs")]
+        ids = self._encode_dialogs(dialogs)
         return self.stream_tokens(ids, temperature, top_p, max_gen_len, logprobs, **sampling)
 
     def stream_tokens(
         self,
-        prompt_tokens: Sequence[Sequence[int]],
+        prompt_tokens: Iterable[Iterable[int]],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
@@ -305,30 +295,53 @@ class Llama:
         **sampling: Unpack[Sampling],
     ) -> Generator[StreamEvent, None, None]:
         """As `stream_text`, for prompts of token ids."""
-        if not prompt_tokens:
-            raise ArgumentError("no prompts: give one at least")
-        values: dict[str, Any] = dict(sampling)
-        stop, seed = values.pop("stop", ()), values.pop("seed", None)
-        stop = [stop] if isinstance(stop, str) else stop
-        if not (isinstance(stop, Sequence) and all(isinstance(text, str) and text for text in stop)):
-            raise ArgumentError(f"stop must be a text, or a list of texts, and none empty; not {stop!r}")
-        values["stop_token_ids"] = frozenset((*self.tokenizer.stop_tokens, *values.get("stop_token_ids", ())))
-        params = SamplingParams(
+        requests = self.requests(
+            prompt_tokens,
             temperature=temperature,
             top_p=top_p,
-            max_tokens=max_gen_len,
+            max_gen_len=max_gen_len,
             logprobs=logprobs,
-            prompt_logprobs=logprobs and echo,
-            **values,
+            echo=echo,
+            **sampling,
         )
-        prompts = []
-        for i, prompt in enumerate(prompt_tokens):
-            try:
-                self.engine.check(prompt, params)
-            except ValueError as error:
-                raise type(error)(f"prompt {i}: {error}") from None
-            prompts.append((prompt, replace(params, seed=self._next_seed() if seed is None else seed)))
-        return stream(self.engine, self.tokenizer, prompts, stop, echo)
+        return stream(self.engine, self.tokenizer, requests)
+
+    def astream_text(
+        self, prompts: Iterable[str], **options: Unpack[Options]
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """`stream_text` for asyncio: `async for event in llama.astream_text([...])`."""
+        return astream(self.engine, self.tokenizer, self.requests(self._encode_texts(prompts), **options))
+
+    def astream_chat(
+        self, dialogs: Iterable[Dialog], **options: Unpack[Options]
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """`stream_chat` for asyncio: `async for event in llama.astream_chat([...])`."""
+        return astream(self.engine, self.tokenizer, self.requests(self._encode_dialogs(dialogs), **options))
+
+    def requests(
+        self, prompt_tokens: Iterable[Iterable[int]], **options: Unpack[Options]
+    ) -> list[TextRequest]:
+        """Check a call's arguments, and make its requests without running them.
+
+        Raises what `generate` raises.
+        """
+        return text_requests(
+            prompt_tokens, options, self.tokenizer.stop_tokens, self.engine.check, self._next_seed
+        )
+
+    def _encode_texts(self, prompts: Iterable[str]) -> list[list[int]]:
+        return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in entries(prompts, "prompts")]
+
+    def _encode_dialogs(self, dialogs: Iterable[Dialog]) -> list[list[int]]:
+        return [self._encode_dialog(dialog) for dialog in entries(dialogs, "dialogs")]
+
+    def _encode_dialog(self, dialog: Dialog) -> list[int]:
+        """Ids after which the assistant's next words come."""
+        last = dialog[-1] if isinstance(dialog, Sequence) and len(dialog) > 1 else None
+        if not isinstance(last, dict) or last.get("role") != "assistant":
+            return self.formatter.encode_dialog_prompt(dialog)
+        begun = self.tokenizer.encode(last.get("content", ""), bos=False, eos=False)
+        return self.formatter.encode_dialog_prompt(dialog[:-1]) + begun
 
     def _scored(self, answer: Answer, logprobs: bool) -> Scored:
         if not logprobs:
@@ -343,14 +356,4 @@ class Llama:
         return scored
 
     def _next_seed(self) -> int:
-        self._requests += 1
-        return derive_seed(self._seed, self._requests)
-
-
-def _list_of(values: Sequence[T], what: str) -> Sequence[T]:
-    """Raise ValueError for the one thing where a list of them belongs."""
-    if isinstance(values, str | dict):
-        raise ArgumentError(
-            f"{what} must be a list, one entry per request, not a single {type(values).__name__}"
-        )
-    return values
+        return derive_seed(self._seed, next(self._seeds))

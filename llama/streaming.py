@@ -1,14 +1,17 @@
 """From the engine's tokens to pieces of text: whole characters, and never a part of a stop string."""
 
+import asyncio
 import codecs
+import contextlib
+import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from llama.engine import Engine
-from llama.engine.request import FinishReason, TopLogprobs
-from llama.sampling import SamplingParams
+from llama.arguments import TextRequest
+from llama.engine import Engine, Event, FinishReason, Request, TopLogprobs
 
 
 class Decoder(Protocol):
@@ -95,7 +98,7 @@ class Stats:
 class StreamEvent:
     """One token of one request, or its end: then `finish_reason` and `stats` are not None.
 
-    index: which prompt or dialog of the call.
+    index: which answer of the call: those to the first prompt come first.
     text: what became certain of the text. It may be behind `token`, where that ends in the middle of a
     character or of what may become a stop string; all pieces joined are the whole text.
     logprob, top_logprobs: of the token, if asked for; ids and log-probabilities, most likely first.
@@ -113,60 +116,124 @@ class StreamEvent:
     stats: Stats | None = None
 
 
-def stream(
-    engine: Engine,
-    tokenizer: Decoder,
-    prompts: Sequence[tuple[Sequence[int], SamplingParams]],
-    stop: Sequence[str] = (),
-    echo: bool = False,
-) -> Generator[StreamEvent, None, None]:
-    """Queue prompts of token ids, and yield what comes of them. Closing it cancels what has not ended.
+class Reader:
+    """Turns the engine's events of one request into stream events.
 
-    echo: yield the prompts' tokens too. Raises what `Engine.add` raises.
+    index: which answer of the call it is.
+    cancel: ends the request, once a stop string is complete.
     """
-    began = time.perf_counter()
-    texts = [TextStream(tokenizer, stop) for _ in prompts]
-    first = [0.0] * len(prompts)  # when its first token came
-    counts = [0] * len(prompts)
-    requests = []
+
+    def __init__(
+        self,
+        tokenizer: Decoder,
+        request: Request,
+        source: TextRequest,
+        index: int,
+        cancel: Callable[[Request], object],
+    ) -> None:
+        self._request = request
+        self._cancel = cancel
+        self._index = index
+        self._text = TextStream(tokenizer, source.stop)
+        self._echo = source.echo
+        self._began = time.perf_counter()
+        self._first = 0.0  # when the first token came
+        self._count = 0
+
+    def read(self, event: Event) -> Iterator[StreamEvent]:
+        """What an event brings."""
+        if self._echo and event.finish_reason not in ("error", "cancelled"):
+            self._echo = False
+            yield from self._prompt()
+        if event.finish_reason:
+            yield self._end(event)
+        elif event.token is not None and self._text.stopped is None:  # else the engine ran ahead
+            self._first = self._first or time.perf_counter()
+            self._count += 1
+            piece = self._text.push(event.token)
+            yield StreamEvent(self._index, piece, event.token, event.logprob, event.top_logprobs)
+            if self._text.stopped is not None:
+                self._cancel(self._request)
+
+    def _prompt(self) -> Iterator[StreamEvent]:
+        request = self._request
+        scored = request.params.prompt_logprobs
+        for n, token in enumerate(request.prompt):
+            logprob = request.prompt_logprobs[n] if scored else None
+            top = request.prompt_top_logprobs[n] if scored and request.params.top_logprobs else None
+            yield StreamEvent(self._index, self._text.push(token, prompt=True), token, logprob, top)
+
+    def _end(self, event: Event) -> StreamEvent:
+        piece, now = self._text.flush(), time.perf_counter()
+        stats = Stats(
+            prompt_tokens=len(self._request.prompt),
+            reused_tokens=self._request.reused,
+            new_tokens=self._count,
+            first_token_seconds=(self._first or now) - self._began,
+            tokens_per_second=(self._count - 1) / (now - self._first) if self._count > 1 else 0.0,
+        )
+        return StreamEvent(
+            self._index,
+            piece,
+            finish_reason=event.finish_reason if self._text.stopped is None else "stop",
+            error=event.error and f"prompt {self._index}: {event.error}",
+            stats=stats,
+        )
+
+
+@contextlib.contextmanager
+def _queued(
+    engine: Engine, tokenizer: Decoder, sources: Sequence[TextRequest]
+) -> Iterator[dict[Request, Reader]]:
+    """Queue requests, each with its reader; cancel at the end those that have not ended."""
+    readers: dict[Request, Reader] = {}
     try:
-        for prompt, params in prompts:
-            requests.append(engine.add(prompt, params))
-        index = {request: i for i, request in enumerate(requests)}
-        unread = set(requests) if echo else set()
-        for event in engine.run(requests):
-            request, i = event.request, index[event.request]
-            text = texts[i]
-            if request in unread and event.finish_reason not in ("error", "cancelled"):
-                unread.remove(request)
-                for n, token in enumerate(request.prompt):
-                    scored = request.params.prompt_logprobs
-                    logprob = request.prompt_logprobs[n] if scored else None
-                    top = request.prompt_top_logprobs[n] if scored and request.params.top_logprobs else None
-                    yield StreamEvent(i, text.push(token, prompt=True), token, logprob, top)
-            if event.token is not None:
-                if text.stopped is None:  # else the engine was ahead of the reader
-                    first[i] = first[i] or time.perf_counter()
-                    counts[i] += 1
-                    piece = text.push(event.token)
-                    yield StreamEvent(i, piece, event.token, event.logprob, event.top_logprobs)
-                    if text.stopped is not None:
-                        engine.cancel(request)
-                continue
-            piece, now = text.flush(), time.perf_counter()
-            stats = Stats(
-                prompt_tokens=len(request.prompt),
-                reused_tokens=request.reused,
-                new_tokens=counts[i],
-                first_token_seconds=(first[i] or now) - began,
-                tokens_per_second=(counts[i] - 1) / (now - first[i]) if counts[i] > 1 else 0.0,
-            )
-            reason = event.finish_reason if text.stopped is None else "stop"
-            error = f"prompt {i}: {event.error}" if event.error else None
-            yield StreamEvent(i, piece, finish_reason=reason, error=error, stats=stats)
+        for index, source in enumerate(sources):
+            request = engine.add(source.prompt, source.params)
+            readers[request] = Reader(tokenizer, request, source, index, engine.cancel)
+        yield readers
     finally:
-        for request in requests:
+        for request in readers:
             engine.cancel(request)
+
+
+def stream(
+    engine: Engine, tokenizer: Decoder, sources: Sequence[TextRequest]
+) -> Generator[StreamEvent, None, None]:
+    """Run requests, and yield what comes of them. Closing it cancels what has not ended.
+
+    Raises what `Engine.add` raises.
+    """
+    with _queued(engine, tokenizer, sources) as readers:
+        for event in engine.run(list(readers)):
+            yield from readers[event.request].read(event)
+
+
+async def astream(
+    engine: Engine, tokenizer: Decoder, sources: Sequence[TextRequest]
+) -> AsyncGenerator[StreamEvent, None]:
+    """`stream` for asyncio. A thread runs the requests, however slowly the caller takes the events."""
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | Exception | None]()
+
+    def run(requests: Sequence[Request]) -> None:
+        def post(event: Event | Exception | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody listens any more
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        try:
+            for event in engine.run(requests):
+                post(event)
+            post(None)
+        except Exception as error:
+            post(error)
+
+    with _queued(engine, tokenizer, sources) as readers:
+        threading.Thread(target=run, args=(list(readers),), daemon=True).start()
+        while event := await events.get():
+            if isinstance(event, Exception):
+                raise event
+            for piece in readers[event.request].read(event):
+                yield piece
 
 
 @dataclass
@@ -177,23 +244,23 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason = "cancelled"
 
 
-def collect(events: Iterator[StreamEvent], n: int) -> list[Answer]:
-    """Read a stream of n requests to its end. Raises RuntimeError where one of them failed."""
-    answers = [Answer() for _ in range(n)]
-    pieces: list[list[str]] = [[] for _ in range(n)]
+def collect(events: Iterator[StreamEvent]) -> list[Answer]:
+    """Read a stream to its end. Raises RuntimeError if one of its requests failed."""
+    answers: defaultdict[int, Answer] = defaultdict(Answer)
     for event in events:
         if event.finish_reason == "error":
             raise RuntimeError(event.error)
-        pieces[event.index].append(event.text)
         answer = answers[event.index]
+        answer.text += event.text
         if event.token is not None:
             answer.tokens.append(event.token)
         if event.logprob is not None:
             answer.logprobs.append(event.logprob)
         if event.top_logprobs is not None:
             answer.top_logprobs.append(event.top_logprobs)
-    for answer, parts in zip(answers, pieces, strict=True):
-        answer.text = "".join(parts)
-    return answers
+        if event.finish_reason:
+            answer.finish_reason = event.finish_reason
+    return [answers[i] for i in sorted(answers)]

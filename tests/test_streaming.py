@@ -9,6 +9,7 @@ import torch
 
 from llama import Llama
 from llama.engine import PromptError
+from llama.errors import ArgumentError
 from llama.streaming import TextStream
 from tests.support.tiny import byte_tokenizer, small_model
 
@@ -266,7 +267,7 @@ def test_mistakes_are_told_at_the_call(llama, prompts, options, message):
 
 
 def test_unknown_arguments_are_refused(llama):
-    with pytest.raises(TypeError, match="topk"):
+    with pytest.raises(ArgumentError, match=r"'topk' \(did you mean top_k\?\); use one of .*max_gen_len"):
         llama.stream_text(["the"], topk=3)
 
 

@@ -165,9 +165,15 @@ class Llama:
         """Leave the process group that `build` joined; the last to leave takes it down."""
         if self._connected:
             self._connected = False
-            if self.engine.decoder:
-                self.engine.decoder.close()
+            self.engine.close()
             parallel.disconnect()
+
+    def forget(self) -> None:
+        """Reuse nothing of the KV cache, because weights were edited in a way that PyTorch does not record.
+
+        Edits in place and `load_state_dict` are noticed; writes through `.data` or NumPy are not.
+        """
+        self.engine.forget()
 
     def __enter__(self) -> "Llama":
         return self

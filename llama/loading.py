@@ -136,16 +136,14 @@ def warm_up(engine: Engine, required: bool) -> None:
                 pass
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        if engine.decoder:
-            engine.decoder.close()
+        engine.close()
         if required or model.parallel.size > 1:
             raise RuntimeError(f"compiling failed, build with compile=False: {reason}") from error
-        print(f"Not compiled, for that failed: {reason}", file=sys.stderr)
+        print(f"Compilation failed, continuing without it: {reason}", file=sys.stderr)
         for module in model.modules():
             module._compiled_call_impl = None
-        engine.decoder = None
-    model.cache_owner = None  # nothing in the cache is worth reusing
-    if engine.decoder and model.parallel.rank == 0:
+    engine.forget()  # nothing in the cache is worth reusing
+    if engine.static and model.parallel.rank == 0:
         print(f"Compiled: {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 

@@ -4,11 +4,12 @@ Reads top to bottom in the order of the forward pass: arguments, norm, rotary em
 feed-forward, block, transformer. Knows nothing of files, of what a token means, or of sampling.
 
 A step is ragged: the new tokens of several sequences stand behind one another in one tensor of N
-tokens, and a `Row` tells for each sequence which cache slot and which positions they take. Linear
-layers see N rows; attention runs sequence by sequence over the live part of its slot. Prefill,
-chunked prefill and decode are the same call with other lengths, and may share a step.
+tokens, and a `Row` gives each sequence's cache slot and positions. Linear layers see N rows;
+attention runs sequence by sequence over the live part of its slot. Prefill, chunked prefill and
+decode are the same call with different lengths, and may share a step.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -33,7 +34,7 @@ from llama.parallel import (
 class ModelArgs:
     """The shape of a model, by the names of `params.json`, and the size of its cache.
 
-    Raises ValueError where the numbers contradict each other.
+    Raises ArgumentError if the numbers contradict each other.
     """
 
     dim: int = 4096
@@ -60,23 +61,14 @@ class ModelArgs:
     def __post_init__(self) -> None:
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
-        for name in (
-            "dim",
-            "n_layers",
-            "n_heads",
-            "n_kv_heads",
-            "multiple_of",
-            "max_batch_size",
-            "max_seq_len",
-        ):
+        sizes = "dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "max_batch_size", "max_seq_len"
+        for name in sizes:
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ArgumentError(f"{name} must be a positive whole number, not {value!r}")
         if self.head_dim is None:
             self.head_dim = self.dim // self.n_heads if self.dim % self.n_heads == 0 else 1
         if self.head_dim % 2:
-            raise ArgumentError(
-                f"dim={self.dim} does not split into n_heads={self.n_heads} heads of even size"
-            )
+            raise ArgumentError(f"dim={self.dim} does not split into n_heads={self.n_heads} even sizes")
         if self.n_heads % self.n_kv_heads:
             raise ArgumentError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.use_scaled_rope and self.rope_scaling_factor is None:
@@ -129,7 +121,7 @@ def apply_rotary(x: Tensor, heads: int, rotation: Tensor) -> Tensor:
     rotation: fp32 (N, 1, head_dim / 2, 2), the cosine and the sine of each pair's angle.
     """
     pairs = x[:, :heads].unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # which has no complex numbers, and fuses what is long here
+    if torch.compiler.is_compiling():  # compilers lack complex numbers, but fuse these operations
         a, b = pairs.float().unbind(-1)
         cos, sin = rotation.unbind(-1)
         turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
@@ -150,13 +142,42 @@ class Row(NamedTuple):
         return self.start + self.length
 
 
+class KVCache:
+    """Keys and values of every slot, with an epoch that changes on every write.
+
+    Whoever relies on what it wrote compares the epoch with that of its last write.
+    data: (n_layers, 2, max_batch_size, n_kv_heads, max_seq_len, head_dim).
+    """
+
+    _epochs = itertools.count()  # shared, so that a new cache never repeats the epoch of an older one
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.mark_written()
+
+    def mark_written(self) -> None:
+        self.epoch = next(self._epochs)
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give slot `target` the keys and values of the first `length` positions of slot `source`."""
+        self.mark_written()
+        self.data[:, :, target, :, :length] = self.data[:, :, source, :, :length]
+
+    @torch.inference_mode()
+    def clear(self, slot: int, start: int, stop: int) -> None:
+        """Set positions start … stop - 1 of a slot to zero."""
+        self.mark_written()
+        self.data[:, :, slot, :, start:stop] = 0
+
+
 class Step(Protocol):
-    """What every layer needs to know of a step, computed once."""
+    """What every layer needs to know about a step, computed once."""
 
     rotation: Tensor  # (N, 1, head_dim / 2, 2), fp32
 
     def attend(self, queries: Tensor, kv: Tensor, cache: Tensor) -> Tensor:
-        """Write the new keys and values to the cache, and let the queries look at it.
+        """Write the new keys and values to the cache and attend to it.
 
         queries (N, n_heads, head_dim); kv (N, 2, n_kv_heads, head_dim); cache (2, max_batch_size,
         n_kv_heads, max_seq_len, head_dim). Returns as queries.
@@ -164,7 +185,7 @@ class Step(Protocol):
 
 
 def causal_mask(row: Row, device: torch.device) -> Tensor | None:
-    """Which keys each new token sees: all that is cached, then a triangle. None: attention knows."""
+    """Which keys each new token sees: all that are cached, then a triangle. None: no mask is needed."""
     if row.length == 1 or row.start == 0:
         return None
     return torch.ones(row.length, row.stop, dtype=torch.bool, device=device).tril(row.start)
@@ -176,8 +197,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tens
     q (length, n_heads, head_dim); keys, values (n_kv_heads, stop, head_dim). Returns as q.
     """
     if len(q) == 1:
-        # One query sees every key, so no mask is needed and the heads that share a key head can
-        # stand in as the rows of one query: a matrix product where there were n_rep vector ones.
+        # One query sees every key, so no mask is needed, and the heads that share a key head can
+        # be the rows of one query: one matrix product instead of n_rep vector products.
         folded = q.view(1, len(keys), -1, q.shape[-1])  # (1, n_kv_heads, n_rep, head_dim)
         return F.scaled_dot_product_attention(folded, keys[None], values[None]).view_as(q)
     if mask is not None and q.is_cuda:
@@ -195,7 +216,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tens
 
 
 class RaggedStep:
-    """Rows of any lengths, in any slots, one behind the other."""
+    """Rows of any length, in any slots, one after the other."""
 
     def __init__(self, rows: Sequence[Row], rotation: Tensor) -> None:
         self.rows, self.rotation = rows, rotation
@@ -219,20 +240,18 @@ class Attention(nn.Module):
 
     def __init__(self, args: ModelArgs, parallel: ModelParallel) -> None:
         super().__init__()
-        self.head_dim = args.head_dim
+        self.head_dim = size = args.head_dim
         start, stop = parallel.span(args.n_heads)
         self.n_heads = stop - start
         kv_heads = local_kv_heads(args, parallel)
         self.n_kv_heads = len(kv_heads)
-        kv_spans = merged([(head * args.head_dim, (head + 1) * args.head_dim) for head in kv_heads])
-        kv_dim = args.n_kv_heads * args.head_dim
+        kv_spans = merged([(head * size, (head + 1) * size) for head in kv_heads])
+        kv_dim = args.n_kv_heads * size
 
-        self.wq = ColumnParallelLinear(
-            args.dim, args.n_heads * args.head_dim, parallel, [(start * self.head_dim, stop * self.head_dim)]
-        )
+        self.wq = ColumnParallelLinear(args.dim, args.n_heads * size, parallel, [(start * size, stop * size)])
         self.wk = ColumnParallelLinear(args.dim, kv_dim, parallel, kv_spans)
         self.wv = ColumnParallelLinear(args.dim, kv_dim, parallel, kv_spans)
-        self.wo = RowParallelLinear(args.n_heads * args.head_dim, args.dim, parallel, unit=args.head_dim)
+        self.wo = RowParallelLinear(args.n_heads * size, args.dim, parallel, unit=size)
         self.wqkv = Joined(self.wq, self.wk, self.wv)
 
     def forward(self, x: Tensor, cache: Tensor, step: Step) -> Tensor:
@@ -244,10 +263,10 @@ class Attention(nn.Module):
 
 
 def local_kv_heads(args: ModelArgs, parallel: ModelParallel) -> list[int]:
-    """The key/value heads that this rank's query heads read, in order, repeated as needed.
+    """The key/value heads that this rank's query heads read, in order.
 
-    Attention wants equal groups: so many query heads to each key head. Where rank borders cut
-    through a group, heads repeat (0, 0, 1, 1, …), as few times as keeps the groups equal.
+    Attention needs as many query heads for each key head. If a rank border cuts through a group,
+    heads repeat (0, 0, 1, 1, …), as seldom as possible.
     """
     start, stop = parallel.span(args.n_heads)
     group = args.n_heads // args.n_kv_heads
@@ -290,20 +309,17 @@ class Transformer(nn.Module):
     """A Llama model, or one rank's part of it.
 
     parallel: the ranks it is cut across; by default fairscale's model-parallel group, or one rank.
-    Raises ValueError where the ranks do not divide the heads.
+    Raises ArgumentError if the ranks do not divide the heads.
     """
 
-    cache: Tensor  # (n_layers, 2, max_batch_size, n_kv_heads, max_seq_len, head_dim)
     rotations: Tensor  # (max_seq_len, 1, head_dim / 2, 2), fp32: cosines and sines
-    cache_owner: object = None  # who can rely on what the cache holds: whoever wrote to it last
     least_rows = 1  # that the linear layers get; a backend may be faster with a few more than there are
+    _cache: KVCache | None = None
 
     def __init__(self, params: ModelArgs, parallel: ModelParallel | None = None) -> None:
         super().__init__()
         if params.vocab_size < 1:
-            raise ArgumentError(
-                f"vocab_size must be the tokenizer's number of tokens, not {params.vocab_size}"
-            )
+            raise ArgumentError(f"vocab_size must be 1 or more, not {params.vocab_size}")
         self.params = params
         self.parallel = parallel or current()
         if params.n_heads % self.parallel.size:
@@ -330,19 +346,18 @@ class Transformer(nn.Module):
         return args.n_layers, 2, args.max_batch_size, n_kv_heads, args.max_seq_len, args.head_dim
 
     @torch.inference_mode(False)  # so that code outside of inference mode may write to it too
-    def allocate_cache(self) -> None:
-        """Allocate the KV cache and the table of rotations, on the weights' device, once."""
-        self.cache = torch.zeros(self.cache_shape(), dtype=self.dtype, device=self.device)
-        angles = torch.outer(
-            torch.arange(self.params.max_seq_len, device="cpu"), rope_frequencies(self.params)
-        )
+    def allocate_cache(self) -> KVCache:
+        """Allocate the KV cache and the table of rotations on the weights' device."""
+        positions = torch.arange(self.params.max_seq_len, device="cpu")
+        angles = torch.outer(positions, rope_frequencies(self.params))
         self.rotations = torch.stack((angles.cos(), angles.sin()), -1)[:, None].to(self.device)
+        self._cache = KVCache(self.cache_shape(), self.dtype, self.device)
+        return self._cache
 
-    @torch.inference_mode()
-    def copy_cache(self, source: int, target: int, length: int) -> None:
-        """Give slot `target` the keys and values of the first `length` positions of slot `source`."""
-        if length:
-            self.cache[:, :, target, :, :length] = self.cache[:, :, source, :, :length]
+    @property
+    def cache(self) -> KVCache:
+        """The KV cache, allocated when it is first needed."""
+        return self._cache or self.allocate_cache()
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, start_pos: int | Tensor) -> Tensor:
@@ -350,9 +365,8 @@ class Transformer(nn.Module):
 
         tokens: int64 (batch, length). start_pos: position of the first column, for all rows or,
         as int64 (batch), for each. Row i lives in cache slot i.
-        Returns fp32 (batch, length, vocab_size). Raises ValueError where the cache is too small.
+        Returns fp32 (batch, length, vocab_size). Raises ArgumentError if the cache is too small.
         """
-        self.cache_owner = None
         batch, length = tokens.shape
         starts = [start_pos] * batch if isinstance(start_pos, int) else start_pos.tolist()
         rows = [Row(slot, start, length) for slot, start in enumerate(starts)]
@@ -360,22 +374,19 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def hidden(self, tokens: Tensor, rows: Sequence[Row]) -> Tensor:
-        """The last layer's normed output (N, dim) for the rows' tokens, int64 (N), one row behind the other.
+        """The last layer's normed output (N, dim) for the rows' tokens, int64 (N), one row after the other.
 
-        Cache slots take the new keys and values; each slot may appear in one row only. Tokens behind
-        the last row's are padding, which brings the linear layers to a wanted N and nothing else.
-        Raises ValueError where a row does not fit into the cache.
+        The new keys and values go to the cache; each slot may appear in one row only. Tokens after the
+        last row's are padding: they bring the linear layers to a wanted N and do nothing else.
+        Raises ArgumentError if a row does not fit into the cache.
         """
-        if not hasattr(self, "cache"):
-            self.allocate_cache()
+        self.cache.mark_written()
+        slots, length = self.params.max_batch_size, self.params.max_seq_len
         for row in rows:
-            if not (
-                0 <= row.slot < self.params.max_batch_size
-                and 0 <= row.start < row.stop <= self.params.max_seq_len
-            ):
+            if not (0 <= row.slot < slots and 0 <= row.start < row.stop <= length):
                 raise ArgumentError(
                     f"slot {row.slot}, positions {row.start} to {row.stop} do not fit into a cache of "
-                    f"max_batch_size={self.params.max_batch_size}, max_seq_len={self.params.max_seq_len}"
+                    f"max_batch_size={slots}, max_seq_len={length}"
                 )
         n = len(tokens)
         tokens = F.pad(tokens, (0, max(0, self.least_rows - n)))
@@ -387,7 +398,7 @@ class Transformer(nn.Module):
     def run(self, tokens: Tensor, step: Step) -> Tensor:
         """The last layer's normed output (N, dim) for int64 (N) tokens."""
         x = self.tok_embeddings(tokens)
-        for layer, cache in zip(self.layers, self.cache, strict=True):
+        for layer, cache in zip(self.layers, self.cache.data, strict=True):
             x = layer(x, cache, step)
         return self.norm(x)
 

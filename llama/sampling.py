@@ -1,14 +1,15 @@
 """From logits to tokens: penalties, temperature, what is kept of the distribution, seeds, logprobs.
 
-Every request is sampled by its own parameters, its own tokens and its own seed: the draw of its n-th
-token is one uniform number that depends on the seed and n alone, looked up in the inverse of the
-cumulative distribution of what is kept. So a request draws the same tokens whoever shares its batch,
-after a restart, and on any number of ranks.
+Every request is sampled by its own parameters, its own tokens and its own seed. A draw is by Gumbel-max
+(Maddison et al. 2014, section 2): the token with the largest logit / temperature + noise, where the noise
+is a hash of seed, number of the draw and token id. So a request draws the same tokens in any batch, after
+a restart and on any number of ranks: rounding can change a draw only if two sums nearly tie.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,31 +18,35 @@ from llama.device import to_device
 from llama.errors import ArgumentError
 
 # A nucleus is looked for among this many most likely tokens first: to sort a whole vocabulary of
-# 128,256 costs 20 times as much. Where it does not fit, all are sorted.
+# 128,256 costs 20 times as much. If it does not fit, all are sorted.
 NUCLEUS_SHORTCUT = 1024
+LARGEST = 1e30  # penalty or bias: fp32 has room above it
+
+BROKEN = -1  # in place of a token: the logits are not finite
+FORBIDDEN = -2  # in place of a token: biases or a constraint allow none
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is sampled. Raises ValueError where a number is out of its range.
+    """How one request is sampled. Raises ArgumentError if a value is out of its range.
 
     The order in which they apply: repetition_penalty, presence_penalty and frequency_penalty,
     logit_bias, temperature, top_k, top_p, min_p. Logprobs are of the raw logits, before all of them.
 
-    temperature: divides the logits; 0 takes the most likely token.
-    top_p: of the tokens sorted by probability, one is dropped when those before it sum to more.
-    top_k: only so many most likely tokens are kept, and top_p is a share of theirs; None: all.
-    min_p: tokens less likely than this share of the most likely one are dropped.
-    repetition_penalty: divides positive and multiplies negative logits of all tokens of prompt and
-    answer (Keskar et al. 2019, section 4.1); 1 changes nothing.
+    temperature: divides the logits; 0 picks the most likely token.
+    top_p: of the tokens sorted by probability, drop one if those before it sum to more.
+    top_k: keep only the k most likely tokens; top_p then applies to their renormalised probabilities.
+    min_p: drop tokens less likely than this share of the most likely one.
+    repetition_penalty: divides positive and multiplies negative logits of all tokens in the prompt and
+      the answer (Keskar et al. 2019, section 4.1); 1 changes nothing.
     presence_penalty: subtracted from the logit of each token in the answer so far.
-    frequency_penalty: subtracted as often as the token is in the answer so far.
+    frequency_penalty: the same, times the number of its occurrences in the answer so far.
     logit_bias: added to the logits of these token ids; -inf forbids one.
     seed: of the request's own draws, any integer.
-    max_tokens: at most so many new tokens; None: as many as the context has room for.
-    logprobs: log-probabilities of the tokens generated. prompt_logprobs: of the prompt's tokens too;
-    the first one's is 0.
-    top_logprobs: with them, the ids and log-probabilities of so many most likely tokens.
+    max_tokens: new tokens at most; None: as many as the context has room for.
+    logprobs: return the log-probabilities of the tokens generated.
+    prompt_logprobs: of the prompt's tokens too; the first one's is 0.
+    top_logprobs: with them, the ids and log-probabilities of this many most likely tokens.
     stop_token_ids: end the answer, and are not part of it.
     """
 
@@ -65,67 +70,249 @@ class SamplingParams:
             if not fits:
                 raise ArgumentError(f"{name} must be {kind}, not {getattr(self, name)!r}")
 
-        check("temperature", "0 (greedy) or more", _number(self.temperature, 0))
+        bias = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(-1, 0)]
+        check("temperature", "0 (greedy) or more", _number(self.temperature, 0, math.inf))
         check("top_p", "a number from 0 to 1", _number(self.top_p, 0, 1))
         check("top_k", "a whole number, 1 or more, or None", self.top_k is None or _whole(self.top_k, 1))
         check("min_p", "a number from 0 to 1", _number(self.min_p, 0, 1))
-        check(
-            "repetition_penalty",
-            "more than 0 (1 changes nothing)",
-            _number(self.repetition_penalty, 0) and self.repetition_penalty > 0,
-        )
-        check("presence_penalty", "a finite number", _number(self.presence_penalty))
-        check("frequency_penalty", "a finite number", _number(self.frequency_penalty))
+        penalty = f"a number from {1 / LARGEST} to {LARGEST} (1 changes nothing)"
+        check("repetition_penalty", penalty, _number(self.repetition_penalty, 1 / LARGEST))
+        for name in ("presence_penalty", "frequency_penalty"):
+            check(name, f"a number from {-LARGEST} to {LARGEST}", _number(getattr(self, name)))
         check(
             "logit_bias",
-            "a table of token ids and finite numbers or -inf",
-            isinstance(self.logit_bias, Mapping)
-            and all(
-                _whole(token, 0) and (_number(bias) or bias == -math.inf)
-                for token, bias in self.logit_bias.items()
-            ),
+            f"a mapping of token ids to numbers from {-LARGEST} to {LARGEST}, or -inf",
+            all(_whole(token, 0) and (value == -math.inf or _number(value)) for token, value in bias),
         )
         check("seed", "a whole number", _whole(self.seed))
-        check(
-            "max_tokens",
-            "a whole number, 0 or more, or None",
-            self.max_tokens is None or _whole(self.max_tokens, 0),
-        )
-        check("top_logprobs", "a whole number, 0 or more", _whole(self.top_logprobs, 0))
+        count = "a whole number, 0 or more"
+        check("max_tokens", f"{count}, or None", self.max_tokens is None or _whole(self.max_tokens, 0))
+        check("top_logprobs", count, _whole(self.top_logprobs, 0))
+        for name in ("logprobs", "prompt_logprobs"):
+            check(name, "True or False", isinstance(getattr(self, name), bool))
+        check("stop_token_ids", "a set of token ids", all(_whole(token) for token in self.stop_token_ids))
         if self.top_logprobs and not self.logprobs:
             raise ArgumentError(f"top_logprobs={self.top_logprobs} needs logprobs=True")
 
     @property
     def adjusts(self) -> bool:
-        """Whether the logits change before the temperature does."""
+        """Whether the logits change before the temperature applies."""
         return bool(
             self.logit_bias or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
         )
 
 
-def _number(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
+def _number(value: object, low: float = -LARGEST, high: float = LARGEST) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and low <= value <= high  # type: ignore[arg-type,operator]
 
 
 def _whole(value: object, low: float = -math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
-def uniform(seed: int, n: int) -> float:
-    """The n-th number in [0, 1) of the sequence that `seed` names, by splitmix64 (Steele et al. 2014)."""
-    return (_mix(_mix(seed) + (n + 1) * 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
+class Constraint(Protocol):
+    """Which tokens may come next in one request, as a grammar decides.
+
+    It is given the whole answer so far each time, so it may keep a state of its own and catch up.
+    """
+
+    def mask(self, answer: Sequence[int], logits: Tensor) -> None:
+        """Set the logits, fp32 (vocab_size), of tokens that must not follow to -inf, in place."""
+
+    def finished(self, answer: Sequence[int]) -> bool:
+        """Whether the answer is complete, so that the request ends."""
+
+
+class Sampled(Protocol):
+    """What sampling needs to know about a request."""
+
+    params: SamplingParams
+    prompt: list[int]
+    tokens: list[int]  # the answer so far
+    constraint: Constraint | None
+
+
+class Columns(NamedTuple):
+    """The parameters of some rows that draw, as tensors (n, 1), fp32 if not said otherwise."""
+
+    rows: Tensor  # int64 (n): which rows of the logits
+    look: int  # how many most likely tokens to look at; 0: all, for they are all kept, but for min_p
+    key: Tensor  # int64: of the noise
+    temperature: Tensor
+    top_p: Tensor
+    top_k: Tensor
+    min_p: Tensor
+
+
+def sample(logits: Tensor, requests: Sequence[Sampled]) -> Tensor:
+    """The next token of each request: int64 (N) from fp32 logits (N, vocab_size), which stay as they are.
+
+    BROKEN or FORBIDDEN stands for a token that cannot be chosen.
+    """
+    device, (_, vocab_size) = logits.device, logits.shape
+    if device.type == "mps":
+        logits = logits.cpu()  # MPS has no fp64
+    if any(r.params.adjusts or r.constraint for r in requests):
+        logits = logits.clone()
+        for row, request in zip(logits, requests, strict=True):
+            adjust(row, request)
+    draws = [(request.params, len(request.tokens)) for request in requests]
+    tokens, again = choose(logits, columns(draws, vocab_size, logits.device))
+    for i in again.nonzero()[:, 0].tolist():
+        everything = columns(draws[i : i + 1], vocab_size, logits.device, everything=True)
+        tokens[i] = choose(logits[i : i + 1], everything)[0]
+    return tokens.to(device)
+
+
+def adjust(logits: Tensor, request: Sampled) -> None:
+    """Apply a request's penalties, bias and constraint to its own logits, fp32 (vocab_size), in place.
+
+    In fp64 and then relative to the largest, so that large penalties lose no digits of small logits.
+    """
+
+    def to_tensor(ids: Sequence[int]) -> Tensor:
+        return to_device(ids, logits.device)
+
+    params, prompt, answer = request.params, request.prompt, request.tokens
+    exact = logits.double()
+    if params.repetition_penalty != 1:
+        ids = to_tensor([*prompt, *answer])
+        seen, penalty = exact[ids], params.repetition_penalty
+        exact[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
+    if answer and (params.presence_penalty or params.frequency_penalty):
+        ids = to_tensor(answer)
+        exact[ids] = exact[ids] - params.presence_penalty  # once, however often an id is there
+        exact.index_add_(0, ids, exact.new_full(ids.shape, -params.frequency_penalty))
+    if params.logit_bias:
+        biases = to_device(list(params.logit_bias.values()), logits.device, torch.float64)
+        exact[to_tensor(list(params.logit_bias))] += biases
+    if params.adjusts:
+        logits.copy_(exact - exact.max().clamp(min=-1e300))  # clamped for when all are -inf
+    if request.constraint:
+        request.constraint.mask(answer, logits)
+
+
+def columns(
+    draws: Sequence[tuple[SamplingParams, int]],
+    vocab_size: int,
+    device: torch.device,
+    *,
+    everything: bool = False,
+) -> list[Columns]:
+    """The parameters of rows of logits, in groups that `choose` treats alike; greedy rows are left out.
+
+    draws: each row's parameters and how many tokens its request has drawn before.
+    everything: look at all tokens, for the rows that `choose` wants to look at again.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, (params, _) in enumerate(draws):
+        limited = params.top_p < 1 or (params.top_k or vocab_size) < vocab_size
+        if not limited and (everything or not params.min_p):
+            look = 0
+        else:
+            short = not everything and (params.top_k or 0) <= NUCLEUS_SHORTCUT < vocab_size
+            look = NUCLEUS_SHORTCUT if short else vocab_size
+        if params.temperature > 0:
+            groups.setdefault(look, []).append(row)
+    found = []
+    for look, rows in groups.items():
+        some = [draws[row] for row in rows]
+        keys = [_signed(_mix(_mix(params.seed) + (n + 1) * GOLDEN)) for params, n in some]
+        # Temperatures beyond these would be 0 or infinite in fp32.
+        numbers = [
+            (min(max(p.temperature, 1e-30), 1e30), p.top_p, p.top_k or vocab_size, p.min_p) for p, _ in some
+        ]
+        tensors = to_device(numbers, device, torch.float32).T[..., None]
+        found.append(Columns(to_device(rows, device), look, to_device(keys, device)[:, None], *tensors))
+    return found
+
+
+def choose(logits: Tensor, columns: Sequence[Columns]) -> tuple[Tensor, Tensor]:
+    """The next token of each row, without waiting for the device.
+
+    logits: fp32 (N, vocab_size).
+    columns: of the rows that draw; the others get their most likely token.
+
+    Returns the tokens, int64 (N), or BROKEN or FORBIDDEN; and bool (N), whether more tokens are kept
+    than were looked at, so that the row must be looked at again.
+    """
+    tokens, best = logits.argmax(-1), logits.amax(-1)
+    again = torch.zeros_like(tokens, dtype=torch.bool)
+    for group in columns:
+        rows = logits if len(group.rows) == len(logits) else logits[group.rows]
+        tokens[group.rows], again[group.rows] = _draw(rows, group)
+    tokens = torch.where(best == -math.inf, FORBIDDEN, tokens)
+    tokens = torch.where(best.isnan() | (best == math.inf), BROKEN, tokens)
+    return tokens, again & (tokens >= 0)
+
+
+def _draw(logits: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
+    """Draw from the nucleus (Holtzman et al. 2020, section 3.1) of the top_k (Fan et al. 2018, section
+    5.4), less what min_p drops (Nguyen et al. 2024, section 3). Returns as `choose`."""
+    _, look, key, temperature, top_p, top_k, min_p = columns
+    vocab_size = logits.shape[-1]
+    if look:
+        top, ids = logits.topk(look, -1)
+        best = top[:, :1]
+    else:
+        top, ids = logits, torch.arange(vocab_size, device=logits.device)[None]
+        best = logits.amax(-1, keepdim=True)
+    # Relative to the best, so that no temperature is too low.
+    total = ((logits - best) / temperature).logsumexp(-1, keepdim=True)
+    probs = ((top - best) / temperature - total).exp()
+    dropped = probs < min_p * (-total).exp()
+    again = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    if look:
+        before = probs.cumsum(-1) - probs
+        beyond = torch.arange(look, device=logits.device) >= top_k
+        limited = top_k < vocab_size
+        share = top_p * probs.masked_fill(beyond, 0).sum(-1, keepdim=True).where(limited, 1.0)
+        dropped |= (before > share) | beyond
+        if look < vocab_size:
+            again = ~(dropped[:, -1] | (before[:, -1] + probs[:, -1] > share[:, 0]))
+            again |= (limited & (top_k > look))[:, 0]  # the sum of their top_k is not known
+    scores = (top - best).double() / temperature + gumbel(key, ids)
+    chosen = scores.masked_fill(dropped, -math.inf).argmax(-1, keepdim=True)
+    return ids.expand_as(top).gather(-1, chosen)[:, 0], again
+
+
+# splitmix64 (Steele et al. 2014, figure 16): a generator whose n-th number is a hash of state + n · GOLDEN.
+GOLDEN = 0x9E3779B97F4A7C15
+MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)
 
 
 def _mix(x: int) -> int:
+    for shift, factor in MIX:
+        x &= (1 << 64) - 1
+        x = (x ^ (x >> shift)) * factor
     x &= (1 << 64) - 1
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & ((1 << 64) - 1)
     return x ^ (x >> 31)
+
+
+def _signed(x: int) -> int:
+    """The int64 with the same bits as a number below 2⁶⁴."""
+    return x - (x >> 63 << 64)
 
 
 def derive_seed(seed: int, n: int) -> int:
     """The seed of the n-th request of a program whose own seed is `seed`."""
-    return _mix(_mix(seed + 0x94D049BB133111EB) + n)
+    return _mix(_mix(seed + MIX[1][1]) + n)
+
+
+def gumbel(key: Tensor, ids: Tensor) -> Tensor:
+    """Standard Gumbel noise, fp64, of keys and token ids, both int64 and broadcast against each other."""
+    x = key + (ids + 1) * _signed(GOLDEN)
+    for shift, factor in MIX:
+        x = (x ^ _shifted(x, shift)) * _signed(factor)
+    x = x ^ _shifted(x, 31)
+    uniform = (_shifted(x, 12).double() + 0.5) * 2.0**-52  # neither 0 nor 1
+    return -(-uniform.log()).log()
+
+
+def _shifted(x: Tensor, n: int) -> Tensor:
+    """The bits of int64 shifted to the right, with zeros from the left."""
+    return (x >> n) & ((1 << (64 - n)) - 1)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -138,90 +325,3 @@ def top_logprobs(logits: Tensor, n: int) -> list[list[tuple[int, float]]]:
     top, ids = logits.topk(min(n, logits.shape[-1]), -1)
     logprobs = top - logits.logsumexp(-1, keepdim=True)
     return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), logprobs.tolist(), strict=True)]
-
-
-def sample(
-    logits: Tensor,
-    params: Sequence[SamplingParams],
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-) -> Tensor:
-    """The next token of each row: int64 (N) from fp32 logits (N, vocab_size), which stay as they are.
-
-    params: each row's own. prompts, answers: the ids that each row's request was given and has drawn.
-    """
-    if adjusted := [i for i, p in enumerate(params) if p.adjusts]:
-        logits = logits.clone()
-        for i in adjusted:
-            adjust(logits[i], params[i], prompts[i], answers[i])
-    tokens = logits.argmax(-1)
-    if sampled := [i for i, p in enumerate(params) if p.temperature > 0]:
-        drawn = [params[i] for i in sampled]
-        numbers = settings(drawn, [len(answers[i]) for i in sampled], logits.shape[-1], logits.device)
-        rows = slice(None) if len(sampled) == len(params) else to_device(sampled, logits.device)
-        tokens[rows] = draw(logits[rows], numbers)
-    return tokens
-
-
-def settings(
-    params: Sequence[SamplingParams], counts: Sequence[int], vocab_size: int, device: torch.device
-) -> Tensor:
-    """What `draw` wants to know of each row, which has so many tokens already: fp32 (5, N, 1).
-
-    In order: temperature, top_p, top_k, min_p, and the row's uniform number.
-    """
-    columns = [
-        # A temperature below 1e-30 might be 0 in fp32.
-        (max(p.temperature, 1e-30), p.top_p, p.top_k or vocab_size, p.min_p, uniform(p.seed, n))
-        for p, n in zip(params, counts, strict=True)
-    ]
-    return to_device(columns, device, torch.float32).T[..., None]
-
-
-def adjust(logits: Tensor, params: SamplingParams, prompt: Sequence[int], answer: Sequence[int]) -> None:
-    """Apply a request's penalties and bias to its own logits, fp32 (vocab_size), in place."""
-    if params.repetition_penalty != 1:
-        ids = torch.tensor([*prompt, *answer], device=logits.device)
-        seen = logits[ids]
-        logits[ids] = torch.where(
-            seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty
-        )
-    if answer and (params.presence_penalty or params.frequency_penalty):
-        ids = torch.tensor(answer, device=logits.device)
-        logits[ids] = logits[ids] - params.presence_penalty  # once, however often an id is there
-        logits.index_add_(0, ids, logits.new_full(ids.shape, -params.frequency_penalty))
-    if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), device=logits.device)
-        logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-
-
-def draw(logits: Tensor, settings: Tensor) -> Tensor:
-    """Draw what stands at the point u of the cumulative sum of the tokens kept, most likely first.
-
-    Kept is the nucleus (Holtzman et al. 2020, section 3.1) of the top_k (Fan et al. 2018, section
-    5.4), less what min_p drops (Nguyen et al. 2024, section 3).
-    logits: fp32 (N, vocab_size). settings: see there. Returns int64 (N).
-    """
-    tokens, larger = draw_among(logits, settings, NUCLEUS_SHORTCUT)
-    if larger.any():
-        tokens[larger] = draw_among(logits[larger], settings[:, larger], logits.shape[-1])[0]
-    return tokens
-
-
-def draw_among(logits: Tensor, settings: Tensor, look: int) -> tuple[Tensor, Tensor]:
-    """`draw` among the `look` most likely tokens, and for which rows (bool, N) more are kept than those."""
-    temperature, top_p, top_k, min_p, u = settings
-    top, ids = logits.topk(min(look, logits.shape[-1]), -1)
-    best = top[:, :1]
-    # Relative to the best, so that no temperature is too low.
-    probs = ((top - best) / temperature - ((logits - best) / temperature).logsumexp(-1, keepdim=True)).exp()
-    before = probs.cumsum(-1) - probs
-    beyond = torch.arange(top.shape[-1], device=logits.device) >= top_k
-    limited = top_k < logits.shape[-1]
-    share = top_p * probs.masked_fill(beyond, 0).sum(-1, keepdim=True).where(limited, 1.0)
-    dropped = (before > share) | beyond | (probs < min_p * probs[:, :1])
-    kept = probs.masked_fill(dropped, 0).cumsum(-1)
-    chosen = torch.searchsorted(kept, u * kept[:, -1:]).clamp(max=ids.shape[-1] - 1)  # clamp: for NaN
-    larger = ~(dropped[:, -1] | (before[:, -1] + probs[:, -1] > share[:, 0]))
-    larger |= (limited & (top_k > look))[:, 0]  # the sum of their top_k is not known
-    return ids.gather(-1, chosen)[:, 0], larger & (top.shape[-1] < logits.shape[-1])

@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from llama import Llama
+from llama import Llama, sampling
 from llama.backends.onednn import can_pack, pack
 from llama.engine import Engine
 from llama.engine import static as decode
-from llama.engine.request import Request
-from llama.engine.static import Decoder, check_compile, launch
+from llama.engine.request import Request, Work
+from llama.engine.static import StaticRunner, check_compile
 from llama.loading import quantize
-from llama.model import Transformer
+from llama.model import Row, Transformer
 from llama.sampling import SamplingParams
 from tests.support.tiny import byte_tokenizer, save_model, small_model
 
 
-def flexible(self: Decoder, model: Transformer, init: Any = Decoder.__init__) -> None:
-    """A decoder that takes flex attention on a CPU too, to see it run."""
+def flexible(self: StaticRunner, model: Transformer, init: Any = StaticRunner.__init__) -> None:
+    """A runner that uses flex attention on a CPU too, to see it run."""
     init(self, model)
     self.flex = True
 
@@ -35,15 +35,15 @@ class Launches:
     """The shapes of every static step of an engine: slots and positions looked at."""
 
     def __init__(self, engine: Engine) -> None:
-        assert engine.decoder
+        assert engine.static
         self.shapes: list[tuple[int, int]] = []
-        run = engine.decoder.run
+        run = engine.static.run
 
         def counting(tokens: torch.Tensor, positions: torch.Tensor, live: int) -> torch.Tensor:
             self.shapes.append((len(tokens), live))
             return run(tokens, positions, live)
 
-        engine.decoder.run = counting  # type: ignore[method-assign]
+        engine.static.run = counting  # type: ignore[method-assign]
 
 
 CASES = [
@@ -67,7 +67,7 @@ def test_static_is_ragged(slots: int, shortcut: int, monkeypatch: pytest.MonkeyP
     ragged = Engine(small_model(max_batch_size=1))
     static = Engine(small_model(max_batch_size=slots), static=True)
     launches = Launches(static)
-    monkeypatch.setattr(decode, "NUCLEUS_SHORTCUT", shortcut)
+    monkeypatch.setattr(sampling, "NUCLEUS_SHORTCUT", shortcut)
     prompts = [prompt_of(2 + 5 * i, seed=i) for i in range(len(CASES))]
     mine = [static.add(prompt, params) for prompt, params in zip(prompts, CASES, strict=True)]
     finish(static, *mine)
@@ -78,18 +78,18 @@ def test_static_is_ragged(slots: int, shortcut: int, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(request.logprobs, expected.logprobs, atol=1e-4, rtol=1e-4)
     assert len(launches.shapes) > 20
     assert {live for _, live in launches.shapes} == {64}
-    assert static.flight is None  # nobody holds the last step
+    assert not static.pending  # nobody holds the last step
 
 
 def test_a_step_begins_before_the_last_ones_tokens_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(small_model(max_batch_size=2), static=True)
     calls: list[str] = []
-    run, land = engine.decoder.run, decode.Flight.land  # type: ignore[union-attr]
-    monkeypatch.setattr(engine.decoder, "run", lambda *args: calls.append("run") or run(*args))
-    monkeypatch.setattr(decode.Flight, "land", lambda *args: calls.append("land") or land(*args))
+    run, wait = engine.static.run, decode.StaticPending.wait  # type: ignore[union-attr]
+    monkeypatch.setattr(engine.static, "run", lambda *args: calls.append("run") or run(*args))
+    monkeypatch.setattr(decode.StaticPending, "wait", lambda *args: calls.append("wait") or wait(*args))
     finish(engine, engine.add([1, 2, 3], SamplingParams(temperature=0, max_tokens=6)))
     # The first token is the prompt's; the last is known to be the last.
-    assert calls == ["run", *["run", "land"] * 4, "land"]
+    assert calls == ["run", *["run", "wait"] * 4, "wait"]
 
 
 def test_who_leaves_in_mid_air_leaves_the_others_as_they_were() -> None:
@@ -122,48 +122,49 @@ def test_a_stale_row_that_is_not_finite_hurts_nobody() -> None:
     request = engine.add([2, 3], params)
     finish(engine, request)
     assert request.finish_reason == "length"
-    assert not model.cache.isnan().any()
+    assert not model.cache.data.isnan().any()
 
 
 def test_slots_without_a_token_keep_their_cache() -> None:
     model = small_model(max_batch_size=4)
     model.allocate_cache()
-    model.cache.normal_(generator=torch.Generator().manual_seed(0))
-    before = model.cache.clone()
-    decoder = Decoder(model)
-    decoder(torch.tensor([1, 2, 3, 4]), torch.tensor([-1, 5, -1, 0]), 5)
-    changed = (model.cache != before).any(-1).any(0).any(0).any(1)  # (max_batch_size, max_seq_len)
+    model.cache.data.normal_(generator=torch.Generator().manual_seed(0))
+    before = model.cache.data.clone()
+    runner = StaticRunner(model)
+    runner.logits(torch.tensor([1, 2, 3, 4]), torch.tensor([-1, 5, -1, 0]), 5)
+    changed = (model.cache.data != before).any(-1).any(0).any(0).any(1)  # (max_batch_size, max_seq_len)
     assert changed.nonzero().tolist() == [[1, 5], [3, 0]]
 
 
 def test_what_lies_beyond_a_position_is_not_seen() -> None:
     model = small_model(max_batch_size=2)
     model.allocate_cache()
-    model.cache.normal_(generator=torch.Generator().manual_seed(0))
-    decoder = Decoder(model)
+    model.cache.data.normal_(generator=torch.Generator().manual_seed(0))
+    runner = StaticRunner(model)
     inputs = torch.tensor([1, 2]), torch.tensor([30, 7]), 30
-    before = decoder(*inputs)
-    model.cache[:, :, 0, :, 31:] = 100
-    model.cache[:, :, 1, :, 8:] = 100
-    assert decoder(*inputs).equal(before)
-    model.cache[:, :, 1, :, 6] = 100
-    assert not decoder(*inputs).equal(before)
+    before = runner.logits(*inputs)
+    model.cache.data[:, :, 0, :, 31:] = 100
+    model.cache.data[:, :, 1, :, 8:] = 100
+    assert runner.logits(*inputs).equal(before)
+    model.cache.data[:, :, 1, :, 6] = 100
+    assert not runner.logits(*inputs).equal(before)
 
 
-def test_a_launch_waits_for_nothing() -> None:
+def test_a_start_waits_for_nothing() -> None:
     """On the meta device there are no values, so whatever wanted to read one would raise."""
     with torch.device("meta"):
         model: Transformer = small_model(max_batch_size=4)
     model.allocate_cache()
-    decoder = Decoder(model)
+    runner = StaticRunner(model)
     requests = {
-        0: Request([1, 2], SamplingParams(temperature=0.7, logprobs=True), 5, [3]),
-        2: Request([1, 2], SamplingParams(temperature=0), 5, [3]),
+        0: Request([1, 2], SamplingParams(temperature=0.7, logprobs=True), 5, tokens=[3]),
+        2: Request([1, 2], SamplingParams(temperature=0), 5, tokens=[3]),
     }
-    first = launch(decoder, requests, {0: 2, 2: 2}, None)
-    second = launch(decoder, requests, {0: 3, 2: 3}, first)
+    first = runner.start([Work(request, Row(slot, 2, 1)) for slot, request in requests.items()], None)
+    second = runner.start([Work(request, Row(slot, 3, 1)) for slot, request in requests.items()], first)
+    assert isinstance(second, decode.StaticPending)
     assert second.tokens.shape == (4,)
-    assert second.outcome.is_meta
+    assert second.result.is_meta
 
 
 def test_what_compile_may_be() -> None:
@@ -186,8 +187,8 @@ def test_where_flex_attention_fails_the_plain_one_takes_over(monkeypatch: pytest
 
     monkeypatch.setattr(decode, "flex_attention", fails)
     engines = Engine(small_model(max_batch_size=2), static=True), Engine(small_model(max_batch_size=2))
-    assert engines[0].decoder
-    engines[0].decoder.flex = True
+    assert engines[0].static
+    engines[0].static.flex = True
     requests = [engine.add([1, 2, 3], SamplingParams(temperature=0, max_tokens=9)) for engine in engines]
     with pytest.warns(UserWarning, match="without flex attention, which failed: no such kernel$"):
         finish(engines[0], requests[0])
@@ -202,7 +203,7 @@ def test_compiled_is_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     save_model(tmp_path, small_model(std=0.5, vocab_size=tokenizer.n_words))
     shape = {"max_seq_len": 200, "max_batch_size": 4, "device": "cpu", "dtype": "float32"}
     eager = Llama.build(tmp_path, compile=False, **shape)
-    monkeypatch.setattr(Decoder, "__init__", flexible)
+    monkeypatch.setattr(StaticRunner, "__init__", flexible)
     compiled = Llama.build(tmp_path, compile=True, **shape)
     prompts = ["a", "some llamas", "x" * 150, "another", "and one more"]
     for arguments in ({"temperature": 0}, {"temperature": 0.7, "seed": 5, "top_p": 0.8}):
@@ -213,8 +214,8 @@ def test_compiled_is_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         for one, other in zip(*answers, strict=True):
             assert one["tokens"] == other["tokens"]
             torch.testing.assert_close(one["logprobs"], other["logprobs"], atol=1e-4, rtol=1e-4)
-    assert compiled.engine.decoder
-    assert compiled.engine.decoder.flex  # nothing had to be left out
+    assert compiled.engine.static
+    assert compiled.engine.static.flex  # nothing had to be left out
 
 
 @pytest.mark.slow

@@ -273,14 +273,14 @@ def test_a_slot_is_continued_where_the_whole_of_it_is_wanted():
     engine = Engine(small_model(max_batch_size=3))
     short = SamplingParams(max_tokens=1)
     finish(engine, *(engine.add(prompt, short) for prompt in ([1, 2, 3], [1, 2], [7, 8, 9])))
-    assert [slot.tokens for slot in engine.slots] == [[1, 2, 3], [1, 2], [7, 8, 9]]
+    assert [slot.tokens for slot in engine.slots.all] == [[1, 2, 3], [1, 2], [7, 8, 9]]
     for prompt, expected in (
         ([1, 2, 3, 4], [[1, 2, 3, 4], [1, 2], [7, 8, 9]]),  # the longest prefix, not the other
         ([7, 8, 9, 9], [[1, 2, 3, 4], [1, 2], [7, 8, 9, 9]]),
         ([20, 21], [[1, 2, 3, 4], [20, 21], [7, 8, 9, 9]]),  # nobody has it: the one unused for longest
     ):
         finish(engine, engine.add(prompt, short))
-        assert [slot.tokens for slot in engine.slots] == expected
+        assert [slot.tokens for slot in engine.slots.all] == expected
 
 
 def test_chats_that_begin_alike_share_the_beginning_and_keep_their_slots():
@@ -372,7 +372,7 @@ def test_broken_logits_end_one_request_and_say_which():
     for request in (fine, late):
         assert (request.finish_reason, len(request.tokens)) == ("length", 8)
         assert request.tokens == alone(request.prompt, params).tokens
-    assert not any(13 in slot.tokens for slot in engine.slots)  # nobody builds on what is broken
+    assert not any(13 in slot.tokens for slot in engine.slots.all)  # nobody builds on what is broken
 
 
 def test_nobody_builds_on_what_is_broken():

@@ -122,7 +122,7 @@ def test_scoring_a_long_prompt_projects_it_in_pieces(llama: Llama, monkeypatch: 
     """The whole prompt's logits at once would take gigabytes with a real vocabulary."""
     prompt = torch.randint(0, 256, (50,)).tolist()
     expected = llama.generate([prompt], 0, logprobs=True, echo=True)
-    monkeypatch.setattr("llama.engine.engine.LOGPROB_ROWS", 7)
+    monkeypatch.setattr("llama.engine.runners.LOGPROB_ROWS", 7)
     llama.engine.prefill_chunk = 15
     again = llama.generate([prompt], 0, logprobs=True, echo=True)
     assert again[1] == [pytest.approx(expected[1][0], abs=1e-4)]  # type: ignore[index]
@@ -210,13 +210,13 @@ def test_a_damaged_model_is_found_out(llama: Llama) -> None:
 
 
 def test_an_interrupted_call_frees_its_slots(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = llama.engine.step
+    hidden = llama.model.hidden
 
-    def interrupt() -> list:
-        step()
+    def interrupt(*args):
+        hidden(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llama.engine, "step", interrupt)
+    monkeypatch.setattr(llama.model, "hidden", interrupt)
     with pytest.raises(KeyboardInterrupt):
         llama.generate(3 * PROMPTS, 8)
     monkeypatch.undo()

@@ -47,7 +47,7 @@ def test_memory_is_what_a_build_allocates(folder: Path) -> None:
     model = Llama.build(folder, max_seq_len=64, max_batch_size=2, dtype="float32", device="cpu").model
     weights, cache = memory(model.params, 1, torch.float32, tied=False)
     assert weights == sum(weight.nbytes for weight in model.parameters())
-    assert cache == model.cache.nbytes
+    assert cache == model.cache.data.nbytes
 
 
 def test_key_heads_that_repeat_count(folder: Path) -> None:

@@ -4,13 +4,19 @@ import pytest
 import torch
 
 from llama import sampling
-from llama.sampling import SamplingParams, adjust, sample, token_logprobs, top_logprobs, uniform
+from llama.engine import Request
+from llama.sampling import SamplingParams, adjust, gumbel, token_logprobs, top_logprobs
 
 VOCAB = 40
 
 
 def logits_of(rows: int = 1, vocab: int = VOCAB, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def sample(logits, params, prompts, answers) -> torch.Tensor:
+    rows = zip(params, prompts, answers, strict=True)
+    return sampling.sample(logits, [Request(prompt, p, 0, tokens=answer) for p, prompt, answer in rows])
 
 
 def draws(logits: torch.Tensor, n: int, **params) -> torch.Tensor:
@@ -108,13 +114,17 @@ def test_a_draw_depends_on_seed_and_position_alone():
     assert len(set(first.tolist())) > 5  # another position, another draw
 
 
-def test_uniform_is_uniform_and_fixed():
-    numbers = torch.tensor([uniform(seed, n) for seed in (0, 1, -5) for n in range(3000)])
-    assert numbers.min() >= 0
-    assert numbers.max() < 1
-    counts = torch.histc(numbers, 20, 0, 1)
-    assert ((counts - 450) ** 2 / 450).sum() < 19 + 5 * math.sqrt(38)
-    assert uniform(1, 2) == 0.4382839062845528  # a seed keeps its meaning from release to release
+def test_noise_has_its_distribution_and_is_fixed():
+    keys = torch.tensor([[3], [-5], [2**62]])
+    noise = gumbel(keys, torch.arange(5000))
+    assert noise.dtype == torch.float64
+    uniform = (-(-noise).exp()).exp()
+    for row in uniform:
+        counts = torch.histc(row, 20, 0, 1)
+        assert ((counts - 250) ** 2 / 250).sum() < 19 + 5 * math.sqrt(38)
+    assert torch.corrcoef(uniform).fill_diagonal_(0).abs().max() < 0.05
+    # A seed keeps its meaning from release to release.
+    assert gumbel(torch.tensor([1]), torch.tensor([2])).item() == pytest.approx(3.525877495744325, abs=1e-12)
 
 
 def test_penalties_and_bias_by_hand():
@@ -125,8 +135,9 @@ def test_penalties_and_bias_by_hand():
         frequency_penalty=0.5,
         logit_bias={4: -1.5, 0: -math.inf},
     )
-    adjust(logits, params, [0, 1], [3, 3, 2])
-    assert logits.tolist() == [-math.inf, -2.0, 0.25 - 0.25 - 0.5, 2.0 - 0.25 - 2 * 0.5, -0.5]
+    adjust(logits, Request([0, 1], params, 0, tokens=[3, 3, 2]))
+    expected = torch.tensor([-math.inf, -2.0, 0.25 - 0.25 - 0.5, 2.0 - 0.25 - 2 * 0.5, -0.5])
+    assert logits.equal(expected - 0.75)  # relative to the largest
 
 
 def test_penalties_leave_the_logits_of_others_and_the_raw_ones():

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama import Llama
+from llama import Llama, sampling
 from llama.engine import Engine, Request
-from llama.engine import static as decode
 from llama.sampling import SamplingParams
 from tests.support.tiny import byte_tokenizer, save_model, small_model
 
@@ -74,13 +73,13 @@ def soak(engine: Engine, count: int, seed: int, check) -> dict[str, int]:
         if live and generator.random() < 0.1:
             engine.cancel(generator.choice(live))
         engine.step()
-        assert all(slot.request is None or slot.request.slot == slot.index for slot in engine.slots)
+        assert all(slot.request is None or slot.request.slot == slot.index for slot in engine.slots.all)
         for request in [request for request in live if request.finish_reason]:
             live.remove(request)
             outcomes[request.finish_reason] += 1
             check(request)
     assert not live
-    assert not any(slot.request for slot in engine.slots)
+    assert not engine.slots.running()
     assert not engine.waiting
     return outcomes
 
@@ -96,7 +95,7 @@ def test_a_thousand_requests_over_eight_slots(static, monkeypatch):
     single = Engine(soak_model(1), prefill_chunk=64)
     engine = Engine(soak_model(8), prefill_chunk=7, static=static)
     if static:
-        monkeypatch.setattr(decode, "NUCLEUS_SHORTCUT", 3)  # so that it is left now and then
+        monkeypatch.setattr(sampling, "NUCLEUS_SHORTCUT", 3)  # so that it is left now and then
     reused, requests, memory = 0, [], []
 
     def check(request: Request) -> None:

@@ -72,7 +72,7 @@ def bench(
             with torch.profiler.profile() as profiler:
                 generate(llama, lengths, new)
             profiler.export_chrome_trace(profile)
-        cache = llama.model.cache.nbytes
+        cache = llama.model.cache.data.nbytes
     bandwidth, rate = max(bandwidths), max(rates)
     print(f"batch {batch}, prompts of {prompt} tokens, {new} new; medians of {runs} runs")
     print(f"load                 {loaded:10.2f} s")
@@ -116,7 +116,7 @@ def bytes_per_step(model: Transformer, scheme: str | None, batch: int, context: 
     with torch.device("meta"):  # for packed weights have no shape of their own any more
         shapes = Transformer(model.params, model.parallel)
     weights = weight_bytes(shapes, model.dtype, scheme) - model.tok_embeddings.weight.nbytes
-    return weights + model.cache[:, :, :batch, :, :context].nbytes
+    return weights + model.cache.data[:, :, :batch, :, :context].nbytes
 
 
 def prefill_flops(model: Transformer, batch: int, prompt: int) -> int:

@@ -1,22 +1,55 @@
-"""Whether this machine's kernels give a row the same bits wherever it stands in a batch."""
+"""Batch invariance: a request's results are the same to the bit whatever runs beside it."""
+
+from collections.abc import Sequence
 
 import torch
 
+from llama.engine.request import Request, Work
+from llama.engine.runners import Done, Pending, RaggedRunner
 from llama.errors import ArgumentError
 from llama.model import Row, Transformer
 from llama.parallel import lost_rank_as_error
 
 
-def check_batch_invariance(model: Transformer, width: int) -> None:
-    """Try whether a row's bits depend on its place in a batch padded to `width`, or on its company.
+class InvariantRunner(RaggedRunner):
+    """Runs every matrix product at a shape that depends on one request alone.
 
-    Raises ValueError where they do: then no fixed shape makes a request's results independent.
+    A chunk of a prompt runs by itself, and the new tokens, however few, padded to a row for each slot.
+    Raises ArgumentError if this machine's kernels give a row other bits at another place in the batch.
+    """
+
+    def __init__(self, model: Transformer, prefill_chunk: int) -> None:
+        super().__init__(model, reread=1)
+        self.chunk = prefill_chunk
+        # Kernels work in blocks of rows, so a power of two leaves no odd rows at the end.
+        self.width = 1 << (model.params.max_batch_size - 1).bit_length()
+        check_batch_invariance(model, self.width)
+
+    def reusable(self, request: Request, n: int) -> int:
+        """Only whole chunks of a prompt are the same to the bit in another request."""
+        n = min(n, len(request.prompt))
+        return n - n % self.chunk
+
+    def start(self, work: Sequence[Work], after: Pending | None = None) -> Pending:
+        decoding = [item for item in work if not item.reads_prompt]
+        outcomes = (
+            dict(zip(decoding, self.run(decoding, self.width, draw=1), strict=True)) if decoding else {}
+        )
+        for item in work:
+            if item.reads_prompt:
+                outcomes[item] = self.run([item], draw=1)[0]
+        return Done(work, [outcomes[item] for item in work])
+
+
+def check_batch_invariance(model: Transformer, width: int) -> None:
+    """Test whether a row's bits depend on its place in a batch padded to `width`, or on the other rows.
+
+    Raises ArgumentError if they do: then no fixed shape makes a request's results independent.
     """
     n, vocab_size = model.params.max_batch_size, model.params.vocab_size
     rows = [Row(slot, 0, 1) for slot in range(n)]
     same = torch.zeros(width, dtype=torch.int64)
     mixed = torch.arange(width) * 7919 % vocab_size
-    model.cache_owner = None
     with lost_rank_as_error(model.parallel):
         alike, beside = (model.logits(model.hidden(x.to(model.device), rows)) for x in (same, mixed))
         fits = bool((alike == alike[0]).all() and (beside[0] == alike[0]).all())

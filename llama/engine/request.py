@@ -1,9 +1,11 @@
 """What goes into the engine and what comes out: a request, and the events of its life."""
 
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from llama.sampling import SamplingParams
+from llama.model import Row
+from llama.sampling import Constraint, SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 TopLogprobs = list[tuple[int, float]]  # ids and log-probabilities, most likely first
@@ -13,32 +15,49 @@ TopLogprobs = list[tuple[int, float]]  # ids and log-probabilities, most likely 
 class Request:
     """One prompt on its way through the engine. The lists grow as it goes.
 
-    `logprobs` and `top_logprobs` stand beside `tokens`, and `prompt_…` beside `prompt`; they are
-    empty where the parameters don't ask for them.
+    `logprobs` and `top_logprobs` run parallel to `tokens`, and `prompt_…` to `prompt`; they are
+    empty unless the parameters ask for them.
+
+    prefix_keys: what else the cache depends on besides the ids, as (position, key) in order: from that
+      position on, keys and values are shared only with requests that have the same key there.
+    listener: called after every change, on the thread that runs the model: it must return at once.
     """
 
     prompt: list[int]
     params: SamplingParams
     max_tokens: int
+    constraint: Constraint | None = None
+    prefix_keys: Sequence[tuple[int, Hashable]] = ()
+    listener: Callable[[], object] | None = None
     tokens: list[int] = field(default_factory=list)  # generated, without the stop token
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_top_logprobs: list[TopLogprobs] = field(default_factory=list)
-    reused: int = 0  # of the prompt's tokens, those that its slot held already
+    reused: int = 0  # how many of the prompt's tokens were in the cache already
     slot: int | None = None
     finish_reason: FinishReason | None = None
-    error: str | None = None  # a sentence, where finish_reason is "error"
+    error: str | None = None  # a sentence, if finish_reason is "error"
 
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.tokens)
 
-    def event(self, n: int) -> "Event":
-        """What happened when the n-th token came."""
-        logprob = self.logprobs[n] if self.params.logprobs else None
-        top = self.top_logprobs[n] if self.params.top_logprobs else None
-        return Event(self, self.tokens[n], logprob, top)
+    def changed(self, told: int) -> bool:
+        """Whether there are events after the first `told`."""
+        return self.finish_reason is not None or len(self.tokens) > told
+
+    def events(self, told: int) -> "list[Event]":
+        """What has happened after the first `told` events: one for each token, and one for the end."""
+        ended = self.finish_reason is not None  # looked at first, because it is set last
+        events = []
+        for n in range(told, len(self.tokens)):
+            logprob = self.logprobs[n] if self.params.logprobs else None
+            top = self.top_logprobs[n] if self.params.top_logprobs else None
+            events.append(Event(self, self.tokens[n], logprob, top))
+        if ended:
+            events.append(Event(self, finish_reason=self.finish_reason, error=self.error))
+        return events
 
 
 @dataclass(frozen=True)
@@ -51,3 +70,36 @@ class Event:
     top_logprobs: TopLogprobs | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+
+
+class Work(NamedTuple):
+    """One request's part in a step: which of its tokens the model reads, and where in the cache they go."""
+
+    request: Request
+    row: Row
+
+    @property
+    def tokens(self) -> list[int]:
+        prompt, answer, (_, start, length) = self.request.prompt, self.request.tokens, self.row
+        first = max(0, start - len(prompt))
+        return [*prompt[start : start + length], *answer[first : max(0, start + length - len(prompt))]]
+
+    @property
+    def reads_prompt(self) -> bool:
+        return self.row.start < len(self.request.prompt)
+
+
+class Outcome(NamedTuple):
+    """What a step brings for one request.
+
+    token: the next one, BROKEN or FORBIDDEN; None if the step read a part of the prompt only.
+    prompt_logprobs, prompt_top_logprobs: of the part of the prompt that was read, if asked for.
+    restart: whether a step that began with another token must be thrown away.
+    """
+
+    token: int | None = None
+    logprob: float | None = None
+    top_logprobs: TopLogprobs | None = None
+    prompt_logprobs: Sequence[float] = ()
+    prompt_top_logprobs: Sequence[TopLogprobs] = ()
+    restart: bool = False

@@ -68,16 +68,16 @@ def die(folder: str, rank: int) -> None:
     llama = Llama.build(folder, max_seq_len=32, max_batch_size=3, dtype="float32")
     llama.tokenizer.stop_tokens = []
     requests = 0
-    step = llama.engine.step
+    hidden = llama.model.hidden
 
-    def killed_at_the_third():
+    def killed_at_the_third(tokens, rows):
         nonlocal requests
         requests += 1
         if requests == 3 and os.environ["RANK"] == str(rank):
             os.kill(os.getpid(), signal.SIGKILL)
-        return step()
+        return hidden(tokens, rows)
 
-    llama.engine.step = killed_at_the_third  # type: ignore[method-assign]
+    llama.model.hidden = killed_at_the_third  # type: ignore[method-assign]
     llama.generate(PROMPTS, 12)
 
 

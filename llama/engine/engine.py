@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from math import isnan
+from operator import itemgetter
 
 from llama.engine.invariance import InvariantRunner
 from llama.engine.request import Event, FinishReason, Outcome, Request, Work
@@ -24,11 +25,31 @@ from llama.engine.static import StaticRunner
 from llama.errors import ArgumentError, LlamaError, PromptError
 from llama.model import Row, Transformer
 from llama.sampling import BROKEN, FORBIDDEN, Constraint, SamplingParams
+from llama.vision import PlacedImage, TiledImage, VisionTransformer
 
 ERRORS = {
     BROKEN: "the model's logits are not finite; is the checkpoint damaged?",
     FORBIDDEN: "no token may follow: logit_bias or the constraint forbids all of them",
 }
+
+
+def check_images(model: Transformer, prompt: Sequence[int], images: Sequence[TiledImage]) -> bool:
+    """Whether a prompt has images. Raises PromptError unless the model sees them, each has its token, and
+    the cache has room for them."""
+    if not images:
+        return False
+    if not isinstance(model, VisionTransformer):
+        raise PromptError(
+            "this model reads text only: leave the images out, or build a vision model (with vision=True)"
+        )
+    tokens = sum(token == model.params.vocab_size for token in prompt)
+    if tokens != len(images):
+        raise PromptError(
+            f"the prompt has {tokens} image token(s) (id {model.params.vocab_size}), but {len(images)} "
+            "image(s) are given: each needs one"
+        )
+    model.check_room(images)
+    return True
 
 
 class Engine:
@@ -66,13 +87,14 @@ class Engine:
         self._leader: int | None = None  # the thread that runs the model
         self._process: int | None = None  # the one that has done so
 
-    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+    def check(self, prompt: Sequence[int], params: SamplingParams, images: Sequence[TiledImage] = ()) -> None:
         """Raise what `add` raises."""
         vocab_size, max_seq_len = self.model.params.vocab_size, self.model.params.max_seq_len
+        known = vocab_size + check_images(self.model, prompt, images)
         if not len(prompt):
             raise PromptError("the prompt is empty: it needs at least one token")
         for token in prompt:
-            if not (isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocab_size):
+            if not (isinstance(token, int) and not isinstance(token, bool) and 0 <= token < known):
                 raise PromptError(f"{token!r} is not a token id: the vocabulary has 0 to {vocab_size - 1}")
         if max_seq_len - len(prompt) < (params.max_tokens != 0):
             raise PromptError(
@@ -91,19 +113,27 @@ class Engine:
         params: SamplingParams,
         *,
         constraint: Constraint | None = None,
+        images: Sequence[TiledImage] = (),
         prefix_keys: Sequence[tuple[int, Hashable]] = (),
         listener: Callable[[], object] | None = None,
     ) -> Request:
         """Queue a prompt of token ids. For the other arguments see `Request`.
 
+        images: one for each image token of the prompt, whose id is the model's vocab_size.
+
         Raises PromptError if nothing can be generated from it, ArgumentError for parameters that do not
         fit the model.
         """
-        self.check(prompt, params)
+        self.check(prompt, params, images)
         self._check_process()
         room = self.model.params.max_seq_len - len(prompt)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        request = Request(list(prompt), params, max_tokens, constraint, tuple(prefix_keys), listener)
+        at = [i for i, token in enumerate(prompt) if token == self.model.params.vocab_size]
+        placed = [PlacedImage(*pair) for pair in zip(at, images, strict=True)]
+        keys = sorted(
+            (*prefix_keys, *((position, image.key) for position, image in placed)), key=itemgetter(0)
+        )
+        request = Request(list(prompt), params, max_tokens, constraint, placed, keys, listener)
         with self._news:
             self.waiting.append(request)
         return request

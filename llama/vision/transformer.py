@@ -14,8 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.errors import ArgumentError
-from llama.model import Attention, FeedForward, RaggedStep, RMSNorm, Row, Step, Transformer, local_kv_heads
+from llama.errors import PromptError
+from llama.model import (
+    Attention,
+    FeedForward,
+    KVCache,
+    RaggedStep,
+    RMSNorm,
+    Row,
+    Step,
+    Transformer,
+    local_kv_heads,
+)
 from llama.parallel import Joined, ModelParallel, VocabParallelEmbedding
 from llama.vision.encoder import VisionArgs, VisionModel
 from llama.vision.images import TiledImage
@@ -112,9 +122,7 @@ class VisionTransformer(Transformer):
     """
 
     params: VisionArgs
-    # What the slots' images say, of valid tiles only:
-    # (cross-attention layers, 2, max_batch_size, n_kv_heads, max_images * image_tokens, head_dim)
-    images: Tensor
+    _images: Tensor | None = None
     load_tower: Callable[[], None] | None = None
 
     def __init__(self, params: VisionArgs, parallel: ModelParallel | None = None) -> None:
@@ -125,32 +133,53 @@ class VisionTransformer(Transformer):
         )
         # Of the image token and 7 more that nothing uses. Files cut it, but every rank has all of it.
         self.learnable_embedding = VocabParallelEmbedding(8, params.dim, ModelParallel())
-        self.held: list[list[HeldImage]] = [[] for _ in range(params.max_batch_size)]
+        self.held: list[list[HeldImage]]
+        self.forget_images()
 
     def image_cache_shape(self) -> tuple[int, ...]:
+        """(cross-attention layers, 2, max_batch_size, n_kv_heads, max_images * image_tokens, head_dim)."""
         args = self.params
         heads, tokens = len(local_kv_heads(args, self.parallel)), args.max_images * args.image_tokens
         return len(args.fusion), 2, args.max_batch_size, heads, tokens, args.head_dim
 
     @torch.inference_mode(False)
-    def allocate_cache(self) -> None:
-        super().allocate_cache()
-        self.images = torch.zeros(self.image_cache_shape(), dtype=self.dtype, device=self.device)
+    def allocate_cache(self) -> KVCache:
+        self._images = torch.zeros(self.image_cache_shape(), dtype=self.dtype, device=self.device)
+        self.forget_images()
+        return super().allocate_cache()
+
+    @property
+    def images(self) -> Tensor:
+        """What the slots' images say, of valid tiles only: see `image_cache_shape`."""
+        assert self._images is not None
+        return self._images
+
+    def forget_images(self) -> None:
+        """Let no slot have an image, because weights have changed or the cache is another one."""
+        self.held = [[] for _ in range(self.params.max_batch_size)]
+
+    def check_room(self, images: Sequence[TiledImage]) -> None:
+        """Raise PromptError for images that a slot's part of the cache has no room for."""
+        if len(images) > self.params.max_images:
+            raise PromptError(
+                f"the prompt has {len(images)} images, but max_images={self.params.max_images}; "
+                "build with a larger max_images"
+            )
+        side = self.params.vision_chunk_size
+        if wrong := [image for image in images if image.pixels.shape[1:] != (3, side, side)]:
+            raise PromptError(
+                f"an image has tiles of {tuple(wrong[0].pixels.shape[1:])}, but this model reads "
+                f"(3, {side}, {side}): make it with tile_image(…, size={side})"
+            )
 
     @torch.inference_mode()
     def place(self, slot: int, images: Sequence[PlacedImage]) -> None:
         """Let the sequence in a cache slot have these images, in the order of their positions.
 
-        What some slot holds of them already is not computed again. Raises ArgumentError for more than
-        `max_images`.
+        What some slot holds of them already is not computed again. Raises what `check_room` raises.
         """
-        if len(images) > self.params.max_images:
-            raise ArgumentError(
-                f"the prompt has {len(images)} images, but max_images={self.params.max_images}; "
-                "build with a larger max_images"
-            )
-        if not hasattr(self, "cache"):
-            self.allocate_cache()
+        self.check_room([image for _, image in images])
+        _ = self.cache  # both caches are there from now on
         pairs = zip(self.held[slot], images, strict=False)
         same = next((i for i, (held, new) in enumerate(pairs) if held.key != new.image.key), None)
         kept = self.held[slot][: len(images)] if same is None else self.held[slot][:same]
@@ -210,7 +239,7 @@ class VisionTransformer(Transformer):
         blocks = zip(self.cross_attention_layers, self.images, strict=True)
         cross = dict(zip(self.params.fusion, blocks, strict=True))
         x = self.embed(tokens)
-        for i, (layer, cache) in enumerate(zip(self.layers, self.cache, strict=True)):
+        for i, (layer, cache) in enumerate(zip(self.layers, self.cache.data, strict=True)):
             if i in cross:
                 block, images = cross[i]
                 x = block(x, images, seen, blind)

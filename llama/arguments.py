@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 from llama.errors import ArgumentError, PromptError
 from llama.sampling import SamplingParams, derive_seed
+from llama.vision import ImageSource, TiledImage
 
 LIMITS = ("max_gen_len", "max_tokens", "max_new_tokens")  # three names of one limit
 
@@ -25,6 +26,8 @@ class Sampling(TypedDict, total=False):
         string, so ids include the tokens in which it was found.
     stop_token_ids: end an answer, besides the tokenizer's own.
     max_tokens, max_new_tokens: other names for max_gen_len.
+    images: of each prompt of token ids, one for each image token, whose id is the model's vocab_size.
+        In texts and messages they are parts of the content.
     The rest: see `SamplingParams`.
     """
 
@@ -41,6 +44,7 @@ class Sampling(TypedDict, total=False):
     frequency_penalty: float
     logit_bias: Mapping[int, float]
     top_logprobs: int
+    images: Sequence[Sequence[ImageSource]]
 
 
 class Options(Sampling, total=False):
@@ -65,6 +69,7 @@ class TextRequest:
     """A request to the engine, and what is to be done with its tokens.
 
     prompt: token ids.
+    images: one for each image token of the prompt.
     stop: strings that end the text and are not part of it.
     echo: whether the prompt stands in front of the answer.
     """
@@ -73,14 +78,16 @@ class TextRequest:
     params: SamplingParams
     stop: Sequence[str] = ()
     echo: bool = False
+    images: Sequence[TiledImage] = ()
 
 
 def text_requests(
     prompts: Iterable[Iterable[int]],
     options: Mapping[str, Any],
     stop_tokens: Iterable[int],
-    check: Callable[[list[int], SamplingParams], None],
+    check: Callable[[list[int], SamplingParams, Sequence[TiledImage]], None],
     next_seed: Callable[[], int],
+    images: Sequence[Sequence[TiledImage]] = (),
 ) -> list[TextRequest]:
     """The `n` requests of each prompt, in order.
 
@@ -88,6 +95,7 @@ def text_requests(
     stop_tokens: the tokenizer's own.
     check: raises ArgumentError for what the engine cannot run.
     next_seed: the seed of an answer that brings none.
+    images: of each prompt; none by default.
 
     Raises PromptError for a prompt that nothing can follow, ArgumentError for the options.
     """
@@ -112,13 +120,19 @@ def text_requests(
         stop_token_ids=frozenset((*stop_tokens, *token_ids(more, "stop_token_ids"))),
         **values,
     )
+    images = images or [()] * len(ids)
+    if len(images) != len(ids):
+        raise ArgumentError(f"images has {len(images)} entries, but there are {len(ids)} prompts")
     for i, prompt in enumerate(ids):
         try:
-            check(prompt, params)
+            check(prompt, params, images[i])
         except ArgumentError as error:
             raise type(error)(f"prompt {i}: {error}") from None
     seeds = _seeds(seed, len(ids), n, next_seed)
-    return [TextRequest(ids[i // n], replace(params, seed=seed), stop, echo) for i, seed in enumerate(seeds)]
+    return [
+        TextRequest(ids[i // n], replace(params, seed=seed), stop, echo, images[i // n])
+        for i, seed in enumerate(seeds)
+    ]
 
 
 def plain(value: Any) -> Any:

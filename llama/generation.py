@@ -4,13 +4,13 @@ import itertools
 import os
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from types import TracebackType
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from typing_extensions import Unpack
 
 from llama import parallel
-from llama.arguments import Options, Sampling, TextRequest, entries, flag, text_requests, whole
+from llama.arguments import Options, Sampling, TextRequest, flag, text_requests, whole
 from llama.checkpoint import open_checkpoint
 from llama.device import default_device, default_dtype, parse_device, parse_dtype
 from llama.engine import Engine, FinishReason
@@ -18,6 +18,7 @@ from llama.engine.static import check_compile
 from llama.errors import ArgumentError
 from llama.loading import check_quantize, load, scheme_of, warm_up
 from llama.model import Transformer
+from llama.prompts import Encoded, encode_dialogs, encode_texts, tiled
 from llama.sampling import derive_seed
 from llama.streaming import Answer, StreamEvent, astream, collect, stream
 from llama.tokenizer import Dialog, DialogFormat, Message, TextTokenizer
@@ -212,7 +213,7 @@ class Llama:
 
     def text_completion(
         self,
-        prompts: Iterable[str],
+        prompts: Iterable[str | Sequence[Any]],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
@@ -259,7 +260,7 @@ class Llama:
 
     def stream_text(
         self,
-        prompts: Iterable[str],
+        prompts: Iterable[str | Sequence[Any]],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
@@ -274,7 +275,7 @@ class Llama:
         not ended and frees its slots. If one request fails, its end says why and the others go on.
         Raises what `generate` raises, at the call.
         """
-        ids = self._encode_texts(prompts)
+        ids, sampling["images"] = self._encode_texts(prompts)
         return self.stream_tokens(ids, temperature, top_p, max_gen_len, logprobs, echo, **sampling)
 
     def stream_chat(
@@ -287,7 +288,7 @@ class Llama:
         **sampling: Unpack[Sampling],
     ) -> Generator[StreamEvent, None, None]:
         """What `chat_completion` does, as it happens; otherwise as `stream_text`."""
-        ids = self._encode_dialogs(dialogs)
+        ids, sampling["images"] = self._encode_dialogs(dialogs)
         return self.stream_tokens(ids, temperature, top_p, max_gen_len, logprobs, **sampling)
 
     def stream_tokens(
@@ -313,16 +314,18 @@ class Llama:
         return stream(self.engine, self.tokenizer, requests)
 
     def astream_text(
-        self, prompts: Iterable[str], **options: Unpack[Options]
+        self, prompts: Iterable[str | Sequence[Any]], **options: Unpack[Options]
     ) -> AsyncGenerator[StreamEvent, None]:
         """`stream_text` for asyncio: `async for event in llama.astream_text([...])`."""
-        return astream(self.engine, self.tokenizer, self.requests(self._encode_texts(prompts), **options))
+        ids, options["images"] = self._encode_texts(prompts)
+        return astream(self.engine, self.tokenizer, self.requests(ids, **options))
 
     def astream_chat(
         self, dialogs: Iterable[Dialog], **options: Unpack[Options]
     ) -> AsyncGenerator[StreamEvent, None]:
         """`stream_chat` for asyncio: `async for event in llama.astream_chat([...])`."""
-        return astream(self.engine, self.tokenizer, self.requests(self._encode_dialogs(dialogs), **options))
+        ids, options["images"] = self._encode_dialogs(dialogs)
+        return astream(self.engine, self.tokenizer, self.requests(ids, **options))
 
     def requests(
         self, prompt_tokens: Iterable[Iterable[int]], **options: Unpack[Options]
@@ -331,30 +334,23 @@ class Llama:
 
         Raises what `generate` raises.
         """
+        images = [[tiled(image, self.model) for image in prompt] for prompt in options.pop("images", ())]
         return text_requests(
-            prompt_tokens, options, self.tokenizer.stop_tokens, self.engine.check, self._next_seed
+            prompt_tokens, options, self.tokenizer.stop_tokens, self.engine.check, self._next_seed, images
         )
 
-    def _encode_texts(self, prompts: Iterable[str]) -> list[list[int]]:
-        return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in entries(prompts, "prompts")]
+    def _encode_texts(self, prompts: Iterable[str | Sequence[Any]]) -> Encoded:
+        return encode_texts(prompts, self.model, self.tokenizer)
 
-    def _encode_dialogs(self, dialogs: Iterable[Dialog]) -> list[list[int]]:
-        return [self._encode_dialog(dialog) for dialog in entries(dialogs, "dialogs")]
-
-    def _encode_dialog(self, dialog: Dialog) -> list[int]:
-        """Ids after which the assistant's next words come."""
-        last = dialog[-1] if isinstance(dialog, Sequence) and len(dialog) > 1 else None
-        if not isinstance(last, dict) or last.get("role") != "assistant":
-            return self.formatter.encode_dialog_prompt(dialog)
-        begun = self.tokenizer.encode(last.get("content", ""), bos=False, eos=False)
-        return self.formatter.encode_dialog_prompt(dialog[:-1]) + begun
+    def _encode_dialogs(self, dialogs: Iterable[Dialog]) -> Encoded:
+        return encode_dialogs(dialogs, self.model, self.tokenizer, self.formatter)
 
     def _scored(self, answer: Answer, logprobs: bool) -> Scored:
         if not logprobs:
             return {}
 
         def text(token: int) -> str:
-            return self.tokenizer.decode([token])
+            return "" if token == self.model.params.vocab_size else self.tokenizer.decode([token])
 
         scored: Scored = {"tokens": [text(token) for token in answer.tokens], "logprobs": answer.logprobs}
         if answer.top_logprobs:

@@ -157,11 +157,12 @@ class Reader:
 
     def _prompt(self) -> Iterator[StreamEvent]:
         request = self._request
-        scored = request.params.prompt_logprobs
+        scored, images = request.params.prompt_logprobs, {position for position, _ in request.images}
         for n, token in enumerate(request.prompt):
             logprob = request.prompt_logprobs[n] if scored else None
             top = request.prompt_top_logprobs[n] if scored and request.params.top_logprobs else None
-            yield StreamEvent(self._index, self._text.push(token, prompt=True), token, logprob, top)
+            piece = "" if n in images else self._text.push(token, prompt=True)
+            yield StreamEvent(self._index, piece, token, logprob, top)
 
     def _end(self, event: Event) -> StreamEvent:
         piece, now = self._text.flush(), time.perf_counter()
@@ -189,7 +190,7 @@ def _queued(
     readers: dict[Request, Reader] = {}
     try:
         for index, source in enumerate(sources):
-            request = engine.add(source.prompt, source.params)
+            request = engine.add(source.prompt, source.params, images=source.images)
             readers[request] = Reader(tokenizer, request, source, index, engine.cancel)
         yield readers
     finally:

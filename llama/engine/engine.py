@@ -25,31 +25,12 @@ from llama.engine.static import StaticRunner
 from llama.errors import ArgumentError, LlamaError, PromptError
 from llama.model import Row, Transformer
 from llama.sampling import BROKEN, FORBIDDEN, Constraint, SamplingParams
-from llama.vision import PlacedImage, TiledImage, VisionTransformer
+from llama.vision import PlacedImage, TiledImage, sighted
 
 ERRORS = {
     BROKEN: "the model's logits are not finite; is the checkpoint damaged?",
     FORBIDDEN: "no token may follow: logit_bias or the constraint forbids all of them",
 }
-
-
-def check_images(model: Transformer, prompt: Sequence[int], images: Sequence[TiledImage]) -> bool:
-    """Whether a prompt has images. Raises PromptError unless the model sees them, each has its token, and
-    the cache has room for them."""
-    if not images:
-        return False
-    if not isinstance(model, VisionTransformer):
-        raise PromptError(
-            "this model reads text only: leave the images out, or build a vision model (with vision=True)"
-        )
-    tokens = sum(token == model.params.vocab_size for token in prompt)
-    if tokens != len(images):
-        raise PromptError(
-            f"the prompt has {tokens} image token(s) (id {model.params.vocab_size}), but {len(images)} "
-            "image(s) are given: each needs one"
-        )
-    model.check_room(images)
-    return True
 
 
 class Engine:
@@ -90,7 +71,9 @@ class Engine:
     def check(self, prompt: Sequence[int], params: SamplingParams, images: Sequence[TiledImage] = ()) -> None:
         """Raise what `add` raises."""
         vocab_size, max_seq_len = self.model.params.vocab_size, self.model.params.max_seq_len
-        known = vocab_size + check_images(self.model, prompt, images)
+        known = vocab_size + bool(images)
+        if images:
+            sighted(self.model).check_images(prompt, images)
         if not len(prompt):
             raise PromptError("the prompt is empty: it needs at least one token")
         for token in prompt:

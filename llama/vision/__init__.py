@@ -8,7 +8,7 @@ from llama.model import ModelArgs, Transformer
 from llama.parallel import ModelParallel
 from llama.vision.encoder import VisionArgs, VisionModel
 from llama.vision.images import ImageSource, TiledImage, open_image, tile_image
-from llama.vision.transformer import PlacedImage, VisionTransformer
+from llama.vision.transformer import PlacedImage, VisionTransformer, sighted
 
 __all__ = [
     "ImageSource",
@@ -20,6 +20,7 @@ __all__ = [
     "make_args",
     "make_model",
     "open_image",
+    "sighted",
     "text_params",
     "tile_image",
 ]

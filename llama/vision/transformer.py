@@ -158,6 +158,16 @@ class VisionTransformer(Transformer):
         """Let no slot have an image, because weights have changed or the cache is another one."""
         self.held = [[] for _ in range(self.params.max_batch_size)]
 
+    def check_images(self, prompt: Sequence[int], images: Sequence[TiledImage]) -> None:
+        """Raise PromptError unless each image has its token in the prompt, and the cache room for all."""
+        tokens = sum(token == self.params.vocab_size for token in prompt)
+        if tokens != len(images):
+            raise PromptError(
+                f"the prompt has {tokens} image token(s) (id {self.params.vocab_size}), but {len(images)} "
+                "image(s) are given: each needs one"
+            )
+        self.check_room(images)
+
     def check_room(self, images: Sequence[TiledImage]) -> None:
         """Raise PromptError for images that a slot's part of the cache has no room for."""
         if len(images) > self.params.max_images:
@@ -252,3 +262,12 @@ class VisionTransformer(Transformer):
         x = self.tok_embeddings(tokens.masked_fill(images, 0))
         added = self.learnable_embedding((tokens - self.params.vocab_size).clamp_(min=0))
         return torch.where(images[:, None], added, x)
+
+
+def sighted(model: Transformer) -> VisionTransformer:
+    """The model itself. Raises PromptError if it reads text only."""
+    if not isinstance(model, VisionTransformer):
+        raise PromptError(
+            "this model reads text only: leave the images out, or build a vision model (with vision=True)"
+        )
+    return model

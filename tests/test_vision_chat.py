@@ -71,11 +71,12 @@ def test_ids_are_metas(llama):
     assert ids == [[*expected, *header("assistant")]]
 
 
-def test_answers_are_those_of_the_model_alone(llama):
+def test_answers_are_those_of_the_model_alone(llama, monkeypatch):
     """Greedy, one request after the other, by `forward` of another model with the same weights."""
     plain = random_vision(max_seq_len=160)
-    llama.tokenizer.stop_tokens = []
-    found = llama.generate(*inputs(llama, DIALOGS), temperature=0, max_gen_len=6, logprobs=True)
+    monkeypatch.setattr(llama.tokenizer, "stop_tokens", [])
+    ids, images = llama._encode_dialogs(DIALOGS)
+    found = llama.generate(ids, temperature=0, max_gen_len=6, logprobs=True, images=images)
     for i, dialog in enumerate(DIALOGS):
         (ids,), (images,) = llama._encode_dialogs([dialog])
         at = [n for n, token in enumerate(ids) if token == IMAGE]
@@ -88,11 +89,6 @@ def test_answers_are_those_of_the_model_alone(llama):
             logits = plain(torch.tensor([[tokens[-1]]]), len(ids) + n)[0, -1]
         assert found[0][i] == tokens
         assert found[1][i] == pytest.approx(logprobs, abs=1e-4)
-
-
-def inputs(llama, dialogs):
-    ids, images = llama._encode_dialogs(dialogs)
-    return [ids], {"images": images}
 
 
 def test_alone_is_together(llama):
@@ -243,7 +239,7 @@ def test_parts_of_text_alone_are_that_text(llama):
 
 
 def test_text_that_looks_like_an_image_stays_text(llama):
-    ids, images = llama._encode_dialogs([ask("<|image|>", image(SMALL))])
+    ids, _ = llama._encode_dialogs([ask("<|image|>", image(SMALL))])
     assert ids[0].count(IMAGE) == 1
     assert llama.tokenizer.special_tokens["<|image|>"] not in ids[0]
     assert answers(llama, [ask("<|image|>")])

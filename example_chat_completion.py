@@ -1,5 +1,7 @@
 """Answer a few dialogs: torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir DIR"""
 
+from typing import Literal
+
 from llama import Dialog, Llama
 from llama.cli.launch import default_ckpt_dir, launch
 
@@ -7,26 +9,27 @@ from llama.cli.launch import default_ckpt_dir, launch
 def main(
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
+    *,
     temperature: float = 0.6,
     top_p: float = 0.9,
     max_seq_len: int = 512,
     max_batch_size: int = 4,
     max_gen_len: int | None = None,
     quantize: str | None = None,
-    compile: bool | str = "auto",
+    compile: bool | Literal["auto"] = "auto",
 ) -> None:
     """Answer a few dialogs with a chat model.
 
     Args:
-        ckpt_dir: folder of consolidated.*.pth and params.json; by default the demo model's, if it is there.
-        tokenizer_path: by default tokenizer.model in ckpt_dir.
-        temperature: of sampling; 0 always takes the most likely token.
-        top_p: share of probability that sampling keeps.
+        ckpt_dir: folder of a checkpoint; by default the demo model's, if it is here.
+        tokenizer_path: a tokenizer other than the checkpoint's own.
+        temperature: divides the logits; 0 always takes the most likely token.
+        top_p: keep the most likely tokens that together have this probability.
         max_seq_len: tokens of a dialog and its answer together.
         max_batch_size: dialogs answered at a time.
-        max_gen_len: tokens of an answer at most; by default as many as fit.
-        quantize: int8 or int4, or fp8 on CUDA; by default the weights as they are.
-        compile: True, False or auto, which compiles on CUDA.
+        max_gen_len: new tokens at most; by default as many as fit.
+        quantize: int8 or int4 weights, or fp8 on CUDA; by default they stay as they are.
+        compile: compile the model; auto does on CUDA only.
     """
     dialogs: list[Dialog] = [
         [{"role": "user", "content": "What is the capital of France?"}],

@@ -1,5 +1,7 @@
 """Continue a few texts: torchrun --nproc_per_node 1 example_text_completion.py --ckpt_dir DIR"""
 
+from typing import Literal
+
 from llama import Llama
 from llama.cli.launch import default_ckpt_dir, launch
 
@@ -7,26 +9,27 @@ from llama.cli.launch import default_ckpt_dir, launch
 def main(
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
+    *,
     temperature: float = 0.6,
     top_p: float = 0.9,
     max_seq_len: int = 128,
     max_gen_len: int | None = 64,
     max_batch_size: int = 4,
     quantize: str | None = None,
-    compile: bool | str = "auto",
+    compile: bool | Literal["auto"] = "auto",
 ) -> None:
     """Continue a few texts with a base model.
 
     Args:
-        ckpt_dir: folder of consolidated.*.pth and params.json; by default the demo model's, if it is there.
-        tokenizer_path: by default tokenizer.model in ckpt_dir.
-        temperature: of sampling; 0 always takes the most likely token.
-        top_p: share of probability that sampling keeps.
+        ckpt_dir: folder of a checkpoint; by default the demo model's, if it is here.
+        tokenizer_path: a tokenizer other than the checkpoint's own.
+        temperature: divides the logits; 0 always takes the most likely token.
+        top_p: keep the most likely tokens that together have this probability.
         max_seq_len: tokens of a text and its continuation together.
-        max_gen_len: tokens of a continuation at most; None for as many as fit.
+        max_gen_len: new tokens at most; None for as many as fit.
         max_batch_size: texts continued at a time.
-        quantize: int8 or int4, or fp8 on CUDA; by default the weights as they are.
-        compile: True, False or auto, which compiles on CUDA.
+        quantize: int8 or int4 weights, or fp8 on CUDA; by default they stay as they are.
+        compile: compile the model; auto does on CUDA only.
     """
     prompts = [
         "The llama and the alpaca differ in",

@@ -8,7 +8,7 @@ import statistics
 import sys
 
 from llama import Llama
-from llama.cli.chat import Conversation, Turn
+from llama.cli.conversation import Conversation, Turn
 from llama.streaming import Stats
 
 TURNS, WORDS, ANSWER = 5, 150, 60

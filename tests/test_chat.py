@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.cli.chat import Chat, Conversation, Turn
+from llama.cli.chat import Chat
+from llama.cli.conversation import Conversation, Turn
+from llama.cli.options import SamplingOptions
 from llama.tokenizer import Tokenizer
 from llama.tokenizer.chat_format import chat_format
 from tests.support.tiny import byte_tokenizer, save_model, small_model
@@ -48,7 +50,7 @@ def llama(folder):
 
 @pytest.fixture
 def chat(llama):
-    return Chat(llama, Conversation(), {"temperature": 0, "max_gen_len": 8})
+    return Chat(llama, Conversation(), SamplingOptions(temperature=0, max_gen_len=8))
 
 
 def said(capsys) -> str:
@@ -110,7 +112,10 @@ def test_answers_and_commands(chat, capsys, tmp_path):
     assert chat.conversation == saved
     capsys.readouterr()
     chat.take("/params temperature=0.5 top_k=4 max_gen_len=none")
-    assert said(capsys) == "[temperature=0.5 max_gen_len=None top_k=4]\n"
+    assert "[temperature=0.5 top_p=0.9 top_k=4 min_p=0.0" in (shown := said(capsys))
+    assert "max_gen_len=None" in shown
+    chat.take("/params stop='a b'")
+    assert chat.sampling.stop == ("a b",)
     chat.take("/help")
     assert "/retry" in said(capsys)
     chat.take("")
@@ -123,7 +128,7 @@ def test_answers_and_commands(chat, capsys, tmp_path):
         ("/nonsense", "there is no /nonsense; /help lists"),
         ("/retry", "no message to answer again"),
         ("/params temperature=-1", "temperature must be 0"),
-        ("/params seed=x", "seed must be a number or None, not 'x'"),
+        ("/params seed=x", "seed must be a whole number, not 'x'"),
         ("/params heat=1", "'heat=1' is not name=value"),
         ("/save", "which file"),
         ("/load", "which file"),
@@ -132,10 +137,10 @@ def test_answers_and_commands(chat, capsys, tmp_path):
     ],
 )
 def test_mistakes_change_nothing(chat, line, message):
-    params = dict(chat.params)
+    sampling = chat.sampling
     with pytest.raises((ValueError, OSError), match=message):
         chat.take(line)
-    assert (chat.conversation, chat.params) == (Conversation(), params)
+    assert (chat.conversation, chat.sampling) == (Conversation(), sampling)
 
 
 def test_a_saved_conversation_of_another_tokenizer_is_encoded_anew(llama):
@@ -181,7 +186,7 @@ def test_complete_prints_plain_text_and_takes_a_pipe(folder):
 def test_quantized_as_told(folder, command):
     result = run([*PYTHON, "llama", command, str(folder), "--quantize", "int3"], "12\n")
     assert result.returncode == 1
-    assert result.stderr == "error: quantize must be None, 'int8', 'int4' or 'fp8', not 'int3'\n"
+    assert result.stderr == "error: quantize must be int8 or int4 or fp8, not 'int3'\n"
     if "fbgemm" in torch.backends.quantized.supported_engines:
         options = ["--quantize", "int4", "--max_gen_len", "9", "--temperature", "0"]
         result = run([*PYTHON, "llama", command, str(folder), *options], "12\n")
@@ -203,10 +208,9 @@ def test_complete_ends_quietly_when_nobody_reads(folder):
 # A real terminal
 
 
-def spawn(command: list[str]):
-    child = pexpect.spawn(
-        command[0], command[1:], encoding="utf-8", timeout=30, env={**os.environ, "TERM": "dumb"}
-    )
+def spawn(command: list[str], state: Path):
+    env = {**os.environ, "TERM": "dumb", "XDG_STATE_HOME": str(state)}
+    child = pexpect.spawn(command[0], command[1:], encoding="utf-8", timeout=60, env=env)
     child.setwinsize(40, 400)
     return child
 
@@ -215,7 +219,7 @@ def spawn(command: list[str]):
 @pytest.mark.parametrize("launcher", [PYTHON, TORCHRUN], ids=["one", "torchrun"])
 def test_typed_into_a_terminal(folder, launcher, tmp_path):
     options = ["--temperature", "0", "--device", "cpu", "--dtype", "float32", "--max_seq_len", "6000"]
-    child = spawn([*launcher, "llama", "chat", str(folder), *options])
+    child = spawn([*launcher, "llama", "chat", str(folder), *options], tmp_path)
     child.expect_exact("Ctrl-D leaves.")
     child.expect_exact("> ")
 
@@ -248,20 +252,34 @@ def test_typed_into_a_terminal(folder, launcher, tmp_path):
     child.sendline(f"/load {tmp_path}/missing.json")
     child.expect_exact("No such file")
     child.sendline("/params max_gen_len=4")
-    child.sendline("four")
+    child.sendline("four\nlines of it\n\nare one message")  # delivered at once, so pasted
     child.expect(r"\[4 tokens at .* were in the cache")
     child.expect_exact("> ")
-    child.sendeof()
+    child.sendline("//five")
+    child.expect(r"\[4 tokens at .* were in the cache")
+    child.expect_exact("> ")
+    child.send("/sa\t")
+    child.expect_exact("/save")
+    child.sendline(f" {tmp_path}/c.j\t")
+    child.expect_exact("[saved 5 turns")
+    child.expect_exact("> ")
+    child.sendline("/quit")
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
     saved = json.loads((tmp_path / "c.json").read_text())
-    assert [turn["user"] for turn in saved["turns"]] == ["hello", "one \ntwo", "three"]
+    assert [turn["user"] for turn in saved["turns"]] == [
+        *("hello", "one \ntwo", "three"),
+        *("four\nlines of it\n\nare one message", "/five"),
+    ]
+    history = (tmp_path / "llama" / "history").read_text().splitlines()
+    assert history[0] == "hello"
+    assert history[-1] == "/quit"
 
 
 @pytest.mark.slow
 def test_the_terminal_is_as_it_was_when_the_program_is_ended(folder):
-    child = spawn(["sh", "-i"])
+    child = spawn(["sh", "-i"], folder)
     command = f"{sys.executable} -m llama chat {folder} --temperature 0 --max_seq_len 6000"
     child.sendline(f"stty -a > {folder}/before; sh -c 'echo $$ > {folder}/pid; exec {command}'")
     child.expect_exact("Ctrl-D leaves.")

@@ -54,9 +54,9 @@ def test_the_demo_model_is_the_default_where_it_lies(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith(
-        "error: no --ckpt_dir given, and the demo model is not here. Three ways to get weights:"
+        "error: no checkpoint given, and the demo model is not here. Three ways to get weights:"
     )
-    for way in ("./download.sh SmolLM2-135M-Instruct", "signed URL", "original/"):
+    for way in ("./download.sh SmolLM2-135M-Instruct", "signed URL", "on Hugging Face"):
         assert way in done.stderr
 
 
@@ -81,4 +81,4 @@ def test_a_wrong_folder_is_one_line(tmp_path: Path) -> None:
 def test_help_explains_the_flags(tmp_path: Path) -> None:
     done = run("example_chat_completion.py", "--help", cwd=tmp_path)
     assert done.returncode == 0
-    assert "folder of consolidated.*.pth" in done.stdout + done.stderr
+    assert "folder of a checkpoint" in done.stdout

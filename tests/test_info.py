@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 from llama import Llama
 from llama.checkpoint.convert import convert
-from llama.cli.info import describe, memory
+from llama.cli.info import as_text, info, inspect, memory
 from llama.model import ModelArgs
 from tests.support import formats
 
@@ -26,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_says_all(folder: Path) -> None:
-    text = describe(folder, max_seq_len=64, max_batch_size=2, dtype="fp32")
+    text = as_text(inspect(folder, max_seq_len=64, max_batch_size=2, dtype="fp32"))
     parameters = sum(w.numel() for w in formats.random_weights(PARAMS, 640).values())
     for part in (
         "Llama 3.1 or 3.3, native format",
@@ -61,18 +60,18 @@ def test_quantization(folder: Path) -> None:
     args = ModelArgs(**PARAMS)
     sizes = [memory(args, 1, torch.bfloat16, False, kind)[0] for kind in (None, "int8", "int4")]
     assert sizes[0] > sizes[1] > sizes[2]
-    assert "weights int8" in describe(folder, quantize="int8")
+    assert "weights int8" in as_text(inspect(folder, quantize="int8"))
     with pytest.raises(ValueError, match="int8, int4"):
-        describe(folder, quantize="int3")
+        inspect(folder, quantize="int3")
 
 
 def test_a_quantized_folder_says_so_by_itself(folder: Path, tmp_path: Path) -> None:
     saved = convert(folder, tmp_path / "saved", quantize="int4")
-    text = describe(saved)
+    text = as_text(inspect(saved))
     assert "1, weights int4, others bfloat16" in text
-    assert text.partition("\nMemory")[2] == describe(folder, quantize="int4").partition("\nMemory")[2]
+    assert inspect(saved)["memory"] == inspect(folder, quantize="int4")["memory"]
     with pytest.raises(ValueError, match="holds int4 weights, which quantize='int8'"):
-        describe(saved, quantize="int8")
+        inspect(saved, quantize="int8")
     counted = memory(ModelArgs(**PARAMS), 1, torch.bfloat16, False, "int4")[0]
     files = [torch.load(path) for path in saved.glob("*.pth")]
     counted -= PARAMS["vocab_size"] * PARAMS["dim"]  # embeddings are stored in 8 bits, and widened
@@ -80,12 +79,8 @@ def test_a_quantized_folder_says_so_by_itself(folder: Path, tmp_path: Path) -> N
     assert counted < sum(tensor.nbytes for file in files for tensor in file.values()) < 1.07 * counted
 
 
-@pytest.mark.slow
-def test_command_line(folder: Path) -> None:
-    command = [sys.executable, "-m", "llama", "info", str(folder), "--max_seq_len", "1024"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "max_seq_len 1024" in result.stdout
-    missing = subprocess.run([*command[:4], str(folder / "no")], capture_output=True, text=True)
-    assert missing.returncode == 1
-    assert missing.stderr.startswith("error: no ")
+def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    info(str(folder), max_seq_len=64, max_batch_size=2, json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["dim"], found["chat_format"], found["stored"]["dtype"]) == (64, "llama3", "bfloat16")
+    assert [row["ranks"] for row in found["memory"]] == [1, 2, 4]

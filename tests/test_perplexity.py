@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llama import Llama
+from llama.cli.options import BuildOptions
 from llama.cli.perplexity import negative_log_likelihoods, perplexity, windows
 from tests.support import tiny
 
@@ -48,7 +49,7 @@ def test_refusals_are_sentences(llama: Llama) -> None:
 def test_the_command_prints_the_mean(ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     text = tmp_path / "text"
     text.write_text("the llama and the other llama", "utf-8")
-    perplexity(str(ckpt), str(text), max_seq_len=32, dtype="float32")
+    perplexity(str(ckpt), str(text), build=BuildOptions(max_seq_len=32, dtype="float32"))
     with Llama.build(ckpt, max_seq_len=32, max_batch_size=1, dtype="float32") as llama:
         ids = llama.tokenizer.encode(text.read_text(), bos=True, eos=False)
         scores = llama.generate([ids], 0, logprobs=True, echo=True)[1][0][1:]

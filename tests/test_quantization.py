@@ -227,7 +227,7 @@ def test_the_demo_model_keeps_its_quality(scheme: str, demo_ckpt: Path) -> None:
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_ranks_agree(scheme: str, tmp_path: Path, torchrun) -> None:
     folder = tiny.write_checkpoint(tmp_path / "tiny")
-    done = torchrun(2, "tests/support/ranks.py", "quantized", folder, scheme, tmp_path / "seen")
+    done = torchrun(2, "tests/support/ranks.py", "quantized", folder, tmp_path / "seen", scheme)
     assert done.returncode == 0, done.stderr
     exact = build(folder, scheme).model(TOKENS, 0)
     seen = [torch.load(f"{tmp_path}/seen.{rank}") for rank in range(2)]
@@ -240,7 +240,7 @@ def test_ranks_agree(scheme: str, tmp_path: Path, torchrun) -> None:
 def test_a_saved_folder_on_ranks(scheme: str, ranks: int, tmp_path: Path, torchrun) -> None:
     source = tiny.write_checkpoint(tmp_path / "tiny", n_kv_heads=2)  # that four ranks repeat
     folder = convert(source, tmp_path / "saved", quantize=scheme, shards=3)
-    done = torchrun(ranks, "tests/support/ranks.py", "quantized", folder, "None", tmp_path / "seen")
+    done = torchrun(ranks, "tests/support/ranks.py", "quantized", folder, tmp_path / "seen")
     assert done.returncode == 0, done.stderr
     exact = build(folder).model(TOKENS, 0)
     for rank in range(ranks):

@@ -12,7 +12,7 @@ from llama import Llama
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.convert import convert
 from llama.checkpoint.mllama import canvases
-from llama.cli.info import describe
+from llama.cli.info import as_text, inspect
 from llama.errors import CheckpointError
 from llama.model import Transformer
 from llama.vision import PlacedImage, VisionTransformer, tile_image
@@ -199,7 +199,7 @@ def test_packed_weights(native, model):
 
 
 def test_info_tells_what_images_take(native, model):
-    lines = describe(native, max_images=2, dtype="float32")
+    lines = as_text(inspect(native, max_images=2, dtype="float32"))
     assert "Llama 3.2 Vision" in lines
     assert f"{sum(weight.numel() for weight in model.parameters()):,}" in lines
     assert "up to 4 tiles of 56 × 56 pixels" in lines

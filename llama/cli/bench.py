@@ -2,17 +2,18 @@
 
 import contextlib
 import math
-import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from json import dumps
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llama.cli.options import BuildOptions
 from llama.device import gigabytes
 from llama.errors import ArgumentError
 from llama.generation import Llama
@@ -20,70 +21,122 @@ from llama.model import Transformer
 from llama.quantization import weight_bytes
 from llama.sampling import SamplingParams
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 
 def bench(
     ckpt_dir: str,
-    tokenizer_path: str | None = None,
-    quantize: str | None = None,
-    compile: bool | str = "auto",
-    dtype: str | None = None,
+    *,
     batch: int = 1,
     prompt: int = 128,
     new: int = 32,
     runs: int = 5,
     profile: str | None = None,
+    json: bool = False,
+    build: BuildOptions = BuildOptions(max_seq_len=160),
 ) -> None:
     """Print the speed of prefill and decode, memory, and the share of this machine's limits reached.
 
     Args:
-        ckpt_dir: folder of consolidated.*.pth and params.json.
-        tokenizer_path: by default tokenizer.model in ckpt_dir.
-        quantize: int8 or int4, or fp8 on CUDA; by default the weights as they are.
-        compile: True, False or auto, which compiles on CUDA.
-        dtype: bfloat16, float16 or float32; by default bf16 where the device computes in it.
-        batch: sequences at a time.
-        prompt: tokens of each prompt, which are random.
-        new: tokens generated after each.
-        runs: of which the medians are printed; one more goes before them.
+        ckpt_dir: folder of a checkpoint, a GGUF file, a URL, or a Hugging Face repository
+        batch: sequences at a time
+        prompt: tokens of each prompt, which are random
+        new: tokens generated after each
+        runs: of which the medians are printed; one more goes before them
         profile: a file to write a trace of one more run to, for https://ui.perfetto.dev
+        json: print one JSON object, in seconds, tokens per second and bytes
     """
     if min(batch, prompt, runs) < 1 or new < 3:
         raise ArgumentError("batch, prompt and runs must be 1 or more, and new 3 or more")
     if profile is not None and not Path(profile).absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {Path(profile).parent} to write {profile} to")
+    needed = replace(
+        build,
+        max_seq_len=max(build.max_seq_len, prompt + new),
+        max_batch_size=max(build.max_batch_size, batch),
+    )
     start = time.perf_counter()
-    with Llama.build(
-        ckpt_dir, tokenizer_path, prompt + new, batch, dtype=dtype, quantize=quantize, compile=compile
-    ) as llama:
+    with needed.build(ckpt_dir) as llama:
         loaded = time.perf_counter() - start
-        lengths = [prompt] * batch
-        generate(llama, lengths, new)
-        # The limits are probed between the runs, so that all see the same machine.
-        timings, bandwidths, rates = [], [], []
-        for _ in range(runs):
-            timings.append(generate(llama, lengths, new))
-            bandwidths.append(memory_bandwidth(llama.model.device))
-            rates.append(matrix_rate(llama.model.device, llama.model.dtype))
-        first = statistics.median(timing.first_token for timing in timings)
-        step = statistics.median(timing.step for timing in timings)
-        read = bytes_per_step(llama.model, llama.quantization, batch, prompt + new // 2) / step
-        work = prefill_flops(llama.model, batch, prompt) / first
+        figures = measure(llama, loaded, batch, prompt, new, runs)
         if profile is not None:
             with torch.profiler.profile() as profiler:
-                generate(llama, lengths, new)
+                generate(llama, [prompt] * batch, new)
             profiler.export_chrome_trace(profile)
-        cache = llama.model.cache.data.nbytes
-    bandwidth, rate = max(bandwidths), max(rates)
-    print(f"batch {batch}, prompts of {prompt} tokens, {new} new; medians of {runs} runs")
-    print(f"load                 {loaded:10.2f} s")
-    print(f"time to first token  {first * 1e3:10.1f} ms")
-    print(f"prefill              {batch * prompt / first:10.1f} tokens/s")
-    print(f"decode               {batch / step:10.1f} tokens/s")
-    print(f"memory               {gigabytes(peak_memory()):>10} at most, {gigabytes(cache)} of it KV cache")
-    print(f"bandwidth, decode    {read / 1e9:10.1f} GB/s, {read / bandwidth:.0%} of {bandwidth / 1e9:.1f}")
-    print(f"matrices, prefill    {work / 1e12:10.3f} TFLOP/s, {work / rate:.0%} of {rate / 1e12:.3f}")
+    print(dumps(asdict(figures)) if json else figures.as_text())
     if profile is not None:
-        print(f"Wrote {profile}")
+        print(f"Wrote {profile}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What `bench` measures: seconds, tokens and operations per second, bytes."""
+
+    batch: int
+    prompt: int
+    new: int
+    runs: int
+    load_seconds: float
+    first_token_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    peak_memory: int
+    kv_cache: int
+    bytes_per_second: float  # that decode reads
+    bandwidth: float  # bytes per second that this machine can read
+    flops: float  # of the matrices, in prefill
+    matrix_rate: float  # floating point operations per second that this machine can do
+
+    def as_text(self) -> str:
+        read, work = self.bytes_per_second, self.flops
+        lines = [
+            f"batch {self.batch}, prompts of {self.prompt} tokens, {self.new} new; "
+            f"medians of {self.runs} runs",
+            f"load                 {self.load_seconds:10.2f} s",
+            f"time to first token  {self.first_token_seconds * 1e3:10.1f} ms",
+            f"prefill              {self.prefill_tokens_per_second:10.1f} tokens/s",
+            f"decode               {self.decode_tokens_per_second:10.1f} tokens/s",
+            f"memory               {gigabytes(self.peak_memory):>10} at most, "
+            f"{gigabytes(self.kv_cache)} of it KV cache",
+            f"bandwidth, decode    {read / 1e9:10.1f} GB/s, "
+            f"{read / self.bandwidth:.0%} of {self.bandwidth / 1e9:.1f}",
+            f"matrices, prefill    {work / 1e12:10.3f} TFLOP/s, "
+            f"{work / self.matrix_rate:.0%} of {self.matrix_rate / 1e12:.3f}",
+        ]
+        return "\n".join(lines)
+
+
+def measure(llama: Llama, loaded: float, batch: int, prompt: int, new: int, runs: int) -> Figures:
+    """The medians of some runs after one to warm up. loaded: seconds that loading took."""
+    lengths = [prompt] * batch
+    generate(llama, lengths, new)
+    # The limits are probed between the runs, so that all see the same machine.
+    timings, bandwidths, rates = [], [], []
+    for _ in range(runs):
+        timings.append(generate(llama, lengths, new))
+        bandwidths.append(memory_bandwidth(llama.model.device))
+        rates.append(matrix_rate(llama.model.device, llama.model.dtype))
+    first = statistics.median(timing.first_token for timing in timings)
+    step = statistics.median(timing.step for timing in timings)
+    return Figures(
+        batch,
+        prompt,
+        new,
+        runs,
+        load_seconds=loaded,
+        first_token_seconds=first,
+        prefill_tokens_per_second=batch * prompt / first,
+        decode_tokens_per_second=batch / step,
+        peak_memory=peak_memory(),
+        kv_cache=llama.model.cache.data.nbytes,
+        bytes_per_second=bytes_per_step(llama.model, llama.quantization, batch, prompt + new // 2) / step,
+        bandwidth=max(bandwidths),
+        flops=prefill_flops(llama.model, batch, prompt) / first,
+        matrix_rate=max(rates),
+    )
 
 
 @dataclass(frozen=True)
@@ -167,10 +220,11 @@ def peak_memory() -> int:
 
 
 def peak_resident() -> int:
-    """Bytes of memory that this process held at most, the pages of mapped files among them."""
-    with contextlib.suppress(
-        OSError, IndexError
-    ):  # Linux; getrusage begins there with the peak of the parent
+    """Bytes of memory that this process held at most, pages of mapped files included; 0 if unknown."""
+    # Linux, where getrusage would begin with the peak of the parent.
+    with contextlib.suppress(OSError, IndexError):
         return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    if resource is None:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,258 +1,122 @@
-"""The commands that talk in the terminal: a chat, and a completion."""
+"""The command that chats in the terminal."""
 
-import ast
 import contextlib
 import json
-import os
-import sys
+import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import fire
-
+from llama.cli.answer import Markdown, Plain, Writer, writer
+from llama.cli.arguments import shared_options
+from llama.cli.conversation import Conversation, Turn
+from llama.cli.launch import default_ckpt_dir
+from llama.cli.options import BuildOptions, SamplingOptions
 from llama.cli.terminal import Terminal
 from llama.errors import ArgumentError
 from llama.generation import Llama
-from llama.sampling import SamplingParams
-from llama.tokenizer import Message
+from llama.prompts import tiled
+from llama.vision import sighted
 
-PARAMS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "max_gen_len",
-    "seed",
-)
 HELP = """\
 /system TEXT   set the system prompt; alone, show it; /system - for none
+/image FILE    show the model an image, with the next message
 /reset         forget all turns
 /retry         answer the last message again
 /save FILE     write the conversation;  /load FILE  go on with one
 /params        show the sampling parameters;  /params temperature=0.2 top_k=40  set some
+/markdown      render answers as Markdown, or no longer
 /speed         show counts and speed after each answer, or no longer
-/help          this
-Ctrl-C stops an answer, Ctrl-D leaves. A backslash at the end of a line continues it."""
+/help          this;  /quit or /exit, or Ctrl-D  leave
+//...          send a message that begins with a slash
+Ctrl-C stops an answer. Tab completes commands. A backslash at the end of a line continues it."""
 
 
 def chat(
-    ckpt_dir: str,
+    ckpt_dir: str | None = None,
+    *,
     system: str = "",
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    max_gen_len: int | None = None,
-    max_seq_len: int = 4096,
-    seed: int | None = None,
     speed: bool = False,
-    tokenizer_path: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    compile: bool | str = "auto",
+    markdown: bool | Literal["auto"] = "auto",
+    history: bool = True,
+    sampling: SamplingOptions = SamplingOptions(),
+    build: BuildOptions = BuildOptions(),
 ) -> None:
     """Chat with a model in the terminal.
 
     Args:
-        ckpt_dir: folder of the checkpoint.
-        system: the system prompt.
-        temperature: of sampling; 0 always takes the most likely token.
-        top_p: share of probability that sampling keeps.
-        max_gen_len: tokens of an answer at most; by default as many as fit.
-        max_seq_len: tokens of the conversation at most; the oldest turns are dropped beyond.
-        seed: of every answer; by default each has its own.
-        speed: show counts and speed after each answer.
-        tokenizer_path: by default tokenizer.model in ckpt_dir.
-        device: cuda, mps or cpu; by default the best there is.
-        dtype: bfloat16, float16 or float32; by default what suits the device.
-        quantize: int8 or int4, or fp8 on CUDA; by default the weights as they are.
-        compile: True, False or auto, which compiles on CUDA.
+        ckpt_dir: folder of a checkpoint, a GGUF file, a URL, or a Hugging Face repository; by default
+            the demo model, if it lies in this folder
+        system: the system prompt
+        speed: show counts and speed after each answer
+        markdown: render answers; auto does on a terminal, if the rich package is installed
+        history: keep what is typed for the arrow keys of later sessions
     """
-    params = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "seed": seed}
-    with Llama.build(
-        ckpt_dir,
-        tokenizer_path,
-        max_seq_len,
-        max_batch_size=1,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        compile=compile,
-    ) as llama:
-        Chat(llama, Conversation(system), params, speed).run()
-
-
-def complete(
-    ckpt_dir: str,
-    prompt: str | None = None,
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    max_gen_len: int | None = None,
-    max_seq_len: int = 2048,
-    seed: int | None = None,
-    stop: str | None = None,
-    tokenizer_path: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    compile: bool | str = "auto",
-) -> None:
-    """Continue a text, and print the continuation as it comes.
-
-    Args:
-        ckpt_dir: folder of the checkpoint.
-        prompt: the text; by default the standard input, without the newline at its end.
-        temperature: of sampling; 0 always takes the most likely token.
-        top_p: share of probability that sampling keeps.
-        max_gen_len: tokens of the continuation at most; by default as many as fit.
-        max_seq_len: tokens of text and continuation together.
-        seed: of sampling; by default the program's own, so that a call repeats itself.
-        stop: text that ends the continuation, and is not part of it.
-        tokenizer_path: by default tokenizer.model in ckpt_dir.
-        device: cuda, mps or cpu; by default the best there is.
-        dtype: bfloat16, float16 or float32; by default what suits the device.
-        quantize: int8 or int4, or fp8 on CUDA; by default the weights as they are.
-        compile: True, False or auto, which compiles on CUDA.
-    """
-    if prompt is None and sys.stdin.isatty():
-        raise ArgumentError("no prompt: give one behind the folder, or on the standard input")
-    with Llama.build(
-        ckpt_dir,
-        tokenizer_path,
-        max_seq_len,
-        max_batch_size=1,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        compile=compile,
-    ) as llama:
-        if prompt is None:
-            prompt = Terminal(llama.model.parallel).once(sys.stdin.read).removesuffix("\n")
-        stops = [stop] if stop else []
-        text = ""
-        try:
-            for event in llama.stream_text([prompt], temperature, top_p, max_gen_len, seed=seed, stop=stops):
-                if event.error:
-                    raise ArgumentError(event.error)
-                text = event.text or text
-                print(event.text, end="", flush=True)
-            if not text.endswith("\n"):
-                print(flush=True)
-        except BrokenPipeError:  # whoever reads has enough, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-# A text that looks like a number or a list stays a text.
-fire.decorators.SetParseFn(str, "ckpt_dir", "system")(chat)
-fire.decorators.SetParseFn(str, "ckpt_dir", "prompt", "stop")(complete)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A message, and the ids of the answer as they were generated."""
-
-    message: str
-    answer: list[int]
-
-
-@dataclass
-class Conversation:
-    system: str = ""
-    turns: list[Turn] = field(default_factory=list)
-
-    def prompt(self, llama: Llama, message: str, skip: int = 0) -> list[int]:
-        """The ids that ask for the answer to a message that follows all turns but the first `skip`."""
-        turns = self.turns[skip:]
-        messages = [*(turn.message for turn in turns), message]
-        opening: list[Message] = [{"role": "user", "content": messages[0]}]
-        if self.system:
-            opening.insert(0, {"role": "system", "content": self.system})
-        ids = llama.formatter.encode_dialog_prompt(opening)
-        for turn, following in zip(turns, messages[1:], strict=True):
-            ids += [*turn.answer, *llama.formatter.encode_next_turn(following)]
-        return ids
-
-    def dump(self, llama: Llama) -> str:
-        turns = [
-            {"user": turn.message, "assistant": llama.tokenizer.decode(turn.answer), "ids": turn.answer}
-            for turn in self.turns
-        ]
-        return json.dumps({"system": self.system, "turns": turns}, indent=1, ensure_ascii=False) + "\n"
-
-    @staticmethod
-    def parse(text: str, llama: Llama) -> "Conversation":
-        """What `dump` wrote; answers of a model with another tokenizer are encoded anew.
-
-        Raises ValueError for another kind of text.
-        """
-        try:
-            data = json.loads(text)
-            saved = [(turn["user"] + "", turn["assistant"] + "", turn["ids"]) for turn in data["turns"]]
-            return Conversation(
-                data["system"] + "", [Turn(user, _answer_ids(llama, *answer)) for user, *answer in saved]
-            )
-        except (ValueError, KeyError, TypeError):
-            raise ArgumentError("this is not a conversation that /save wrote") from None
-
-
-def _answer_ids(llama: Llama, text: str, ids: list[int]) -> list[int]:
-    try:
-        if llama.tokenizer.decode(ids) == text:
-            return ids
-    except ValueError:  # an id that this tokenizer has not
-        pass
-    return llama.tokenizer.encode(text, bos=False, eos=False)
+    write = writer(markdown)
+    with build.build(ckpt_dir or default_ckpt_dir()) as llama:
+        Chat(llama, Conversation(system), sampling, speed=speed, write=write, history=history).run()
 
 
 class Chat:
     """One conversation with a model, in the terminal of rank 0.
 
-    params: arguments of `Llama.stream_tokens`, by name.
-    Raises ValueError where the model has no chat format.
+    write: makes what puts an answer on the screen.
+    history: whether typed lines are kept for later sessions.
+    Raises ArgumentError if the model has no chat format.
     """
 
     def __init__(
-        self, llama: Llama, conversation: Conversation, params: dict[str, Any], speed: bool = False
+        self,
+        llama: Llama,
+        conversation: Conversation,
+        sampling: SamplingOptions,
+        *,
+        speed: bool = False,
+        write: Callable[[], Writer] = Plain,
+        history: bool = False,
     ) -> None:
-        check_params(params)
         conversation.prompt(llama, "")  # a base model refuses here
         self.llama = llama
-        self.terminal = Terminal(llama.model.parallel)
         self.conversation = conversation
-        self.params = params
+        self.sampling = sampling
         self.speed = speed
+        self.write = write
+        self.left = False
+        self.images: list[bytes] = []  # of the next message
         self.commands: dict[str, Callable[[str], None]] = {
             "/system": self.set_system,
+            "/image": self.add_image,
             "/reset": self.reset,
             "/retry": self.retry,
             "/save": self.save,
             "/load": self.load,
             "/params": self.set_params,
+            "/markdown": self.toggle_markdown,
             "/speed": self.toggle_speed,
             "/help": self.help,
+            "/quit": self.leave,
+            "/exit": self.leave,
         }
+        self.terminal = Terminal(llama.model.parallel, self.commands, history)
 
     def run(self) -> None:
-        """Read and answer until the end of the input."""
+        """Read and answer until the end of the input, or /quit."""
         if self.terminal.interactive:
             print("Type a message, or /help. Ctrl-C stops an answer, Ctrl-D leaves.")
         with self.terminal.ctrl_c_as_key():
-            while (line := self.terminal.read_line("> ")) is not None:
+            while not self.left and (line := self.terminal.read_line("> ")) is not None:
                 try:
                     self.take(line.strip())
                 except (ValueError, OSError) as error:
                     print(f"[{error}]")
 
     def take(self, line: str) -> None:
-        """Do what one line says. Raises ValueError or OSError where that cannot be done."""
+        """Do what one message or command says. Raises ValueError or OSError if that cannot be done."""
         name, _, rest = line.partition(" ")
-        if not line.startswith("/"):
+        if line.startswith("//") or not line.startswith("/"):
             if line:
-                self.answer(line)
+                self.answer(line.removeprefix("/"))
         elif name in self.commands:
             self.commands[name](rest.strip())
         else:
@@ -261,28 +125,32 @@ class Chat:
     def answer(self, message: str) -> None:
         """Answer a message, as the conversation's next turn, and print the answer as it comes."""
         prompt = self.fit(message)
+        images = [*self.conversation.images(), *self.images]
         tokens: list[int] = []
-        end = None
+        end, screen = None, self.write()
         with (
             self.terminal.watching(),
-            contextlib.closing(self.llama.stream_tokens([prompt], **self.params)) as events,
+            contextlib.closing(
+                self.llama.stream_tokens([prompt], images=[images], **self.sampling.arguments())
+            ) as events,
         ):
             for event in events:
-                print(event.text, end="", flush=True)
+                screen.write(event.text)
                 if event.token is not None:
                     tokens.append(event.token)
                 if event.finish_reason:
                     end = event
                 elif self.terminal.interrupted():
                     break
-        print()
+        screen.close()
         if end and end.error:
             raise ArgumentError(end.error)
-        self.conversation.turns.append(Turn(message, tokens))
+        self.conversation.turns.append(Turn(message, tokens, tuple(self.images)))
+        self.images = []
         if end is None:
             print("[stopped]")
         elif end.finish_reason == "length":
-            limit = self.params.get("max_gen_len")
+            limit = self.sampling.max_gen_len
             reached = len(tokens) == limit
             print(
                 f"[cut at max_gen_len={limit}]"
@@ -307,10 +175,11 @@ class Chat:
         Raises ValueError for a message that does not fit without any turn before it.
         """
         turns = self.conversation.turns
-        room = max(1, min(self.params.get("max_gen_len") or self.context, self.context // 4))
+        room = max(1, min(self.sampling.max_gen_len or self.context, self.context // 4))
         for skip in range(len(turns) + 1):
-            ids = self.conversation.prompt(self.llama, message, skip)
-            if len(ids) + room <= self.context:
+            ids = self.conversation.prompt(self.llama, message, skip, self.images)
+            images = len(self.images) + len(self.conversation.images(skip))
+            if len(ids) + room <= self.context and images <= self.max_images:
                 break
         if len(ids) >= self.context:
             raise ArgumentError(
@@ -320,7 +189,10 @@ class Chat:
         if skip:
             dropped = ", ".join(json.dumps(_short(turn.message), ensure_ascii=False) for turn in turns[:skip])
             which = "turn" if skip == 1 else f"{skip} turns"
-            print(f"[The context of {self.context} tokens is full. Dropped the oldest {which}: {dropped}]")
+            full = f"context of {self.context} tokens"
+            if len(self.images) + len(self.conversation.images()) > self.max_images:
+                full = f"room for {self.max_images} image(s)"
+            print(f"[The {full} is full. Dropped the oldest {which}: {dropped}]")
             del turns[:skip]
         return ids
 
@@ -329,7 +201,24 @@ class Chat:
             self.conversation.system = "" if text == "-" else text
         print(f"[system: {self.conversation.system or 'none of its own'}]")
 
+    def add_image(self, name: str) -> None:
+        sighted(self.llama.model)
+        if len(self.images) >= self.max_images:
+            raise ArgumentError(
+                f"a chat has room for {self.max_images} image(s): start with a larger --max_images"
+            )
+        path = _path(name)
+        data = self.terminal.once(path.read_bytes)
+        tiled(data, self.llama.model)  # a bad file is refused here
+        self.images.append(data)
+        print(f"[{path.name} goes with your next message]")
+
+    @property
+    def max_images(self) -> int:
+        return getattr(self.llama.model.params, "max_images", 0)
+
     def reset(self, _: str) -> None:
+        self.images = []
         self.conversation.turns.clear()
         print("[all turns forgotten]")
 
@@ -337,10 +226,12 @@ class Chat:
         if not self.conversation.turns:
             raise ArgumentError("there is no message to answer again")
         last = self.conversation.turns.pop()
+        self.images = list(last.images)
         try:
             self.answer(last.message)
         except BaseException:
             self.conversation.turns.append(last)
+            self.images = []
             raise
 
     def save(self, name: str) -> None:
@@ -357,10 +248,19 @@ class Chat:
         print(f"[loaded {len(self.conversation.turns)} turns from {path}]")
 
     def set_params(self, text: str) -> None:
-        changed = {**self.params, **dict(_parse_param(item) for item in text.split())}
-        check_params(changed)
-        self.params = changed
-        print(f"[{' '.join(f'{name}={value}' for name, value in changed.items())}]")
+        known = {option.name: option for option in shared_options(self.sampling)}
+        changes = {}
+        for item in shlex.split(text):
+            name, _, value = item.partition("=")
+            if name not in known or not value:
+                raise ArgumentError(f"{item!r} is not name=value with one of {', '.join(known)}")
+            changes[name] = known[name].parse(value)
+        self.sampling = replace(self.sampling, **changes)
+        print(f"[{' '.join(f'{name}={value}' for name, value in asdict(self.sampling).items())}]")
+
+    def toggle_markdown(self, _: str) -> None:
+        self.write = Plain if self.write is Markdown else writer(True)
+        print(f"[answers are {'rendered' if self.write is Markdown else 'shown as they are'}]")
 
     def toggle_speed(self, _: str) -> None:
         self.speed = not self.speed
@@ -369,28 +269,13 @@ class Chat:
     def help(self, _: str) -> None:
         print(HELP)
 
-
-def check_params(params: dict[str, Any]) -> None:
-    """Raise ValueError for a parameter out of its range."""
-    values = {name: value for name, value in params.items() if name != "max_gen_len"}
-    if values.get("seed") is None:
-        values.pop("seed", None)
-    SamplingParams(max_tokens=params.get("max_gen_len"), **values)
-
-
-def _parse_param(item: str) -> tuple[str, Any]:
-    name, _, value = item.partition("=")
-    if name not in PARAMS or not value:
-        raise ArgumentError(f"{item!r} is not name=value with one of {', '.join(PARAMS)}")
-    try:
-        return name, ast.literal_eval(value.capitalize() if value.lower() == "none" else value)
-    except (ValueError, SyntaxError):
-        raise ArgumentError(f"{name} must be a number or None, not {value!r}") from None
+    def leave(self, _: str) -> None:
+        self.left = True
 
 
 def _path(name: str) -> Path:
     if not name:
-        raise ArgumentError("which file? give its name behind the command")
+        raise ArgumentError("which file? put its name after the command")
     return Path(name).expanduser()
 
 

@@ -1,8 +1,8 @@
 """What a checkpoint is, and what it takes to run it."""
 
-from __future__ import annotations
-
+from json import dumps
 from math import prod
+from typing import Any, Literal
 
 import torch
 
@@ -18,7 +18,38 @@ from llama.tokenizer.chat_format import ChatFormat, ChatML, Llama2Chat, NoChat
 from llama.vision import VisionArgs, VisionTransformer, make_args, make_model
 
 
-def describe(
+def info(
+    ckpt_dir: str,
+    *,
+    max_seq_len: int = 512,
+    max_batch_size: int = 8,
+    dtype: str | None = None,
+    quantize: Literal["int8", "int4", "fp8"] | None = None,
+    tokenizer_path: str | None = None,
+    adapter: str | None = None,
+    max_images: int = 1,
+    json: bool = False,
+) -> None:
+    """Tell what a checkpoint is, and what memory it takes to run it.
+
+    Args:
+        ckpt_dir: folder of a checkpoint, a GGUF file, a URL, or a Hugging Face repository
+        max_seq_len: tokens of the KV cache per sequence
+        max_batch_size: sequences of the KV cache
+        dtype: bfloat16, float16 or float32; by default that of the files
+        quantize: of the weights; by default that of the files
+        tokenizer_path: a tokenizer other than the checkpoint's own
+        adapter: folder of a LoRA adapter in PEFT's format
+        max_images: images of one sequence that the cache of a vision model has room for
+        json: print one JSON object; memory in bytes
+    """
+    found = inspect(
+        ckpt_dir, max_seq_len, max_batch_size, dtype, quantize, tokenizer_path, adapter, max_images
+    )
+    print(dumps(found, ensure_ascii=False) if json else as_text(found))
+
+
+def inspect(
     path: StrPath,
     max_seq_len: int = 512,
     max_batch_size: int = 8,
@@ -27,57 +58,102 @@ def describe(
     tokenizer_path: StrPath | None = None,
     adapter: StrPath | None = None,
     max_images: int = 1,
-) -> str:
-    """A checkpoint's family, shapes, files and tokenizer, and the memory it takes, as lines of text.
+) -> dict[str, Any]:
+    """A checkpoint's family, shapes, files and tokenizer, and the memory it takes, as JSON has them.
 
-    max_seq_len, max_batch_size: of the KV cache. dtype: weights and cache are loaded in, by default
-    the files' own. max_images: of a sequence, that the cache of a vision model has room for.
+    max_seq_len, max_batch_size, max_images: of the KV cache.
+    dtype: that weights and cache are loaded in; by default the files' own.
     quantize: of the weights, "int8", "int4" or "fp8"; by default as the files have them.
-    Raises ValueError for other arguments, and what `open_checkpoint` raises.
+
+    Raises ArgumentError for other arguments, and what `open_checkpoint` raises.
     """
     if quantize is not None and quantize not in SCHEMES:
-        raise ArgumentError(f"--quantize must be one of {', '.join(SCHEMES)}, not {quantize!r}")
+        raise ArgumentError(f"quantize must be one of {', '.join(SCHEMES)}, not {quantize!r}")
     checkpoint = open_checkpoint(path, tokenizer_path, adapter)
     quantize = scheme_of(checkpoint, quantize)
     stored = checkpoint.weights.dtype
-    kinds = str(stored).removeprefix("torch.")
-    if checkpoint.quantization:
-        kinds = f"weights {checkpoint.quantization}, others {kinds}"
     loaded = parse_dtype(dtype) if dtype is not None else stored
     args = make_args(
         checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size, max_images=max_images
     )
     tied = "output.weight" not in checkpoint.weights.shapes
-    parameters = sum(prod(shape) for shape in checkpoint.weights.shapes.values())
-    scaling = f", scaled by {args.rope_scaling_factor:g}" if args.use_scaled_rope else ""
-    context = f"{checkpoint.context:,} tokens" if checkpoint.context else "not in the files"
-    rows = [
-        ("family", f"{checkpoint.family}, {checkpoint.kind} format"),
-        ("parameters", f"{parameters:,}"),
-        ("shape", f"dim {args.dim}, {args.n_layers} layers, feed-forward {args.hidden_dim}"),
-        ("heads", f"{args.n_heads}, key/value heads {args.n_kv_heads}, head_dim {args.head_dim}"),
-        ("vocabulary", f"{args.vocab_size:,}{', output tied to the embeddings' if tied else ''}"),
-        ("rope", f"theta {args.rope_theta:g}{scaling}"),
-        ("files", f"{checkpoint.files}, {kinds}"),
-        ("tokenizer", describe_tokenizer(checkpoint.tokenizer)),
-        ("chat format", describe_format(checkpoint.formatter)),
-        ("context", context),
-        ("world sizes", ", ".join(map(str, world_sizes(args)))),
-    ]
-    if isinstance(args, VisionArgs):
-        rows[5:5] = describe_vision(args)
-    lines = [f"{name:<12} {value}" for name, value in rows]
-    how = str(loaded).removeprefix("torch.") + (f", weights {quantize}" if quantize else "")
-    lines.append(
-        f"\nMemory per rank in {how}, at max_seq_len {max_seq_len}, max_batch_size {max_batch_size}"
-        + (f", max_images {max_images}:" if isinstance(args, VisionArgs) else ":")
+    sizes = {n: memory(args, n, loaded, tied, quantize) for n in world_sizes(args)}
+    return {
+        "family": checkpoint.family,
+        "format": checkpoint.kind,
+        "parameters": sum(prod(shape) for shape in checkpoint.weights.shapes.values()),
+        "dim": args.dim,
+        "n_layers": args.n_layers,
+        "hidden_dim": args.hidden_dim,
+        "n_heads": args.n_heads,
+        "n_kv_heads": args.n_kv_heads,
+        "head_dim": args.head_dim,
+        "vocab_size": args.vocab_size,
+        "tied_output": tied,
+        "rope_theta": args.rope_theta,
+        "rope_scaling_factor": args.rope_scaling_factor if args.use_scaled_rope else None,
+        "files": checkpoint.files,
+        "stored": {"dtype": dtype_name(stored), "weights": checkpoint.quantization},
+        "tokenizer": describe_tokenizer(checkpoint.tokenizer),
+        "chat_format": describe_format(checkpoint.formatter),
+        "context": checkpoint.context,
+        "vision": describe_vision(args) if isinstance(args, VisionArgs) else None,
+        "loaded": {
+            "dtype": dtype_name(loaded),
+            "weights": quantize,
+            "max_seq_len": max_seq_len,
+            "max_batch_size": max_batch_size,
+        },
+        "memory": [
+            {"ranks": n, "weights": weights, "kv_cache": cache} for n, (weights, cache) in sizes.items()
+        ],
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """What `inspect` found, as lines of text."""
+    scaling, context, stored, loaded = (
+        found[name] for name in ("rope_scaling_factor", "context", "stored", "loaded")
     )
-    lines.append(f"{'ranks':>7} {'weights':>12} {'KV cache':>12} {'together':>12}")
-    for size in world_sizes(args):
-        weights, cache = memory(args, size, loaded, tied, quantize)
-        sizes = (gigabytes(n) for n in (weights, cache, weights + cache))
-        lines.append(f"{size:>7} " + " ".join(f"{text:>12}" for text in sizes))
-    return "\n".join(lines)
+    kinds = f"weights {stored['weights']}, others {stored['dtype']}" if stored["weights"] else stored["dtype"]
+    shape, heads = (
+        "dim {dim}, {n_layers} layers, feed-forward {hidden_dim}",
+        "{n_heads}, key/value heads {n_kv_heads}, head_dim {head_dim}",
+    )
+    rows = [
+        ("family", f"{found['family']}, {found['format']} format"),
+        ("parameters", f"{found['parameters']:,}"),
+        ("shape", shape.format(**found)),
+        ("heads", heads.format(**found)),
+        ("vocabulary", f"{found['vocab_size']:,}{', output tied to the embeddings' * found['tied_output']}"),
+        ("rope", f"theta {found['rope_theta']:g}{f', scaled by {scaling:g}' if scaling else ''}"),
+        ("files", f"{found['files']}, {kinds}"),
+        ("tokenizer", "{kind}, {tokens:,} tokens, bos {bos}, stops at {stop}".format(**found["tokenizer"])),
+        ("chat format", found["chat_format"] or "none (a base model)"),
+        ("context", f"{context:,} tokens" if context else "not in the files"),
+        ("world sizes", ", ".join(str(row["ranks"]) for row in found["memory"])),
+    ]
+    if vision := found["vision"]:
+        images = "up to {max_tiles} tiles of {tile_size} × {tile_size} pixels".format(**vision)
+        rows.insert(6, ("images", images + "; encoder of {dim} × {layers} layers".format(**vision)))
+        rows.insert(
+            7, ("images seen", "before layers {}".format(", ".join(map(str, vision["before_layers"]))))
+        )
+    how = loaded["dtype"] + (f", weights {loaded['weights']}" if loaded["weights"] else "")
+    return "\n".join(
+        [
+            *(f"{name:<12} {value}" for name, value in rows),
+            f"\nMemory per rank in {how}, at max_seq_len {loaded['max_seq_len']}, "
+            f"max_batch_size {loaded['max_batch_size']}"
+            + (f", max_images {vision['max_images']}:" if vision else ":"),
+            f"{'ranks':>7} {'weights':>12} {'KV cache':>12} {'together':>12}",
+            *(_memory_row(**row) for row in found["memory"]),
+        ]
+    )
+
+
+def _memory_row(ranks: int, weights: int, kv_cache: int) -> str:
+    return f"{ranks:>7} " + " ".join(f"{gigabytes(n):>12}" for n in (weights, kv_cache, weights + kv_cache))
 
 
 def world_sizes(args: ModelArgs) -> list[int]:
@@ -100,21 +176,32 @@ def memory(
     return weights, cache * dtype.itemsize
 
 
-def describe_vision(args: VisionArgs) -> list[tuple[str, str]]:
-    side, layers = args.vision_chunk_size, f"{args.vision_layers} + {args.vision_global_layers} layers"
-    return [
-        ("images", f"up to {args.vision_max_num_chunks} tiles of {side} × {side} pixels"),
-        ("encoder", f"dim {args.vision_dim}, {layers}"),
-        ("cross-attn", f"before layers {', '.join(map(str, args.fusion))}"),
-    ]
+def describe_vision(args: VisionArgs) -> dict[str, Any]:
+    return {
+        "tile_size": args.vision_chunk_size,
+        "max_tiles": args.vision_max_num_chunks,
+        "dim": args.vision_dim,
+        "layers": args.vision_layers + args.vision_global_layers,
+        "before_layers": args.fusion,
+        "max_images": args.max_images,
+    }
 
 
-def describe_tokenizer(tokenizer: TextTokenizer) -> str:
+def describe_tokenizer(tokenizer: TextTokenizer) -> dict[str, Any]:
     kinds = {Tokenizer: "tiktoken", SentencePieceTokenizer: "sentencepiece"}
-    kind = kinds.get(type(tokenizer), "tokenizer.json")
-    return f"{kind}, {tokenizer.n_words:,} tokens, bos {tokenizer.bos_id}, stops at {tokenizer.stop_tokens}"
+    return {
+        "kind": kinds.get(type(tokenizer), "tokenizer.json"),
+        "tokens": tokenizer.n_words,
+        "bos": tokenizer.bos_id,
+        "stop": [*tokenizer.stop_tokens],
+    }
 
 
-def describe_format(formatter: DialogFormat) -> str:
-    names = {ChatFormat: "llama3", Llama2Chat: "llama2", ChatML: "chatml", NoChat: "none (a base model)"}
+def describe_format(formatter: DialogFormat) -> str | None:
+    """The name of a chat format; None for a base model's."""
+    names = {ChatFormat: "llama3", Llama2Chat: "llama2", ChatML: "chatml", NoChat: None}
     return names.get(type(formatter), "its own template")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,39 +1,69 @@
-"""Run a command line on one rank or many: arguments by fire, output once, errors as one sentence."""
+"""Run a command on one rank or many: one voice for all of them, exit codes, errors as sentences."""
 
 import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import fire
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from llama.cli.arguments import parse, usage
+from llama.errors import ArgumentError, LlamaError, RankError
 
-from llama.errors import RankError
+DEMO = "SmolLM2-135M-Instruct"
 
 
-def launch(command: Callable[..., Any] | Mapping[str, Callable[..., Any]], name: str | None = None) -> None:
-    """Call a command, or the one of a table that the first argument names, and leave the program.
+def launch(
+    command: Callable[..., Any] | Mapping[str, Callable[..., Any]],
+    words: Sequence[str] | None = None,
+    name: str | None = None,
+) -> None:
+    """Call a command, or the one of a table that the first word names, and leave the program on an error.
 
-    Only rank 0 prints. A mistake of the user's, or a lost rank, is said once and without a stack,
-    and every rank exits with 1; anything else is a fault of the program, and keeps its stack.
+    Only rank 0 prints. A user's mistake, or a lost rank, is one sentence without a stack, and every
+    rank exits with 1; $LLAMA_TRACEBACK=1 shows the stack. Any other exception is a fault of this
+    package and keeps its stack.
+
+    words: of the command line; by default the program's.
+    name: of the program, as it is typed; by default the script's.
     """
-    rank = int(os.environ.get("RANK", 0))
+    words = sys.argv[1:] if words is None else words
+    name = name or Path(sys.argv[0]).name
     if "TORCHELASTIC_RUN_ID" in os.environ:
         signal.signal(signal.SIGTERM, _terminated)
     with contextlib.ExitStack() as stack:
-        if rank > 0:
+        if int(os.environ.get("RANK", 0)) > 0:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         try:
-            fire.Fire(command, name=name)
-        except (OSError, ValueError, MemoryError, ImportError, RankError) as error:
+            if isinstance(command, Mapping):
+                first, *words = words or [""]
+                if first not in command:
+                    raise ArgumentError(f"{name}: give one of {', '.join(command)}, not {first!r}")
+                command, name = command[first], f"{name} {first}"
+            if {"-h", "--help"} & {*words}:
+                print(usage(command, name))
+            else:
+                command(**parse(command, words, name))
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever reads has enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (LlamaError, OSError) as error:
+            if os.environ.get("LLAMA_TRACEBACK") or not _is_sentence(error):
+                raise
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is leaving already
             sys.exit(f"error: {error}" if _first_to_fail() else 1)
         except KeyboardInterrupt:
             sys.exit(130)
+
+
+def _is_sentence(error: Exception) -> bool:
+    """Whether an error is a user's to mend: ours, or the system's of a path that was given.
+
+    The system's errors have a number; those that this package raises itself are sentences only.
+    """
+    return not isinstance(error, OSError) or error.errno is None or error.filename is not None
 
 
 def _terminated(*_: object) -> None:
@@ -43,24 +73,23 @@ def _terminated(*_: object) -> None:
     )
 
 
-DEMO = "SmolLM2-135M-Instruct"
-
-
-def default_ckpt_dir() -> Path:
+def default_ckpt_dir() -> str:
     """The demo model's folder, in this one. Raises FileNotFoundError, with ways to get weights."""
-    if (folder := Path(DEMO)).is_dir():
-        return folder
+    if Path(DEMO).is_dir():
+        return DEMO
     raise FileNotFoundError(
-        f"no --ckpt_dir given, and the demo model is not here. Three ways to get weights:\n"
-        f"  the open demo model     ./download.sh {DEMO}\n"
-        "  Meta's, by signed URL   ask at https://www.llama.com/llama-downloads, then ./download.sh\n"
-        "  Meta's, on Hugging Face download a repository's original/ folder\n"
+        "no checkpoint given, and the demo model is not here. Three ways to get weights:\n"
+        f"  the open demo model      ./download.sh {DEMO}\n"
+        "  Meta's, by signed URL    ask at https://www.llama.com/llama-downloads, then ./download.sh\n"
+        "  Meta's, on Hugging Face  pass a repository's name, such as meta-llama/Llama-3.2-1B-Instruct\n"
         "and then pass --ckpt_dir FOLDER"
     )
 
 
 def _first_to_fail() -> bool:
     """Whether this rank is the first that asks. Any rank may be the one that died, 0 too."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # takes a second to import
+
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from llama.cli.options import BuildOptions
 from llama.errors import ArgumentError
 from llama.generation import Llama
 
@@ -13,41 +14,25 @@ from llama.generation import Llama
 def perplexity(
     ckpt_dir: str,
     file: str,
-    tokenizer_path: str | None = None,
-    quantize: str | None = None,
-    compile: bool | str = "auto",
-    max_seq_len: int = 1024,
+    *,
     stride: int | None = None,
-    dtype: str | None = None,
+    build: BuildOptions = BuildOptions(max_seq_len=1024),
 ) -> None:
     """Print the mean negative log-likelihood (NLL) of a text's tokens, and their perplexity.
 
     Args:
-        ckpt_dir: folder of consolidated.*.pth and params.json.
-        file: a text in UTF-8.
-        tokenizer_path: by default tokenizer.model in ckpt_dir.
-        quantize: int8 or int4, or fp8 on CUDA; by default the weights as they are.
-        compile: True, False or auto, which compiles on CUDA.
-        max_seq_len: tokens of a window.
-        stride: tokens from one window to the next; by default half of max_seq_len.
-        dtype: bfloat16, float16 or float32; by default bf16 where the CPU computes in it.
+        ckpt_dir: folder of a checkpoint, a GGUF file, a URL, or a Hugging Face repository
+        file: a text in UTF-8
+        stride: tokens from one window of max_seq_len to the next; by default half a window
     """
     text = Path(file).read_text("utf-8")
-    with Llama.build(
-        ckpt_dir,
-        tokenizer_path,
-        max_seq_len,
-        max_batch_size=1,
-        dtype=dtype,
-        quantize=quantize,
-        compile=compile,
-    ) as llama:
+    with build.build(ckpt_dir) as llama:
         tokens = llama.tokenizer.encode(text, bos=True, eos=False)
-        scores = negative_log_likelihoods(llama, tokens, stride or max(1, max_seq_len // 2))
+        scores = negative_log_likelihoods(llama, tokens, stride or max(1, build.max_seq_len // 2))
     nll = math.fsum(scores) / len(scores)
     print(
         f"NLL {nll:.4f} nats per token, perplexity {math.exp(nll):.3f}, {len(scores):,} tokens scored in "
-        f"windows of {max_seq_len}"
+        f"windows of {build.max_seq_len}"
     )
 
 

@@ -6,11 +6,13 @@ holds for the program; under `torchrun` that is the launcher, which ends all ran
 
 import contextlib
 import datetime
+import glob
 import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -26,16 +28,22 @@ except ImportError:  # Windows: plain input, and Ctrl-C ends the program
 
 T = TypeVar("T")
 CTRL_C = b"\x03"
+KEPT = 1000  # lines of history
 
 
 class Terminal:
     """Reads lines, and notices Ctrl-C in between. Every rank must make the same calls.
 
-    parallel: the ranks. Raises ValueError where they are not all there are.
+    parallel: the ranks.
+    commands: words that begin with a slash; Tab completes them, and after one the names of files.
+    history: whether what is typed is kept for later programs.
+    Raises ArgumentError if the model is on some of the ranks only.
     """
 
-    def __init__(self, parallel: ModelParallel) -> None:
+    def __init__(self, parallel: ModelParallel, commands: Iterable[str] = (), history: bool = False) -> None:
         self.parallel = parallel
+        self.commands = sorted(commands)
+        self.history = history
         self.interactive = sys.stdin.isatty() and termios is not None
         self._typed = ""  # while nobody asked for it
         self._group: dist.ProcessGroup | None = None
@@ -64,7 +72,11 @@ class Terminal:
         return outcome[0]
 
     def read_line(self, prompt: str) -> str | None:
-        """The next line; None at the end of the input (Ctrl-D). A backslash at its end continues it."""
+        """The next message; None at the end of the input (Ctrl-D).
+
+        That is a line, with those that a backslash at its end continues it by, or a block that was
+        pasted: lines that the terminal delivers at once. A command is always one line.
+        """
         lines: list[str] = []
         while (line := self.once(lambda: self._read(prompt if not lines else "… "))) is not None:
             if not line.endswith("\\"):
@@ -82,7 +94,11 @@ class Terminal:
         if readline and line:
             readline.set_startup_hook(lambda: readline.insert_text(line))
         try:
-            return input(prompt)
+            lines = [input(prompt)]
+            with contextlib.suppress(EOFError):
+                while self._more() and not self._is_command(lines[0]):
+                    lines.append(input())
+            return "\n".join(lines)
         except EOFError:
             if self.interactive:
                 print()
@@ -90,6 +106,13 @@ class Terminal:
         finally:
             if readline:
                 readline.set_startup_hook()
+
+    def _more(self) -> bool:
+        """Whether the terminal has delivered more than the line that was read."""
+        return self.interactive and bool(select.select([sys.stdin], [], [], 0)[0])
+
+    def _is_command(self, line: str) -> bool:
+        return line.startswith("/") and not line.startswith("//")
 
     def interrupted(self) -> bool:
         """Whether Ctrl-C was typed since the last call, within `watching`."""
@@ -116,16 +139,32 @@ class Terminal:
         if self.parallel.rank != 0 or not self.interactive:
             yield
             return
-        readline.parse_and_bind(r'"\C-c": kill-whole-line')
+        editline = "libedit" in (readline.__doc__ or "")
+        readline.parse_and_bind('bind "^C" vi-kill-line-prev' if editline else r'"\C-c": kill-whole-line')
+        readline.parse_and_bind("bind ^I rl_complete" if editline else "tab: complete")
+        readline.set_completer_delims(" ")
+        readline.set_completer(self._completed)
         # The terminal is put right also where somebody ends this program.
         before = signal.getsignal(signal.SIGTERM)
         if before is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
-            with _settings(lambda mode: mode[6].__setitem__(termios.VINTR, b"\x00")):
+            with (
+                _settings(lambda mode: mode[6].__setitem__(termios.VINTR, b"\x00")),
+                kept_history() if self.history else contextlib.nullcontext(),
+            ):
                 yield
         finally:
             signal.signal(signal.SIGTERM, before)
+
+    def _completed(self, word: str, n: int) -> str | None:
+        """The n-th completion of the word before the cursor, as readline asks for them."""
+        line = readline.get_line_buffer()
+        if " " not in line:
+            found = [command for command in self.commands if command.startswith(line)] if line else []
+        else:
+            found = sorted(glob.glob(f"{glob.escape(word)}*")) if self._is_command(line) else []
+        return found[n] if n < len(found) else None
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -139,6 +178,23 @@ class Terminal:
 
         with _settings(change):
             yield
+
+
+@contextlib.contextmanager
+def kept_history() -> Iterator[None]:
+    """A block whose lines are kept in $XDG_STATE_HOME/llama/history, readable by their author only."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    path = Path(state) / "llama" / "history"
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(0o600)
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        readline.set_history_length(KEPT)
+        with contextlib.suppress(OSError):
+            readline.write_history_file(path)
 
 
 @contextlib.contextmanager

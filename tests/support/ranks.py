@@ -87,7 +87,7 @@ def one_bad_folder(folder: str) -> None:
     Llama.build(f"{folder}-missing" if last else folder, max_seq_len=32, max_batch_size=1)
 
 
-def quantized(folder: str, scheme: str, out: str) -> None:
+def quantized(folder: str, out: str, scheme: str | None = None) -> None:
     """Logits of a quantized model."""
     with Llama.build(folder, max_seq_len=32, max_batch_size=3, dtype="float32", quantize=scheme) as llama:
         torch.save(llama.model(TOKENS, 0), f"{out}.{os.environ['RANK']}")

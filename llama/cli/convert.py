@@ -1,0 +1,38 @@
+"""The command that writes a checkpoint in another form."""
+
+import signal
+import sys
+from typing import Literal
+
+from llama.checkpoint.convert import convert as write
+
+
+def convert(
+    source: str,
+    destination: str,
+    *,
+    to: Literal["native", "hf"] = "native",
+    shards: int | None = None,
+    dtype: str | None = None,
+    quantize: Literal["int8", "int4"] | None = None,
+    tokenizer_path: str | None = None,
+    adapter: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a checkpoint in another format, or with other files, as a new folder.
+
+    Args:
+        source: a native or Hugging Face folder, a GGUF file, a URL, or a Hugging Face repository
+        destination: the folder to make
+        to: native writes consolidated.*.pth, hf writes safetensors for transformers, vLLM and TGI
+        shards: files to cut the weights into; by default as many as the source has, or as is usual
+        dtype: bfloat16, float16 or float32; by default the source's
+        quantize: quantize the weights, in a native folder that every command loads
+        tokenizer_path: a tokenizer other than the source's own
+        adapter: folder of a LoRA adapter in PEFT's format, merged into the weights
+        overwrite: replace the destination if it exists
+    """
+    # As on Ctrl-C, so that nothing half-made stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    write(source, destination, to, shards, dtype, tokenizer_path, adapter, overwrite, quantize)
+    print(f"Wrote {destination}")

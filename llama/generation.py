@@ -2,48 +2,49 @@
 
 import itertools
 import os
-from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from types import TracebackType
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from typing_extensions import Unpack
 
 from llama import parallel
-from llama.arguments import Options, Sampling, TextRequest, flag, text_requests, whole
+from llama.agent import run_tools
+from llama.arguments import (
+    SHAPES,
+    ChatOptions,
+    ChatSampling,
+    Options,
+    Sampling,
+    TextRequest,
+    entries,
+    flag,
+    text_requests,
+    whole,
+)
 from llama.checkpoint import open_checkpoint
+from llama.constraints import Grammars
 from llama.device import default_device, default_dtype, parse_device, parse_dtype
-from llama.engine import Engine, FinishReason
+from llama.engine import Engine
 from llama.engine.static import check_compile
 from llama.errors import ArgumentError
 from llama.loading import check_quantize, load, scheme_of, warm_up
 from llama.model import Transformer
-from llama.prompts import Encoded, encode_dialogs, encode_texts, tiled
+from llama.moderation import reviews
+from llama.predictions import ChatPrediction, CompletionPrediction, chat_prediction, completion_prediction
+from llama.prompts import encode_texts, tiled, with_image_token
 from llama.sampling import derive_seed
-from llama.streaming import Answer, StreamEvent, astream, collect, stream
+from llama.streaming import StreamEvent, astream, collect, stream
 from llama.tokenizer import Dialog, DialogFormat, Message, TextTokenizer
 from llama.tokenizer.chat_format import chat_format
-from llama.vision import VisionTransformer, make_args, text_params
+from llama.tokenizer.content import split_dialog
+from llama.tools.use import ToolUse, default_format
+from llama.vision import ImageSource, VisionTransformer, make_args, sighted, text_params
 
 StrPath = str | os.PathLike[str]
-
-
-class Scored(TypedDict, total=False):
-    """With `logprobs`, and `top_logprobs` if asked for."""
-
-    tokens: list[str]  # each token as text
-    logprobs: list[float]
-    top_logprobs: list[list[tuple[str, float]]]
-
-
-class CompletionPrediction(Scored):
-    generation: str
-    finish_reason: FinishReason
-
-
-class ChatPrediction(Scored):
-    generation: Message
-    finish_reason: FinishReason
 
 
 class Llama:
@@ -52,9 +53,12 @@ class Llama:
     Use it as a context manager, or `close()` it, to take down what `build` set up between ranks;
     otherwise that happens at the end of the program.
     quantization: "int8", "int4" or "fp8" where `build` loaded the weights so.
+    tool_format: how prompts tell of tools, see `DialogOptions`; None if the checkpoint was not trained to
+        call any.
     """
 
     quantization: str | None = None
+    tool_format: str | None = None
 
     @staticmethod
     def build(
@@ -100,6 +104,7 @@ class Llama:
         """
         max_seq_len = whole("max_seq_len", max_seq_len, 1)
         max_batch_size = whole("max_batch_size", max_batch_size, 1)
+        max_images, vision = whole("max_images", max_images, 0), flag("vision", vision)
         seed, batch_invariant = whole("seed", seed), flag("batch_invariant", batch_invariant)
         if model_parallel_size is not None:
             model_parallel_size = whole("model_parallel_size", model_parallel_size, 1)
@@ -135,6 +140,7 @@ class Llama:
             raise
         llama._connected = True
         llama.quantization = scheme
+        llama.tool_format = default_format(checkpoint.family, checkpoint.formatter)
         return llama
 
     def __init__(
@@ -232,10 +238,7 @@ class Llama:
         `Scored` names.
         """
         events = self.stream_text(prompts, temperature, top_p, max_gen_len, logprobs, echo, **sampling)
-        return [
-            {"generation": a.text, "finish_reason": a.finish_reason, **self._scored(a, logprobs)}
-            for a in collect(events)
-        ]
+        return [completion_prediction(answer, self.tokenizer, logprobs) for answer in collect(events)]
 
     def chat_completion(
         self,
@@ -244,24 +247,45 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
-        **sampling: Unpack[Sampling],
+        **options: Unpack[ChatSampling],
     ) -> list[ChatPrediction]:
-        """Answer dialogs: lists of {"role": ..., "content": ...}.
+        """Answer dialogs: lists of messages, see `Message`.
 
         A last message of the assistant's is the beginning of the answer, which goes on after it.
+        options: see `Sampling` and `DialogOptions`.
 
-        Returns what `text_completion` returns, but each text as a message of the assistant's. Raises
-        what `generate` raises, and ArgumentError for a dialog that the chat format cannot hold.
+        Returns what `text_completion` returns, but each text as a message of the assistant's, with the
+        tool calls that it makes. Raises what `generate` raises, and ArgumentError for a dialog that the
+        chat format cannot hold.
         """
-        events = self.stream_chat(dialogs, temperature, top_p, max_gen_len, logprobs, **sampling)
-        return [
-            {
-                "generation": {"role": "assistant", "content": a.text},
-                "finish_reason": a.finish_reason,
-                **self._scored(a, logprobs),
-            }
-            for a in collect(events)
-        ]
+        events = self.stream_chat(dialogs, temperature, top_p, max_gen_len, logprobs, **options)
+        return [chat_prediction(answer, self.tokenizer, logprobs) for answer in collect(events)]
+
+    def run_tools(
+        self,
+        dialog: Dialog,
+        functions: Sequence[Any],
+        max_turns: int = 10,
+        *,
+        builtin_tools: Mapping[str, Callable[[str], Any]] | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> list[Message]:
+        """Answer a dialog, calling functions as often as the model asks for it.
+
+        functions: Python functions that the model may call; what they return becomes text, or JSON.
+        max_turns: answers with calls at most; then the model must answer in words.
+        builtin_tools: functions of one text for Meta's built-in tools, such as a search, or
+            "code_interpreter" with a sandbox of your own: nothing here runs a model's code.
+        options: of `chat_completion`.
+
+        Returns the dialog with calls, results and the answer. Arguments that do not fit a function are
+        told to the model; what a function raises is raised.
+        """
+
+        def chat(messages: Dialog, **chosen: Any) -> ChatPrediction:
+            return self.chat_completion([messages], **chosen)[0]
+
+        return run_tools(chat, dialog, functions, builtin_tools or {}, max_turns, options)
 
     def stream_text(
         self,
@@ -280,7 +304,7 @@ class Llama:
         not ended and frees its slots. If one request fails, its end says why and the others go on.
         Raises what `generate` raises, at the call.
         """
-        ids, sampling["images"] = self._encode_texts(prompts)
+        ids, sampling["images"] = encode_texts(prompts, self.model, self.tokenizer)
         return self.stream_tokens(ids, temperature, top_p, max_gen_len, logprobs, echo, **sampling)
 
     def stream_chat(
@@ -290,11 +314,18 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
-        **sampling: Unpack[Sampling],
+        **options: Unpack[ChatSampling],
     ) -> Generator[StreamEvent, None, None]:
         """What `chat_completion` does, as it happens; otherwise as `stream_text`."""
-        ids, sampling["images"] = self._encode_dialogs(dialogs)
-        return self.stream_tokens(ids, temperature, top_p, max_gen_len, logprobs, **sampling)
+        requests = self.chat_requests(
+            dialogs,
+            temperature=temperature,
+            top_p=top_p,
+            max_gen_len=max_gen_len,
+            logprobs=logprobs,
+            **options,
+        )
+        return stream(self.engine, self.tokenizer, requests)
 
     def stream_tokens(
         self,
@@ -322,15 +353,14 @@ class Llama:
         self, prompts: Iterable[str | Sequence[Any]], **options: Unpack[Options]
     ) -> AsyncGenerator[StreamEvent, None]:
         """`stream_text` for asyncio: `async for event in llama.astream_text([...])`."""
-        ids, options["images"] = self._encode_texts(prompts)
+        ids, options["images"] = encode_texts(prompts, self.model, self.tokenizer)
         return astream(self.engine, self.tokenizer, self.requests(ids, **options))
 
     def astream_chat(
-        self, dialogs: Iterable[Dialog], **options: Unpack[Options]
+        self, dialogs: Iterable[Dialog], **options: Unpack[ChatOptions]
     ) -> AsyncGenerator[StreamEvent, None]:
         """`stream_chat` for asyncio: `async for event in llama.astream_chat([...])`."""
-        ids, options["images"] = self._encode_dialogs(dialogs)
-        return astream(self.engine, self.tokenizer, self.requests(ids, **options))
+        return astream(self.engine, self.tokenizer, self.chat_requests(dialogs, **options))
 
     def requests(
         self, prompt_tokens: Iterable[Iterable[int]], **options: Unpack[Options]
@@ -341,26 +371,49 @@ class Llama:
         """
         images = [[tiled(image, self.model) for image in prompt] for prompt in options.pop("images", ())]
         return text_requests(
-            prompt_tokens, options, self.tokenizer.stop_tokens, self.engine.check, self._next_seed, images
+            prompt_tokens,
+            options,
+            self.tokenizer.stop_tokens,
+            self.engine.check,
+            self._next_seed,
+            lambda: self.grammars,
+            images,
         )
 
-    def _encode_texts(self, prompts: Iterable[str | Sequence[Any]]) -> Encoded:
-        return encode_texts(prompts, self.model, self.tokenizer)
+    def chat_requests(self, dialogs: Iterable[Dialog], **options: Unpack[ChatOptions]) -> list[TextRequest]:
+        """`requests` for dialogs. Raises what `chat_completion` raises."""
+        values: dict[str, Any] = dict(options)
+        use = ToolUse.parse(
+            values.pop("tools", None),
+            values.pop("tool_choice", "auto"),
+            values.pop("tool_format", None) or self.tool_format,
+            values.pop("parallel_tool_calls", True),
+        )
+        guard, every = values.pop("guard", None), values.pop("guard_every", None)
+        if use.schema is not None:
+            if any(values.get(name) is not None for name in SHAPES):
+                raise ArgumentError("an answer that must be a tool call takes no other shape")
+            values["schema"] = use.schema
+        dialogs, images = zip(*map(split_dialog, entries(dialogs, "dialogs")), strict=True)
+        ids = [self._encode(use, *pair) for pair in zip(dialogs, images, strict=True)]
+        requests = self.requests(ids, images=images, **values)
+        checks = reviews(guard, dialogs, every) if guard else [None] * len(dialogs)
+        n = len(requests) // len(dialogs)
+        return [
+            replace(request, tools=use.parser(dialogs[i // n]), review=checks[i // n])
+            for i, request in enumerate(requests)
+        ]
 
-    def _encode_dialogs(self, dialogs: Iterable[Dialog]) -> Encoded:
-        return encode_dialogs(dialogs, self.model, self.tokenizer, self.formatter)
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Makes constraints for this model's tokenizer."""
+        return Grammars(self.tokenizer, self.model.params.vocab_size)
 
-    def _scored(self, answer: Answer, logprobs: bool) -> Scored:
-        if not logprobs:
-            return {}
-
-        def text(token: int) -> str:
-            return "" if token == self.model.params.vocab_size else self.tokenizer.decode([token])
-
-        scored: Scored = {"tokens": [text(token) for token in answer.tokens], "logprobs": answer.logprobs}
-        if answer.top_logprobs:
-            scored["top_logprobs"] = [[(text(t), p) for t, p in top] for top in answer.top_logprobs]
-        return scored
+    def _encode(self, use: ToolUse, dialog: Dialog, images: Sequence[ImageSource]) -> list[int]:
+        if images:
+            sighted(self.model)  # before anything else is found wrong
+        ids = use.encode(dialog, self.formatter, self.tokenizer)
+        return with_image_token(ids, self.model, self.tokenizer) if images else ids
 
     def _next_seed(self) -> int:
         return derive_seed(self._seed, next(self._seeds))

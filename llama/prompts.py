@@ -1,13 +1,13 @@
-"""From what a caller says, texts and dialogs with images in them, to token ids and the images."""
+"""Prompts with images: from what a caller says to token ids, and to images as the model reads them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from llama.arguments import entries
 from llama.model import Transformer
-from llama.tokenizer import Dialog, DialogFormat, TextTokenizer
+from llama.tokenizer import TextTokenizer
 from llama.tokenizer.chat_format import encode_parts
-from llama.tokenizer.content import IMAGE, split_content, split_dialog
+from llama.tokenizer.content import IMAGE, split_content
 from llama.vision import ImageSource, TiledImage, sighted, tile_image
 
 Encoded = tuple[list[list[int]], list[list[ImageSource]]]  # ids of prompts, and their images
@@ -23,26 +23,6 @@ def encode_texts(prompts: Iterable[Any], model: Transformer, tokenizer: TextToke
             ids.append([*begin, *with_image_token(encode_parts(tokenizer, content), model, tokenizer)])
         else:
             ids.append(tokenizer.encode(content, bos=True, eos=False))
-        images.append(found)
-    return ids, images
-
-
-def encode_dialogs(
-    dialogs: Iterable[Dialog], model: Transformer, tokenizer: TextTokenizer, formatter: DialogFormat
-) -> Encoded:
-    """Ids after which the assistant's next words come, and images. Raises ArgumentError for other dialogs."""
-    ids, images = [], []
-    for given in entries(dialogs, "dialogs"):
-        dialog, found = split_dialog(given)
-        last = dialog[-1] if isinstance(dialog, Sequence) and len(dialog) > 1 else None
-        begun: list[int] = []
-        if isinstance(last, dict) and last.get("role") == "assistant":
-            begun = tokenizer.encode(last.get("content", ""), bos=False, eos=False)
-            dialog = dialog[:-1]
-        if found:
-            sighted(model)
-        prompt = formatter.encode_dialog_prompt(dialog)
-        ids.append([*(with_image_token(prompt, model, tokenizer) if found else prompt), *begun])
         images.append(found)
     return ids, images
 

@@ -7,11 +7,18 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 from llama.arguments import TextRequest
-from llama.engine import Engine, Event, FinishReason, Request, TopLogprobs
+from llama.engine import Engine, Event, Request, TopLogprobs
+from llama.engine import FinishReason as EngineReason
+from llama.errors import ArgumentError
+from llama.moderation import Category, Review
+from llama.tokenizer import Message
+from llama.tools.parser import Delta, ToolCall, add_deltas
+
+FinishReason = EngineReason | Literal["tool_calls", "content_filter"]
 
 
 class Decoder(Protocol):
@@ -102,8 +109,11 @@ class StreamEvent:
     text: what became certain of the text. It may be behind `token`, where that ends in the middle of a
     character or of what may become a stop string; all pieces joined are the whole text.
     logprob, top_logprobs: of the token, if asked for; ids and log-probabilities, most likely first.
+    tool_calls: what became certain of the calls that the answer makes, if it was given tools.
     finish_reason: "stop" (a stop token or string), "length" (max_gen_len or the context is used up),
+    "tool_calls" (the answer calls tools), "content_filter" (a guard refused the question or the answer),
     "cancelled", or "error", and then `error` says what is wrong.
+    categories: what a guard objected to.
     """
 
     index: int
@@ -114,6 +124,8 @@ class StreamEvent:
     finish_reason: FinishReason | None = None
     error: str | None = None
     stats: Stats | None = None
+    tool_calls: tuple[Delta, ...] = ()
+    categories: tuple[Category, ...] = ()
 
 
 class Reader:
@@ -135,6 +147,8 @@ class Reader:
         self._cancel = cancel
         self._index = index
         self._text = TextStream(tokenizer, source.stop)
+        self._tools = source.tools
+        self._called = False
         self._echo = source.echo
         self._began = time.perf_counter()
         self._first = 0.0  # when the first token came
@@ -147,13 +161,29 @@ class Reader:
             yield from self._prompt()
         if event.finish_reason:
             yield self._end(event)
-        elif event.token is not None and self._text.stopped is None:  # else the engine ran ahead
+        elif event.token is not None and not self._complete:  # else the engine ran ahead
             self._first = self._first or time.perf_counter()
             self._count += 1
-            piece = self._text.push(event.token)
-            yield StreamEvent(self._index, piece, event.token, event.logprob, event.top_logprobs)
-            if self._text.stopped is not None:
+            piece, calls = self._parse(self._text.push(event.token))
+            yield StreamEvent(
+                self._index, piece, event.token, event.logprob, event.top_logprobs, tool_calls=calls
+            )
+            if self._complete:
                 self._cancel(self._request)
+
+    @property
+    def _complete(self) -> bool:
+        """Whether nothing that the model would go on to say counts."""
+        return self._text.stopped is not None or (self._tools is not None and self._tools.complete)
+
+    def _parse(self, text: str, ended: bool = False) -> tuple[str, tuple[Delta, ...]]:
+        """What is content in a piece of text, and what belongs to calls."""
+        if self._tools is None:
+            return text, ()
+        deltas = self._tools.push(text) + (self._tools.finish() if ended else [])
+        calls = tuple(delta for delta in deltas if delta.call is not None)
+        self._called = self._called or bool(calls)
+        return "".join(delta.content for delta in deltas), calls
 
     def _prompt(self) -> Iterator[StreamEvent]:
         request = self._request
@@ -165,7 +195,7 @@ class Reader:
             yield StreamEvent(self._index, piece, token, logprob, top)
 
     def _end(self, event: Event) -> StreamEvent:
-        piece, now = self._text.flush(), time.perf_counter()
+        (piece, calls), now = self._parse(self._text.flush(), ended=True), time.perf_counter()
         stats = Stats(
             prompt_tokens=len(self._request.prompt),
             reused_tokens=self._request.reused,
@@ -173,13 +203,52 @@ class Reader:
             first_token_seconds=(self._first or now) - self._began,
             tokens_per_second=(self._count - 1) / (now - self._first) if self._count > 1 else 0.0,
         )
+        reason = "stop" if self._complete else event.finish_reason
         return StreamEvent(
             self._index,
             piece,
-            finish_reason=event.finish_reason if self._text.stopped is None else "stop",
+            tool_calls=calls,
+            finish_reason="tool_calls" if reason == "stop" and self._called else reason,
             error=event.error and f"prompt {self._index}: {event.error}",
             stats=stats,
         )
+
+
+class ReviewedReader(Reader):
+    """A reader that holds back what a guard has not seen yet."""
+
+    def __init__(self, review: Review, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._review = review
+        self._held: list[StreamEvent] = []
+        self._seen = ""  # the answer so far, its calls included
+        self._refused = False
+
+    def read(self, event: Event) -> Iterator[StreamEvent]:
+        """What an event brings, once the guard has no objection; or the end, if it has."""
+        for brought in super().read(event):
+            if self._refused:
+                return
+            self._held.append(brought)
+            calls = "".join(delta.name + delta.arguments for delta in brought.tool_calls)
+            self._seen += brought.text + calls
+            if brought.finish_reason or len(self._held) == self._review.every:
+                yield from self._checked(brought)
+
+    def _checked(self, last: StreamEvent) -> list[StreamEvent]:
+        end = StreamEvent(self._index, finish_reason="content_filter", stats=last.stats)
+        try:
+            categories = self._review.refuses(self._seen)
+            if categories is None:
+                held, self._held = self._held, []
+                return held
+            end = replace(end, categories=categories)
+        except ArgumentError as error:  # such as a conversation that is too long for the guard
+            message = f"prompt {self._index}: the guard cannot check the answer: {error}"
+            end = replace(end, finish_reason="error", error=message)
+        self._refused = True
+        self._cancel(self._request)
+        return [end]
 
 
 @contextlib.contextmanager
@@ -190,12 +259,28 @@ def _queued(
     readers: dict[Request, Reader] = {}
     try:
         for index, source in enumerate(sources):
-            request = engine.add(source.prompt, source.params, images=source.images)
-            readers[request] = Reader(tokenizer, request, source, index, engine.cancel)
+            if source.review and source.review.refused is not None:
+                continue
+            request = engine.add(
+                source.prompt, source.params, constraint=source.constraint, images=source.images
+            )
+            arguments = tokenizer, request, source, index, engine.cancel
+            readers[request] = (
+                ReviewedReader(source.review, *arguments) if source.review else Reader(*arguments)
+            )
         yield readers
     finally:
         for request in readers:
             engine.cancel(request)
+
+
+def _refusals(sources: Sequence[TextRequest]) -> list[StreamEvent]:
+    """The ends of what a guard refused before it began."""
+    return [
+        StreamEvent(index, finish_reason="content_filter", categories=source.review.refused)
+        for index, source in enumerate(sources)
+        if source.review and source.review.refused is not None
+    ]
 
 
 def stream(
@@ -205,6 +290,7 @@ def stream(
 
     Raises what `Engine.add` raises.
     """
+    yield from _refusals(sources)
     with _queued(engine, tokenizer, sources) as readers:
         for event in engine.run(list(readers)):
             yield from readers[event.request].read(event)
@@ -246,6 +332,14 @@ class Answer:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     finish_reason: FinishReason = "cancelled"
+    calls: list[ToolCall] = field(default_factory=list)
+    categories: tuple[Category, ...] = ()
+
+    def message(self) -> Message:
+        message: Message = {"role": "assistant", "content": self.text}
+        if self.calls:
+            message["tool_calls"] = [call.to_message() for call in self.calls]
+        return message
 
 
 def collect(events: Iterator[StreamEvent]) -> list[Answer]:
@@ -256,6 +350,7 @@ def collect(events: Iterator[StreamEvent]) -> list[Answer]:
             raise RuntimeError(event.error)
         answer = answers[event.index]
         answer.text += event.text
+        add_deltas(answer.calls, event.tool_calls)
         if event.token is not None:
             answer.tokens.append(event.token)
         if event.logprob is not None:
@@ -263,5 +358,5 @@ def collect(events: Iterator[StreamEvent]) -> list[Answer]:
         if event.top_logprobs is not None:
             answer.top_logprobs.append(event.top_logprobs)
         if event.finish_reason:
-            answer.finish_reason = event.finish_reason
+            answer.finish_reason, answer.categories = event.finish_reason, event.categories
     return [answers[i] for i in sorted(answers)]

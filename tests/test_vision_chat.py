@@ -1,7 +1,6 @@
 """Images in prompts and dialogs, through the engine."""
 
 import base64
-import io
 
 import pytest
 import torch
@@ -11,8 +10,9 @@ from llama.cli.chat import Chat
 from llama.cli.conversation import Conversation
 from llama.cli.options import SamplingOptions
 from llama.errors import ArgumentError, PromptError
+from llama.prompts import encode_texts
 from llama.tokenizer import Tokenizer
-from llama.vision import PlacedImage, VisionTransformer, tile_image
+from llama.vision import PlacedImage, TiledImage, VisionTransformer
 from tests.support.meta_vision import IMAGE, picture, random_vision
 from tests.support.tiny import small_model, write_tokenizer
 
@@ -54,6 +54,11 @@ DIALOGS = [
 FORMAT = {"max_gen_len": 8, "logprobs": True}
 
 
+def encoded(llama: Llama, dialogs) -> tuple[list[list[int]], list[list[TiledImage]]]:
+    requests = llama.chat_requests(dialogs)
+    return [request.prompt for request in requests], [list(request.images) for request in requests]
+
+
 def answers(llama: Llama, dialogs, **options):
     found = llama.chat_completion(dialogs, **{"temperature": 0, **FORMAT, **options})
     return [(answer["generation"]["content"], answer["logprobs"]) for answer in found]
@@ -62,7 +67,7 @@ def answers(llama: Llama, dialogs, **options):
 def test_ids_are_metas(llama):
     """User header, image where it stands, text; nothing between them."""
     special, encode = llama.tokenizer.special_tokens, llama.tokenizer.encode
-    ids, _ = llama._encode_dialogs([ask("an", image(SMALL), "er")])
+    ids, _ = encoded(llama, [ask("an", image(SMALL), "er")])
 
     def header(role):
         name = encode(role, bos=False, eos=False)
@@ -78,12 +83,12 @@ def test_answers_are_those_of_the_model_alone(llama, monkeypatch):
     """Greedy, one request after the other, by `forward` of another model with the same weights."""
     plain = random_vision(max_seq_len=160)
     monkeypatch.setattr(llama.tokenizer, "stop_tokens", [])
-    ids, images = llama._encode_dialogs(DIALOGS)
+    ids, images = encoded(llama, DIALOGS)
     found = llama.generate(ids, temperature=0, max_gen_len=6, logprobs=True, images=images)
     for i, dialog in enumerate(DIALOGS):
-        (ids,), (images,) = llama._encode_dialogs([dialog])
+        (ids,), (images,) = encoded(llama, [dialog])
         at = [n for n, token in enumerate(ids) if token == IMAGE]
-        placed = [PlacedImage(n, tile_image(source, 56)) for n, source in zip(at, images, strict=True)]
+        placed = [PlacedImage(*pair) for pair in zip(at, images, strict=True)]
         logits = plain(torch.tensor([ids]), 0, [placed])[0, -1]
         tokens, logprobs = [], []
         for n in range(6):
@@ -161,7 +166,7 @@ def count(llama):
 def test_a_next_turn_neither_encodes_nor_reads_an_image_again(llama, count):
     first = ask(image(WIDE), "the llama")
     assert (count.reused(first), count.encoded) == (0, 1)
-    prompt = len(llama._encode_dialogs([first])[0][0])
+    prompt = len(encoded(llama, [first])[0][0])
     following = [*first, {"role": "assistant", "content": "in"}, {"role": "user", "content": "er"}]
     assert count.reused(following) >= prompt - 1
     assert count.encoded == 1
@@ -169,7 +174,7 @@ def test_a_next_turn_neither_encodes_nor_reads_an_image_again(llama, count):
 
 def test_another_image_at_the_same_place_is_another_prompt(llama, count):
     count.reused(ask("the", image(WIDE), "llama"))
-    before = len(llama._encode_dialogs([ask("the")])[0][0]) - 6
+    before = len(encoded(llama, [ask("the")])[0][0]) - 6
     expected = answers(
         Llama(random_vision(max_seq_len=160), llama.tokenizer), [ask("the", image(TALL), "llama")]
     )
@@ -233,16 +238,12 @@ def test_parts_of_every_form(llama, tmp_path, form):
 
 
 def test_parts_of_text_alone_are_that_text(llama):
-    parts = ask("the ", {"type": "text", "text": "llama"})
-    assert llama._encode_dialogs([parts]) == llama._encode_dialogs([ask("the llama")])
-    assert (
-        llama._encode_dialogs([parts])[0]
-        == llama._encode_dialogs([[{"role": "user", "content": "the llama"}]])[0]
-    )
+    parts, text = ask("the ", {"type": "text", "text": "llama"}), [{"role": "user", "content": "the llama"}]
+    assert encoded(llama, [parts]) == encoded(llama, [text])
 
 
 def test_text_that_looks_like_an_image_stays_text(llama):
-    ids, _ = llama._encode_dialogs([ask("<|image|>", image(SMALL))])
+    ids, _ = encoded(llama, [ask("<|image|>", image(SMALL))])
     assert ids[0].count(IMAGE) == 1
     assert llama.tokenizer.special_tokens["<|image|>"] not in ids[0]
     assert answers(llama, [ask("<|image|>")])
@@ -250,8 +251,8 @@ def test_text_that_looks_like_an_image_stays_text(llama):
 
 def test_base_models_continue_text_with_images(llama):
     prompt = [image(SMALL), "the llama"]
-    ids, _ = llama._encode_texts([prompt])
-    assert ids[0][:2] == [llama.tokenizer.bos_id, IMAGE]
+    (ids,), _ = encode_texts([prompt], llama.model, llama.tokenizer)
+    assert ids[:2] == [llama.tokenizer.bos_id, IMAGE]
     with_image = llama.text_completion([prompt, "the llama"], temperature=0, max_gen_len=6)
     assert with_image[0]["generation"] != with_image[1]["generation"]
 
@@ -269,11 +270,6 @@ def test_echo_and_logprobs_of_a_prompt_with_an_image(llama):
 
 def test_penalties_leave_the_image_token_alone(llama):
     assert answers(llama, [DIALOGS[1]], repetition_penalty=1.5, presence_penalty=0.5)
-
-
-def encoded(data=SMALL) -> bytes:
-    data.save(out := io.BytesIO(), "PNG")
-    return out.getvalue()
 
 
 @pytest.mark.parametrize(

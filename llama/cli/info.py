@@ -15,7 +15,10 @@ from llama.parallel import ModelParallel
 from llama.quantization import SCHEMES, weight_bytes
 from llama.tokenizer import DialogFormat, SentencePieceTokenizer, TextTokenizer, Tokenizer
 from llama.tokenizer.chat_format import ChatFormat, ChatML, Llama2Chat, NoChat
+from llama.tools.use import default_format
 from llama.vision import VisionArgs, VisionTransformer, make_args, make_model
+
+TOOLS = {None: "not trained to call any", "template": "as its own template has them"}
 
 
 def info(
@@ -96,6 +99,7 @@ def inspect(
         "stored": {"dtype": dtype_name(stored), "weights": checkpoint.quantization},
         "tokenizer": describe_tokenizer(checkpoint.tokenizer),
         "chat_format": describe_format(checkpoint.formatter),
+        "tool_format": default_format(checkpoint.family, checkpoint.formatter),
         "context": checkpoint.context,
         "vision": describe_vision(args) if isinstance(args, VisionArgs) else None,
         "loaded": {
@@ -130,6 +134,7 @@ def as_text(found: dict[str, Any]) -> str:
         ("files", f"{found['files']}, {kinds}"),
         ("tokenizer", "{kind}, {tokens:,} tokens, bos {bos}, stops at {stop}".format(**found["tokenizer"])),
         ("chat format", found["chat_format"] or "none (a base model)"),
+        ("tools", TOOLS.get(found["tool_format"], found["tool_format"])),
         ("context", f"{context:,} tokens" if context else "not in the files"),
         ("world sizes", ", ".join(str(row["ranks"]) for row in found["memory"])),
     ]

@@ -20,7 +20,6 @@ from llama.arguments import (
     Options,
     Sampling,
     TextRequest,
-    entries,
     flag,
     text_requests,
     whole,
@@ -35,14 +34,13 @@ from llama.loading import check_quantize, load, scheme_of, warm_up
 from llama.model import Transformer
 from llama.moderation import reviews
 from llama.predictions import ChatPrediction, CompletionPrediction, chat_prediction, completion_prediction
-from llama.prompts import encode_texts, tiled, with_image_token
+from llama.prompts import encode_dialogs, encode_texts, tiled
 from llama.sampling import derive_seed
 from llama.streaming import StreamEvent, astream, collect, stream
 from llama.tokenizer import Dialog, DialogFormat, Message, TextTokenizer
 from llama.tokenizer.chat_format import chat_format
-from llama.tokenizer.content import split_dialog
 from llama.tools.use import ToolUse, default_format
-from llama.vision import ImageSource, VisionTransformer, make_args, sighted, text_params
+from llama.vision import VisionTransformer, make_args, text_params
 
 StrPath = str | os.PathLike[str]
 
@@ -121,9 +119,7 @@ class Llama:
                 scheme = scheme_of(checkpoint, quantize)
                 check_quantize(scheme, device)
                 params = checkpoint.params if vision else text_params(checkpoint.params)
-                args = make_args(
-                    params, max_seq_len=max_seq_len, max_batch_size=max_batch_size, max_images=max_images
-                )
+                args = make_args(params, max_seq_len, max_batch_size, max_images)
                 model = load(checkpoint, args, group, device, dtype, scheme)
             llama = Llama(
                 model,
@@ -370,14 +366,9 @@ class Llama:
         Raises what `generate` raises.
         """
         images = [[tiled(image, self.model) for image in prompt] for prompt in options.pop("images", ())]
+        stops, check = self.tokenizer.stop_tokens, self.engine.check
         return text_requests(
-            prompt_tokens,
-            options,
-            self.tokenizer.stop_tokens,
-            self.engine.check,
-            self._next_seed,
-            lambda: self.grammars,
-            images,
+            prompt_tokens, options, stops, check, self._next_seed, lambda: self.grammars, images
         )
 
     def chat_requests(self, dialogs: Iterable[Dialog], **options: Unpack[ChatOptions]) -> list[TextRequest]:
@@ -394,8 +385,7 @@ class Llama:
             if any(values.get(name) is not None for name in SHAPES):
                 raise ArgumentError("an answer that must be a tool call takes no other shape")
             values["schema"] = use.schema
-        dialogs, images = zip(*map(split_dialog, entries(dialogs, "dialogs")), strict=True)
-        ids = [self._encode(use, *pair) for pair in zip(dialogs, images, strict=True)]
+        dialogs, ids, images = encode_dialogs(use, dialogs, self.model, self.tokenizer, self.formatter)
         requests = self.requests(ids, images=images, **values)
         checks = reviews(guard, dialogs, every) if guard else [None] * len(dialogs)
         n = len(requests) // len(dialogs)
@@ -408,12 +398,6 @@ class Llama:
     def grammars(self) -> Grammars:
         """Makes constraints for this model's tokenizer."""
         return Grammars(self.tokenizer, self.model.params.vocab_size)
-
-    def _encode(self, use: ToolUse, dialog: Dialog, images: Sequence[ImageSource]) -> list[int]:
-        if images:
-            sighted(self.model)  # before anything else is found wrong
-        ids = use.encode(dialog, self.formatter, self.tokenizer)
-        return with_image_token(ids, self.model, self.tokenizer) if images else ids
 
     def _next_seed(self) -> int:
         return derive_seed(self._seed, next(self._seeds))

@@ -5,9 +5,10 @@ from typing import Any
 
 from llama.arguments import entries
 from llama.model import Transformer
-from llama.tokenizer import TextTokenizer
+from llama.tokenizer import Dialog, DialogFormat, TextTokenizer
 from llama.tokenizer.chat_format import encode_parts
-from llama.tokenizer.content import IMAGE, split_content
+from llama.tokenizer.content import IMAGE, split_content, split_dialog
+from llama.tools.use import ToolUse
 from llama.vision import ImageSource, TiledImage, sighted, tile_image
 
 Encoded = tuple[list[list[int]], list[list[ImageSource]]]  # ids of prompts, and their images
@@ -25,6 +26,30 @@ def encode_texts(prompts: Iterable[Any], model: Transformer, tokenizer: TextToke
             ids.append(tokenizer.encode(content, bos=True, eos=False))
         images.append(found)
     return ids, images
+
+
+def encode_dialogs(
+    use: ToolUse,
+    dialogs: Iterable[Dialog],
+    model: Transformer,
+    tokenizer: TextTokenizer,
+    formatter: DialogFormat,
+) -> tuple[list[Dialog], list[list[int]], list[list[ImageSource]]]:
+    """Dialogs without their images, the ids that ask for their next messages, and the images.
+
+    Raises ArgumentError for a dialog that the chat format cannot hold, PromptError for images if the
+    model reads text only.
+    """
+    bare, ids, images = [], [], []
+    for given in entries(dialogs, "dialogs"):
+        dialog, found = split_dialog(given)
+        if found:
+            sighted(model)
+        prompt = use.encode(dialog, formatter, tokenizer)
+        bare.append(dialog)
+        ids.append(with_image_token(prompt, model, tokenizer) if found else prompt)
+        images.append(found)
+    return bare, ids, images
 
 
 def with_image_token(ids: list[int], model: Transformer, tokenizer: TextTokenizer) -> list[int]:

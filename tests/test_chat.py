@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from llama import Llama
 from llama.cli.chat import Chat
@@ -186,12 +185,11 @@ def test_complete_prints_plain_text_and_takes_a_pipe(folder):
 def test_quantized_as_told(folder, command):
     result = run([*PYTHON, "llama", command, str(folder), "--quantize", "int3"], "12\n")
     assert result.returncode == 1
-    assert result.stderr == "error: quantize must be int8 or int4 or fp8, not 'int3'\n"
-    if "fbgemm" in torch.backends.quantized.supported_engines:
-        options = ["--quantize", "int4", "--max_gen_len", "9", "--temperature", "0"]
-        result = run([*PYTHON, "llama", command, str(folder), *options], "12\n")
-        assert result.returncode == 0, result.stderr
-        assert "in int4 on cpu" in result.stderr
+    assert result.stderr == "error: quantize must be int8 or int5 or int4 or fp8, not 'int3'\n"
+    options = ["--quantize", "int4", "--max_gen_len", "9", "--temperature", "0"]
+    result = run([*PYTHON, "llama", command, str(folder), *options], "12\n")
+    assert result.returncode == 0, result.stderr
+    assert "in int4 on cpu" in result.stderr
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.support import ROOT, meta_vision, tiny
 
@@ -65,11 +64,10 @@ def test_the_demo_model_is_the_default_where_it_lies(tmp_path: Path) -> None:
 def test_quantized_as_told(script: str, tmp_path: Path) -> None:
     folder = tiny.write_checkpoint(tmp_path / "tiny")
     done = run(script, "--ckpt_dir", "tiny", "--max_gen_len", "2", "--quantize", "int3", cwd=tmp_path)
-    assert done.stderr == "error: quantize must be None, 'int8', 'int4' or 'fp8', not 'int3'\n"
-    if "fbgemm" in torch.backends.quantized.supported_engines:
-        done = run(script, "--ckpt_dir", "tiny", "--max_gen_len", "2", "--quantize", "int4", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert f"Loaded {folder.name}" in done.stderr and "in int4 on cpu" in done.stderr
+    assert done.stderr == "error: quantize must be None or one of int8, int5, int4, fp8, not 'int3'\n"
+    done = run(script, "--ckpt_dir", "tiny", "--max_gen_len", "2", "--quantize", "int4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"Loaded {folder.name}" in done.stderr and "in int4 on cpu" in done.stderr
 
 
 def test_a_wrong_folder_is_one_line(tmp_path: Path) -> None:

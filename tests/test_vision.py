@@ -61,7 +61,7 @@ def test_the_encoder_is_metas_on_every_canvas(meta, model, canvas):
     assert (tiled.rows, tiled.columns) == canvas
     pixels, ratio = meta.image_transform(image)
     assert torch.equal(pixels, tiled.normalized())
-    stacked, _ = meta_vision.model._stack_images([[pixels]], 4, 56, 1)
+    stacked = torch.nn.functional.pad(pixels, (0, 0) * 3 + (0, 4 - len(pixels)))[None, None]
     expected = meta.vision_model(stacked, torch.tensor([[ratio]]))[0, 0, : len(pixels)].flatten(0, 1)
     torch.testing.assert_close(model.encode(tiled), expected, atol=1e-4, rtol=1e-4)
 

@@ -202,7 +202,7 @@ def test_info_tells_what_images_take(native, model):
     lines = as_text(inspect(native, max_images=2, dtype="float32"))
     assert "Llama 3.2 Vision" in lines
     assert f"{sum(weight.numel() for weight in model.parameters()):,}" in lines
-    assert "up to 4 tiles of 56 × 56 pixels" in lines
+    assert "up to 4 tiles of 56 × 56, encoder dim 64, 40 layers" in lines
     assert "max_images 2" in lines
 
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.huggingface import hf_name, rotary_heads, to_hf_rows
-from llama.checkpoint.mllama import LEARNABLE, file_shape, is_table, mllama_name, to_table
-from llama.checkpoint.source import EMBEDDINGS, TensorSource
+from llama.checkpoint.mllama import file_shape, is_table, mllama_name, to_table
+from llama.checkpoint.source import TensorSource
 from llama.model import ModelArgs
+from llama.quantization import EMBEDDINGS, LEARNABLE
 from llama.vision import VisionArgs
 
 

@@ -21,6 +21,7 @@ from llama.checkpoint.source import Checkpoint, check_names, find_tokenizer, rea
 from llama.errors import ArgumentError, CheckpointError, MissingPackageError
 from llama.model import ModelArgs
 from llama.parallel import Span
+from llama.quantization import OUTPUT
 from llama.tokenizer import TextTokenizer
 from llama.tokenizer.huggingface import HFTokenizer, read_json
 from llama.tokenizer.template import find_template
@@ -227,9 +228,7 @@ class HFWeights:
         self.paths = sorted({*where.values()})
         self._opened: dict[Path, Any] = {}
         found = {self.usual_name(name): name for name in where}
-        parts = whole_parts(args)
-        if tied and self.file_name("output.weight") not in found:
-            del parts["output.weight"]
+        parts = whole_parts(args, () if tied and self.file_name(OUTPUT) not in found else (OUTPUT,))
         check_names(folder, found, dict.fromkeys(map(self.file_name, parts)), "config.json")
         self._names = {name: found[self.file_name(name)] for name in parts}
         self._where = {name: where[stored] for name, stored in self._names.items()}

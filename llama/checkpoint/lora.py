@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.huggingface import native_name, open_weights, rotary_heads, to_native_rows
-from llama.checkpoint.source import TensorSource
+from llama.checkpoint.source import TensorSource, is_tied
 from llama.errors import CheckpointError
 from llama.model import ModelArgs
 from llama.parallel import Span
+from llama.quantization import OUTPUT
 from llama.tokenizer.huggingface import read_json
 
 # What changes the mathematics, and must be absent or have this value.
@@ -118,7 +119,7 @@ def _delta(
         raise CheckpointError(f"{path} has only one of the two factors of {module}; download it again")
     a, b = pair["A"], pair["B"]
     name = native_name(f"{module}.weight")
-    if name == "output.weight" and name not in shapes:
+    if name == OUTPUT and is_tied(shapes):
         raise CheckpointError(f"{path} adapts {module}, which this model shares with its embeddings")
     if name is None or name not in shapes:
         raise CheckpointError(f"{path} adapts {module}, which this model has not: is it for another base?")

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.huggingface import HFWeights, hf_name, open_huggingface, read_config
-from llama.checkpoint.source import EMBEDDINGS, Checkpoint
+from llama.checkpoint.source import Checkpoint
 from llama.errors import CheckpointError
 from llama.parallel import Span
+from llama.quantization import EMBEDDINGS, LEARNABLE
 from llama.vision import VisionArgs
 
-LEARNABLE = "learnable_embedding.weight"
 ENCODER = "vision_model.vision_encoder."
 # Of the encoder: parts of native names, and what they are here.
 PARTS = {

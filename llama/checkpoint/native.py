@@ -133,12 +133,9 @@ class NativeShards:
     def __init__(self, paths: Sequence[Path], args: ModelArgs) -> None:
         self.paths = paths
         self.head_dim = args.head_dim
-        parts = whole_parts(args)
         self._mapped = {path: read_tensors(path) for path in paths}
         first = self._mapped[paths[0]]
-        if "output.weight" not in first:
-            del parts["output.weight"]
-        self.parts = parts
+        self.parts = whole_parts(args, first)
         for path, tensors in self._mapped.items():
             self._check(path, tensors)
         self.dtype = first["tok_embeddings.weight"].dtype

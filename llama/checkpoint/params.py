@@ -9,7 +9,7 @@ from typing import Any
 
 from llama.errors import CheckpointError
 from llama.model import ModelArgs
-from llama.quantization import QUANTIZATIONS
+from llama.quantization import LAYOUT, QUANTIZATIONS
 from llama.vision import VisionArgs
 
 
@@ -37,10 +37,15 @@ def read_params(ckpt_dir: Path) -> dict[str, Any]:
     known = {field.name for field in fields(kind)}
     if unknown := sorted(params.keys() - known - {"quantization"}):
         raise CheckpointError(f"{path} has {', '.join(unknown)}, which this model does not implement")
-    if params.get("quantization", "int8") not in QUANTIZATIONS:
-        raise CheckpointError(
-            f"{path} has quantization={params['quantization']!r}; {' and '.join(QUANTIZATIONS)} can be loaded"
-        )
+    if "quantization" in params:
+        found = params["quantization"]
+        scheme = found.get("scheme") if isinstance(found, dict) and found.get("layout") == LAYOUT else None
+        if scheme not in QUANTIZATIONS:
+            raise CheckpointError(
+                f"{path} has quantization={found!r}, which is of another version of this package: run "
+                "`python -m llama convert --quantize` again on the folder that this one was made from"
+            )
+        params["quantization"] = scheme
     # LLaMA 1 and 2 came before the key, with the original paper's theta.
     return {"rope_theta": 10000.0, **params}
 

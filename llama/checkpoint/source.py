@@ -1,16 +1,16 @@
 """What a checkpoint is, whatever its format, and the checks that all formats share.
 
 A format offers its weights as a `TensorSource`: whole tensors by their native names, of which any
-part can be read. `reader.load_weights` fills a model from any source.
+part can be read. `reader.RankReader` gives each rank its parts.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,26 +18,17 @@ from torch import Tensor, nn
 from llama.errors import CheckpointError
 from llama.model import ModelArgs
 from llama.parallel import ModelParallel, Sharded, Span
+from llama.quantization import EMBEDDINGS, OUTPUT, QuantizedMatrix, Weight
 from llama.tokenizer import DialogFormat, TextTokenizer, load_tokenizer
 from llama.vision import make_model
 
-EMBEDDINGS = "tok_embeddings.weight"
-
-
-OUTPUT = "output.weight"
-
-
 IGNORED = {"rope.freqs"}  # LLaMA 1 and 2 saved this table, which follows from params.json
-
-
-# Bytes copied from mapped files before they are let go of, so that they do not fill the memory.
-RELEASE_AFTER = 2**30
 
 
 class TensorSource(Protocol):
     """A model's weights: whole tensors by their native names, of which any part can be read.
 
-    shapes: of all tensors; `output.weight` lacks where the embeddings serve as output too.
+    shapes: of all tensors (see `is_tied`).
     dtype: what most of them are stored in; quantized ones count as what they are read as.
     """
 
@@ -56,14 +47,56 @@ class TensorSource(Protocol):
         ...
 
 
+@runtime_checkable
+class QuantizedSource(TensorSource, Protocol):
+    """A source some of whose matrices are stored in 8, 5 or 4 bits. `read` dequantizes these."""
+
+    def bits(self, name: str) -> int | None:
+        """How many bits a matrix is stored in; None for a plain tensor."""
+        ...
+
+    def matrix(self, name: str) -> QuantizedMatrix:
+        """A quantized matrix as it is stored; mapped from the file where it can be."""
+        ...
+
+
+def stored_bits(source: TensorSource, name: str) -> int | None:
+    """How many bits a source has a matrix of a model in; None for a plain tensor."""
+    name = stored_name(source, name)
+    return source.bits(name) if isinstance(source, QuantizedSource) else None
+
+
+def stored_weight(source: TensorSource, name: str) -> Weight:
+    """A whole tensor of a source as it is stored."""
+    if isinstance(source, QuantizedSource) and source.bits(name):
+        return source.matrix(name)
+    return source.read(name)
+
+
+class Pages:
+    """Lets go of a source's mapped files now and then: what was read of them would count as memory in use."""
+
+    def __init__(self, source: TensorSource, limit: int = 2**28) -> None:
+        """limit: bytes that may be mapped and read at a time."""
+        self.source, self.limit, self.held = source, limit, 0
+
+    def read(self, nbytes: int) -> None:
+        """To be called when as many bytes of the files were read, and are not needed any more."""
+        self.held += nbytes
+        if self.held > self.limit:
+            self.source.release()
+            self.held = 0
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """One model as it was found.
 
     path: its folder or file. kind: "native", "Hugging Face" or "GGUF". family: of models, as people
     call it. params: arguments for `ModelArgs`, by the names of `params.json`. context: tokens it was
-    trained for, None where its files do not say. files: how many hold weights. quantization: "int8" or
-    "int4" where the matrices are stored so, with `QuantizedShards` as weights.
+    trained for, None where its files do not say. files: how many hold weights. quantization: what its
+    matrices are quantized to, with a `QuantizedSource` as weights: "int8", "int5" or "int4", or "Q4_1" and
+    the like for a GGUF file.
     """
 
     path: Path
@@ -98,21 +131,39 @@ class Part:
         return (*self.shape[:dim], length, *self.shape[dim + 1 :])
 
 
-def whole_parts(args: ModelArgs) -> dict[str, Part]:
-    """Every tensor of a model on one rank, by its native name."""
+def is_tied(names: Container[str | None]) -> bool:
+    """Whether the embeddings serve as the output layer too: then there is no `output.weight`."""
+    return OUTPUT not in names
+
+
+def stored_name(source: TensorSource, name: str) -> str:
+    """The tensor of a source that holds a model's weight."""
+    return EMBEDDINGS if name == OUTPUT and is_tied(source.shapes) else name
+
+
+def whole_parts(args: ModelArgs, names: Container[str | None] = (OUTPUT,)) -> dict[str, Part]:
+    """Every tensor of a model on one rank, by its native name, if it is tied as these names are."""
     with torch.device("meta"):
         model = make_model(args, ModelParallel())
-    return {name: Part.of(model, name) for name, _ in model.named_parameters()}
+    parts = {name: Part.of(model, name) for name, _ in model.named_parameters()}
+    if is_tied(names):
+        del parts[OUTPUT]
+    return parts
 
 
-def check_shapes(shapes: Mapping[str, tuple[int, ...]], parts: Mapping[str, Part]) -> None:
-    """Raise CheckpointError unless a source has the model's tensors, in its shapes, and no others."""
-    check_names("the checkpoint", shapes, parts)
+def check_shapes(
+    where: Path, shapes: Mapping[str, tuple[int, ...]], parts: Mapping[str, Part], config: str
+) -> None:
+    """Raise CheckpointError unless a source has the model's tensors, in its shapes, and no others.
+
+    config: what says which these are, for people.
+    """
+    check_names(where, shapes, parts, config)
     for name, part in parts.items():
         if tuple(shapes[name]) != part.shape:
             raise CheckpointError(
-                f"{name} has the shape {tuple(shapes[name])}, where by the model's parameters "
-                f"{part.shape} belongs; do weights and configuration belong to one model?"
+                f"{where}: {name} has shape {tuple(shapes[name])}, but {config} implies {part.shape}; "
+                "do weights and configuration belong to one model?"
             )
 
 

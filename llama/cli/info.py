@@ -6,13 +6,15 @@ from typing import Any, Literal
 
 import torch
 
+from llama import backends
 from llama.checkpoint import StrPath, open_checkpoint
-from llama.device import gigabytes, parse_dtype
+from llama.checkpoint.source import TensorSource, is_tied
+from llama.device import default_device, gigabytes, parse_dtype
 from llama.errors import ArgumentError
-from llama.loading import scheme_of
+from llama.loading import scheme_of, weight_bytes
 from llama.model import ModelArgs
 from llama.parallel import ModelParallel
-from llama.quantization import SCHEMES, weight_bytes
+from llama.quantization import SCHEMES
 from llama.tokenizer import DialogFormat, SentencePieceTokenizer, TextTokenizer, Tokenizer
 from llama.tokenizer.chat_format import ChatFormat, ChatML, Llama2Chat, NoChat
 from llama.tools.use import default_format
@@ -27,7 +29,7 @@ def info(
     max_seq_len: int = 512,
     max_batch_size: int = 8,
     dtype: str | None = None,
-    quantize: Literal["int8", "int4", "fp8"] | None = None,
+    quantize: Literal["int8", "int5", "int4", "fp8"] | None = None,
     tokenizer_path: str | None = None,
     adapter: str | None = None,
     max_images: int = 1,
@@ -46,9 +48,8 @@ def info(
         max_images: images of one sequence that the cache of a vision model has room for
         json: print one JSON object; memory in bytes
     """
-    found = inspect(
-        ckpt_dir, max_seq_len, max_batch_size, dtype, quantize, tokenizer_path, adapter, max_images
-    )
+    cache = max_seq_len, max_batch_size
+    found = inspect(ckpt_dir, *cache, dtype, quantize, tokenizer_path, adapter, max_images)
     print(dumps(found, ensure_ascii=False) if json else as_text(found))
 
 
@@ -66,7 +67,7 @@ def inspect(
 
     max_seq_len, max_batch_size, max_images: of the KV cache.
     dtype: that weights and cache are loaded in; by default the files' own.
-    quantize: of the weights, "int8", "int4" or "fp8"; by default as the files have them.
+    quantize: of the weights, "int8", "int5", "int4" or "fp8"; by default as the files have them.
 
     Raises ArgumentError for other arguments, and what `open_checkpoint` raises.
     """
@@ -76,11 +77,9 @@ def inspect(
     quantize = scheme_of(checkpoint, quantize)
     stored = checkpoint.weights.dtype
     loaded = parse_dtype(dtype) if dtype is not None else stored
-    args = make_args(
-        checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size, max_images=max_images
-    )
-    tied = "output.weight" not in checkpoint.weights.shapes
-    sizes = {n: memory(args, n, loaded, tied, quantize) for n in world_sizes(args)}
+    args = make_args(checkpoint.params, max_seq_len, max_batch_size, max_images)
+    source = checkpoint.weights
+    sizes = {n: memory(args, n, source, loaded, quantize) for n in world_sizes(args)}
     return {
         "family": checkpoint.family,
         "format": checkpoint.kind,
@@ -92,7 +91,7 @@ def inspect(
         "n_kv_heads": args.n_kv_heads,
         "head_dim": args.head_dim,
         "vocab_size": args.vocab_size,
-        "tied_output": tied,
+        "tied_output": is_tied(source.shapes),
         "rope_theta": args.rope_theta,
         "rope_scaling_factor": args.rope_scaling_factor if args.use_scaled_rope else None,
         "files": checkpoint.files,
@@ -138,19 +137,18 @@ def as_text(found: dict[str, Any]) -> str:
         ("context", f"{context:,} tokens" if context else "not in the files"),
         ("world sizes", ", ".join(str(row["ranks"]) for row in found["memory"])),
     ]
+    kept = ""
     if vision := found["vision"]:
-        images = "up to {max_tiles} tiles of {tile_size} × {tile_size} pixels".format(**vision)
-        rows.insert(6, ("images", images + "; encoder of {dim} × {layers} layers".format(**vision)))
-        rows.insert(
-            7, ("images seen", "before layers {}".format(", ".join(map(str, vision["before_layers"]))))
-        )
+        images = "up to {max_tiles} tiles of {tile_size} × {tile_size}, encoder dim {dim}, {layers} layers"
+        before = ", ".join(map(str, vision["before_layers"]))
+        rows[6:6] = [("images", images.format(**vision)), ("cross-attn", f"before layers {before}")]
+        kept = f", max_images {vision['max_images']}"
     how = loaded["dtype"] + (f", weights {loaded['weights']}" if loaded["weights"] else "")
     return "\n".join(
         [
             *(f"{name:<12} {value}" for name, value in rows),
             f"\nMemory per rank in {how}, at max_seq_len {loaded['max_seq_len']}, "
-            f"max_batch_size {loaded['max_batch_size']}"
-            + (f", max_images {vision['max_images']}:" if vision else ":"),
+            f"max_batch_size {loaded['max_batch_size']}{kept}:",
             f"{'ranks':>7} {'weights':>12} {'KV cache':>12} {'together':>12}",
             *(_memory_row(**row) for row in found["memory"]),
         ]
@@ -167,18 +165,16 @@ def world_sizes(args: ModelArgs) -> list[int]:
 
 
 def memory(
-    args: ModelArgs, size: int, dtype: torch.dtype, tied: bool, quantize: str | None = None
+    args: ModelArgs, size: int, source: TensorSource, dtype: torch.dtype, quantize: str | None = None
 ) -> tuple[int, int]:
-    """Bytes of weights and of KV cache on the first of `size` ranks."""
+    """Bytes of weights and of KV cache on the first of `size` ranks, on this machine's default device."""
     with torch.device("meta"):
         model = make_model(args, ModelParallel(0, size))
-    weights = weight_bytes(model, dtype, quantize)
-    if tied and not quantize:
-        weights -= model.output.weight.numel() * dtype.itemsize
+    plan = backends.plan(model, default_device(), dtype, quantize)
     cache = prod(model.cache_shape())
     if isinstance(model, VisionTransformer):
         cache += prod(model.image_cache_shape())
-    return weights, cache * dtype.itemsize
+    return weight_bytes(model, source, plan, dtype, quantize), cache * dtype.itemsize
 
 
 def describe_vision(args: VisionArgs) -> dict[str, Any]:

@@ -26,14 +26,16 @@ __all__ = [
 ]
 
 
-def make_args(params: Mapping[str, Any], **cache: int) -> ModelArgs:
-    """The arguments that a checkpoint's `params.json` gives, of a model that sees if it has vision keys.
+def make_args(
+    params: Mapping[str, Any], max_seq_len: int = 2048, max_batch_size: int = 32, max_images: int = 1
+) -> ModelArgs:
+    """The arguments that a checkpoint's `params.json` gives, of a vision model if it has vision keys.
 
-    cache: max_seq_len, max_batch_size, and max_images, which only such a model has
+    max_images: only a vision model has room for any
     """
+    cache = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
     if "vision_chunk_size" in params:
-        return VisionArgs(**{**params, **cache})
-    cache.pop("max_images", None)
+        return VisionArgs(**{**params, **cache, "max_images": max_images})
     return ModelArgs(**{**params, **cache})
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from llama.errors import ArgumentError
-from llama.tokenizer.content import text_of
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def conversation(dialog: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for message in dialog:
         calls = [call["function"] for call in message.get("tool_calls") or ()]
         texts = [
-            text_of(message.get("content") or ""),
+            _text(message.get("content") or ""),
             *(f"{call['name']} {call['arguments']}" for call in calls),
         ]
         text = "\n".join(text for text in texts if text)
@@ -105,3 +104,8 @@ def conversation(dialog: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         elif shown or message["role"] == "user":
             shown.append({"role": message["role"], "content": text})
     return shown
+
+
+def _text(content: Any) -> str:
+    """The text of a content, without its images."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)

@@ -211,12 +211,12 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "params of nothing": (
         lambda d: (d / "params.json").write_text("[]"),
         CheckpointError,
-        r"params\.json lacks dim, n_layers or n_heads",
+        r"params\.json is not a JSON object",
     ),
     "unknown params": (
         lambda d: params(d, n_experts=8),
         CheckpointError,
-        r"params\.json has n_experts, which this model does not implement",
+        r"params\.json has 'n_experts', which this model does not implement",
     ),
     "contradicting params": (lambda d: params(d, n_heads=7), ValueError, r"n_heads=7"),
     "wrong vocabulary": (

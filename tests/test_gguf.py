@@ -159,7 +159,7 @@ def test_convert(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"architecture": "qwen2"}, "architecture is 'qwen2'"),
+        ({"architecture": "qwen2"}, "architecture 'qwen2' is not"),
         ({"llama.expert_count": 8}, "expert_count"),
         ({"llama.rope.scaling.type": "yarn"}, "yarn"),
         ({"llama.block_count": 3}, "lacks layers.2"),

@@ -16,8 +16,9 @@ from llama.checkpoint.params import read_params
 from llama.checkpoint.remote import fetch, is_remote
 from llama.checkpoint.source import Checkpoint, find_tokenizer
 from llama.errors import ArgumentError, CheckpointError
+from llama.files import read_json
 from llama.quantization import QUANTIZATIONS
-from llama.tokenizer.huggingface import HFTokenizer, read_json
+from llama.tokenizer.huggingface import HFTokenizer
 from llama.tokenizer.template import find_template
 from llama.vision import make_args
 
@@ -65,10 +66,15 @@ def _open(path: Path, tokenizer_path: Path | None) -> Checkpoint:
         raise FileNotFoundError(f"no folder {path}: give the path of a downloaded checkpoint as ckpt_dir")
     if path.is_file():
         return open_gguf(path, tokenizer_path)
-    if not any(path.glob("consolidated*.pth")) and len(files := list(path.glob("*.gguf"))) == 1:
-        return _open(files[0], tokenizer_path)
     native = any(path.glob("consolidated*.pth"))
     hugging_face = (path / "config.json").is_file() or any(path.glob("*.safetensors"))
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1 and not native:
+        return _open(files[0], tokenizer_path)
+    if files and not native and not hugging_face:
+        raise CheckpointError(
+            f"{path} has several GGUF files: {', '.join(file.name for file in files)}; pass the path of one"
+        )
     if native and hugging_face:
         raise CheckpointError(
             f"{path} mixes native files (consolidated.*.pth) with Hugging Face's (config.json, "

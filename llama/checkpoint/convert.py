@@ -27,7 +27,7 @@ from llama.checkpoint.hf_view import HFView, hf_view
 from llama.checkpoint.huggingface import write_json
 from llama.checkpoint.native import file_name
 from llama.checkpoint.quantized import keys
-from llama.checkpoint.source import Checkpoint, Pages, stored_weight, whole_parts
+from llama.checkpoint.source import Checkpoint, Pages, check_finite, stored_weight, whole_parts
 from llama.device import parse_dtype
 from llama.errors import ArgumentError
 from llama.quantization import LAYOUT, QUANTIZATIONS, QuantizedMatrix, few_bits, quantize
@@ -156,7 +156,7 @@ def write_quantized(
         for number, names in enumerate(spread(source.shapes, shards, 1, LARGEST_QUANTIZED)):
             tensors: dict[str, torch.Tensor] = {}
             for name in names:
-                weight = quantize(stored_weight(source, name), few_bits(scheme, name))
+                weight = quantize(check_finite(name, stored_weight(source, name)), few_bits(scheme, name))
                 if isinstance(weight, QuantizedMatrix):
                     tensors.update(zip(keys(name), weight.with_mins().contiguous().tensors, strict=False))
                 else:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.huggingface import HFWeights, hf_name, open_huggingface, read_config
+from llama.checkpoint.params import checked
 from llama.checkpoint.source import Checkpoint
-from llama.errors import CheckpointError
+from llama.errors import CheckpointError, shown
+from llama.files import check_kinds
 from llama.parallel import Span
 from llama.quantization import EMBEDDINGS, LEARNABLE
 from llama.vision import VisionArgs
@@ -84,14 +86,17 @@ def open_mllama(folder: Path, tokenizer_path: Path | None = None) -> Checkpoint:
 
 def mllama_params(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json as arguments for `VisionArgs`. Raises CheckpointError for what this model cannot be."""
+    check_kinds(path, config, {"text_config": (dict,), "vision_config": (dict,), "image_token_index": (int,)})
     text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
+    kinds = dict.fromkeys(VISION_SHAPE, (int,)) | {"intermediate_layers_indices": (list,)}
+    check_kinds(path, vision, kinds | {"intermediate_size": (int,)})
     cross = text.get("cross_attention_layers")
     if not isinstance(cross, list) or not vision:
         raise CheckpointError(f"{path} has no vision_config or no cross_attention_layers; download it again")
     for key, value in VISION_CONFIG.items():
         if vision.get(key, value) != value:
             raise CheckpointError(
-                f"{path} has {key}={vision[key]!r} in its vision_config; only {value!r} is supported"
+                f"{path} has {key}={shown(vision[key])} in its vision_config; only {value!r} is supported"
             )
     others = {"cross_attention_layers", "dropout", "model_type"}
     params = read_config(path, {key: value for key, value in text.items() if key not in others})
@@ -106,9 +111,11 @@ def mllama_params(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         # params.json of Meta's models leaves out the encoder's shape.
         if name in ("vision_chunk_size", "vision_max_num_chunks") or value != usual[name]:
             params[name] = value
-    args = VisionArgs(**params)
+    args = VisionArgs(**checked(path, params))
     if cross != [layer + i for i, layer in enumerate(args.fusion)]:
-        raise CheckpointError(f"{path} has cross_attention_layers={cross}; evenly spread ones are supported")
+        raise CheckpointError(
+            f"{path} has cross_attention_layers={shown(cross)}; only evenly spread ones are supported"
+        )
     if vision.get("intermediate_size", 4 * args.vision_dim) != 4 * args.vision_dim:
         raise CheckpointError(f"{path} has a vision_config whose intermediate_size is not 4 · hidden_size")
     if config.get("image_token_index", args.vocab_size) != args.vocab_size:

@@ -39,11 +39,13 @@ TEXT = "text_model."
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
     """The checkpoint's files in order. Raises FileNotFoundError where there are none, or one lacks."""
-    found = {
-        int(m[1]): path
-        for path in ckpt_dir.iterdir()
-        if (m := re.fullmatch(r"consolidated\.(\d+)\.pth", path.name))
-    }
+    found: dict[int, Path] = {}
+    for path in sorted(ckpt_dir.iterdir()):
+        m = re.fullmatch(r"consolidated\.(\d{1,6})\.pth", path.name)
+        if m and (twin := found.setdefault(int(m[1]), path)) is not path:
+            raise CheckpointError(
+                f"{ckpt_dir} has both {twin.name} and {path.name}: keep one model in a folder"
+            )
     if not found and (single := ckpt_dir / "consolidated.pth").is_file():
         return [single]  # as Hugging Face's original/ folders have it
     if not found:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from tqdm import tqdm
 
-from llama.checkpoint.source import Pages, Part, QuantizedSource, TensorSource, is_tied, stored_name
+from llama.checkpoint.source import (
+    Pages,
+    Part,
+    QuantizedSource,
+    TensorSource,
+    check_finite,
+    is_tied,
+    stored_name,
+)
 from llama.model import Transformer
 from llama.quantization import Weight, alike, joined, plain
 from llama.vision import VisionModel
@@ -36,16 +44,19 @@ class RankReader:
         self._bar.close()
 
     def read(self, name: str) -> Weight:
-        """A part: quantized if it is stored so and no group is cut; mapped from the file where it can be."""
+        """A part: quantized if it is stored so and no group is cut; mapped from the file where it can be.
+
+        Raises CheckpointError if a value of it is not finite.
+        """
         part, source, stored = self.parts[name], self.source, stored_name(self.source, self.prefix + name)
         if part.dim is None:
-            return source.read(stored)
+            return check_finite(stored, source.read(stored))
         pieces: list[Weight]
         if isinstance(source, QuantizedSource) and source.bits(stored):
             matrix = source.matrix(stored)
-            pieces = [matrix.narrow(part.dim, *span) for span in part.spans]
+            pieces = [check_finite(stored, matrix.narrow(part.dim, *span)) for span in part.spans]
         else:
-            pieces = [source.read(stored, part.dim, span) for span in part.spans]
+            pieces = [check_finite(stored, source.read(stored, part.dim, span)) for span in part.spans]
         return joined(pieces if alike(pieces) else [plain(piece) for piece in pieces], part.dim)
 
     def done(self, name: str, copied: bool) -> None:

@@ -7,21 +7,29 @@ part can be read. `reader.RankReader` gives each rank its parts.
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from llama.errors import CheckpointError
+from llama.errors import CheckpointError, shown
+from llama.files import check_kinds, read_json
 from llama.model import ModelArgs
 from llama.parallel import ModelParallel, Sharded, Span
 from llama.quantization import EMBEDDINGS, OUTPUT, QuantizedMatrix, Weight
 from llama.tokenizer import DialogFormat, TextTokenizer, load_tokenizer
 from llama.vision import make_model
 
+W = TypeVar("W", Tensor, QuantizedMatrix, Weight)
+# What files of weights are called: bare names, which cannot lead out of their folder.
+WEIGHTS = re.compile(
+    r"consolidated\.\d+\.pth|[A-Za-z0-9_-][\w.-]*\.(safetensors|gguf)|(pytorch|adapter)_model[\w.-]*\.bin",
+    re.ASCII,
+)
 IGNORED = {"rope.freqs"}  # LLaMA 1 and 2 saved this table, which follows from params.json
 
 
@@ -173,6 +181,21 @@ def check_float(path: Path, name: str, tensor: Tensor) -> None:
         raise CheckpointError(f"{path}: {name} is {tensor.dtype}; fp32, fp16 and bf16 can be loaded")
 
 
+def check_finite(name: str, weight: W) -> W:
+    """The weight. Raises CheckpointError if a value of it is not finite: no answer would be right."""
+    for tensor in weight.tensors if isinstance(weight, QuantizedMatrix) else (weight,):
+        # The extremes propagate NaN, and read a tensor many times faster than `isfinite` does.
+        if (
+            tensor.is_floating_point()
+            and tensor.numel()
+            and not torch.stack(tensor.aminmax()).isfinite().all()
+        ):
+            raise CheckpointError(
+                f"{name} has NaN or infinite values, so the checkpoint is damaged: download it again"
+            )
+    return weight
+
+
 def check_names(
     where: Path | str, found: Mapping[str, Any], wanted: Mapping[str, Any], config: str = "params.json"
 ) -> None:
@@ -187,6 +210,22 @@ def some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} other tensors"
 
 
+def listed_weights(index: Path) -> dict[str, str]:
+    """The `weight_map` of an index: the name of the file that holds each tensor.
+
+    Raises CheckpointError if it is missing or has a name that files of weights do not have.
+    """
+    content = read_json(index)
+    check_kinds(index, content, {"weight_map": (dict,)})
+    listed: dict[str, str] = content.get("weight_map") or {}
+    if not listed:
+        raise CheckpointError(f"{index} has no weight_map; download it again")
+    for file in listed.values():
+        if not isinstance(file, str) or not WEIGHTS.fullmatch(file):
+            raise CheckpointError(f"{index} names {shown(file)}, which is not the name of a file of weights")
+    return listed
+
+
 def read_shard(path: Path) -> dict[str, Tensor]:
     """One file's tensors by name, memory-mapped, never executing what is in it.
 
@@ -197,13 +236,20 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
         raise CheckpointError(f"{path} holds more than tensors, so it was not loaded: {reason}") from None
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).split("\n")[0]
         raise CheckpointError(
             f"{path} cannot be read, it may be truncated ({path.stat().st_size:,} bytes): {reason}"
         ) from None
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise CheckpointError(f"{path} is not a table of tensors by name")
+    for name, tensor in tensors.items():
+        kinds = {"sparse": tensor.layout != torch.strided, "meta": tensor.is_meta}
+        kinds |= {"nested": tensor.is_nested, "quantized": tensor.is_quantized}
+        if found := [kind for kind, so in kinds.items() if so]:
+            raise CheckpointError(
+                f"{path}: {shown(name)} is a {found[0]} tensor; only plain ones can be loaded"
+            )
     return {name: tensor for name, tensor in tensors.items() if name not in IGNORED}
 
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llama.errors import ArgumentError
+from llama.errors import ArgumentError, shown
 from llama.tokenizer.content import IMAGE, is_parts, stripped
 from llama.tokenizer.interface import Dialog, DialogFormat, Message, TextTokenizer
 
@@ -237,6 +237,12 @@ class NoChat:
         )
 
 
+NEEDED = {
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+}
+
+
 def chat_format(tokenizer: TextTokenizer, name: str | None = None) -> DialogFormat:
     """A format by its name, by default the one that goes with the tokenizer."""
     formats: dict[str, Callable[[], DialogFormat]] = {
@@ -247,5 +253,7 @@ def chat_format(tokenizer: TextTokenizer, name: str | None = None) -> DialogForm
     }
     name = name or tokenizer.chat_format
     if name not in formats:
-        raise ArgumentError(f"unknown chat format {name!r}: use one of {', '.join(formats)}")
+        raise ArgumentError(f"unknown chat format {shown(name)}: use one of {', '.join(formats)}")
+    if missing := [text for text in NEEDED.get(name, ()) if text not in tokenizer.special_tokens]:
+        raise ArgumentError(f"the tokenizer has no {missing[0]}, which the chat format {name} needs")
     return formats[name]()

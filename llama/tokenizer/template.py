@@ -14,9 +14,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llama.errors import ArgumentError, CheckpointError, MissingPackageError
+from llama.errors import ArgumentError, CheckpointError, MissingPackageError, shown
+from llama.files import check_kinds, read_json, read_text
 from llama.tokenizer.chat_format import NoChat, check_dialog, parse_call
-from llama.tokenizer.huggingface import HFTokenizer, _token_text, read_json
+from llama.tokenizer.huggingface import CONFIG, HFTokenizer, named_tokens
 from llama.tokenizer.interface import Dialog, DialogFormat, TextTokenizer
 
 
@@ -25,17 +26,24 @@ def find_template(folder: Path, tokenizer: TextTokenizer) -> DialogFormat:
 
     A template's own file goes before the configuration, which may hold several.
     """
-    config = read_json(folder / "tokenizer_config.json")
+    path = folder / "tokenizer_config.json"
+    config = read_json(path)
+    check_kinds(path, config, CONFIG)
     template = config.get("chat_template")
     if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        for entry in template:
+            if not isinstance(entry, dict):
+                raise CheckpointError(
+                    f"{path}: chat_template must be a list of objects, not of {shown(entry)}"
+                )
+            check_kinds(path, entry, {"name": (str,), "template": (str,)})
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
     if (path := folder / "chat_template.jinja").is_file():
-        template = path.read_text("utf-8")
+        template = read_text(path)
     if not template:
         return NoChat(tokenizer)
-    named = read_json(folder / "special_tokens_map.json") | config
-    bos, eos = (_token_text(named.get(f"{kind}_token")) for kind in ("bos", "eos"))
-    return ChatTemplate(tokenizer, template, folder, bos, eos)
+    named = named_tokens(folder, config)
+    return ChatTemplate(tokenizer, template, folder, named["bos"], named["eos"])
 
 
 class ChatTemplate:

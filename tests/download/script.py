@@ -1,4 +1,4 @@
-"""`download.sh` in a sandbox: a folder, few tools, and a server on loopback.
+"""The real download.sh in a folder, with a PATH and a server of the test's choosing.
 
 LLAMA_TEST_BASH names another bash to run the script with, for one as old as macOS ships.
 """
@@ -6,18 +6,20 @@ LLAMA_TEST_BASH names another bash to run the script with, for one as old as mac
 from __future__ import annotations
 
 import os
+import pty
+import select
 import shutil
 import signal
 import subprocess
+import termios
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
 from tests.support.download_server import SIGNATURE, FakeLlamaServer
 
-SCRIPT = ROOT / "download.sh"
+SCRIPT = Path(__file__).parents[2] / "download.sh"
 SHARD = "consolidated.00.pth"
 MODEL = "Llama-3.2-1B-Instruct"
 # All that the script may count on, beside a client and something that computes MD5.
@@ -66,7 +68,7 @@ class Script:
             env=self.env,
             input=input,
             capture_output=True,
-            text=True,
+            encoding="latin1",
             timeout=60,
         )
 
@@ -103,6 +105,42 @@ class Script:
 
     def got(self, name: str = SHARD, model: str = MODEL) -> bytes:
         return (self.cwd / model / name).read_bytes()
+
+
+class Terminal:
+    """The script as at a keyboard."""
+
+    def __init__(self, script: Script, *args: str) -> None:
+        pid, self.fd = pty.fork()
+        if pid == 0:
+            os.chdir(script.cwd)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.execve(SCRIPT, [str(SCRIPT), *args], script.env)
+        self.pid = pid
+        self.screen = ""
+
+    def read(self) -> bool:
+        if not select.select([self.fd], [], [], 0.05)[0]:
+            return True
+        try:
+            data = os.read(self.fd, 4096)
+        except OSError:  # the other end is closed
+            return False
+        self.screen += data.decode("latin1")
+        return bool(data)
+
+    def wait_for(self, text: str) -> None:
+        wait_for(lambda: self.read() and text in self.screen, f"{text!r} in {self.screen!r}")
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def exit_status(self) -> int:
+        while self.read():
+            pass
+        self.echoes = bool(termios.tcgetattr(self.fd)[3] & termios.ECHO)
+        os.close(self.fd)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 def wait_for(condition: object, what: str, seconds: float = 10) -> None:

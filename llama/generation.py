@@ -111,7 +111,6 @@ class Llama:
             with group.together():
                 checkpoint = open_checkpoint(ckpt_dir, tokenizer_path, adapter)
                 scheme = scheme_of(checkpoint, quantize)
-                check_quantize(scheme, device)
                 args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
                 model = load(checkpoint, args, group, device, dtype, scheme)
             llama = Llama(

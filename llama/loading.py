@@ -140,19 +140,31 @@ def scheme_of(checkpoint: Checkpoint, asked: str | None) -> str | None:
 
 
 def weight_bytes(
-    model: Transformer, source: TensorSource, plan: Plan, dtype: torch.dtype, scheme: str | None
+    model: Transformer,
+    source: TensorSource,
+    plan: Plan,
+    dtype: torch.dtype,
+    scheme: str | None,
+    embeddings: bool = True,
 ) -> int:
-    """Memory that a model's weights take once they are loaded; arguments as for `load_weights`."""
-    total = 0.0
-    for name, weight in model.named_parameters():
-        bits, shared = dtype.itemsize * 8.0, is_tied(source.shapes) and name == OUTPUT
-        if weight.dim() == 2 and weight.shape[1] % GROUP == 0 and (name != EMBEDDINGS or plan.embeddings):
-            few = min(filter(None, (stored_bits(source, name), few_bits(scheme, name))), default=None)
-            few = few if plan.quantized else None
-            bits = STORED_BITS[few] if few else 8 if scheme == "fp8" else bits
-            shared &= plan.embeddings or not (few or plan.plain)
-        total += 0 if shared else weight.numel() * bits / 8
-    return int(total)
+    """Memory that a model's weights take once they are loaded; arguments as for `load_weights`.
+
+    embeddings: False to leave them out, as a step of decoding does; an output layer counts all the same.
+    """
+    plain = dtype.itemsize * 8.0
+
+    def held(name: str, weight: Tensor) -> float:
+        """Bits of each number of a weight."""
+        if weight.dim() == 1 or weight.shape[1] % GROUP or (name == EMBEDDINGS and not plan.embeddings):
+            return plain
+        few = min(filter(None, (stored_bits(source, name), few_bits(scheme, name))), default=None)
+        return STORED_BITS[few] if few and plan.quantized else 8 if scheme == "fp8" else plain
+
+    bits = {name: weight.numel() * held(name, weight) for name, weight in model.named_parameters()}
+    product = plan.plain or bits[OUTPUT] < plain * model.output.weight.numel()
+    if not embeddings or (is_tied(source.shapes) and (plan.embeddings or not product)):
+        del bits[EMBEDDINGS]  # or one tensor is both
+    return int(sum(bits.values()) / 8)
 
 
 def load_weights(
@@ -172,7 +184,8 @@ def load_weights(
     with RankReader(model, source) as reader:
 
         def read(name: str) -> Weight:
-            weight, bits = reader.read(name), few_bits(scheme, name)
+            bits = few_bits(scheme, name)
+            weight = reader.read(name, quantized=bool(plan.quantized or bits))
             if bits:
                 weight = quantize(weight.to(device), bits)
             if isinstance(weight, QuantizedMatrix):

@@ -40,16 +40,17 @@ class RankReader:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def read(self, name: str) -> Weight:
-        """A part: quantized if it is stored so and no group is cut; mapped from the file where it can be.
+    def read(self, name: str, quantized: bool = True) -> Weight:
+        """A part; mapped from the file where it can be.
 
-        Raises CheckpointError if a value of it is not finite.
+        quantized: as it is stored, if that is in few bits and no group is cut. Else plain in any case.
+        Raises CheckpointError if a value is not finite.
         """
         part, source, stored = self.parts[name], self.source, stored_name(self.source, name)
         if part.dim is None:
             return check_finite(stored, source.read(stored))
         pieces: list[Weight]
-        if isinstance(source, QuantizedSource) and source.bits(stored):
+        if quantized and isinstance(source, QuantizedSource) and source.bits(stored):
             matrix = source.matrix(stored)
             pieces = [check_finite(stored, matrix.narrow(part.dim, *span)) for span in part.spans]
         else:

@@ -34,6 +34,7 @@ from llama.quantization import (
     quantize,
 )
 from llama.sampling import SamplingParams
+from llama.vision import VisionModel, VisionTransformer, make_model
 
 Applied = Linear | Joined | VocabParallelEmbedding
 
@@ -52,11 +53,14 @@ def load(
     """
     start = time.perf_counter()
     with torch.device("meta"):
-        model = Transformer(args, group)
+        model = make_model(args, group)
     plan = backends.plan(model, device, dtype, scheme)
     resident = weight_bytes(model, checkpoint.weights, plan, dtype, scheme)
     cache = math.prod(model.cache_shape()) * dtype.itemsize
     sequences = f"max_batch_size={args.max_batch_size}, max_seq_len={args.max_seq_len}"
+    if isinstance(model, VisionTransformer):
+        cache += math.prod(model.image_cache_shape()) * dtype.itemsize
+        sequences += f", max_images={model.params.max_images}"
     memory = total_memory(device)
     if memory is not None and resident + cache > memory:
         raise OutOfMemoryError(
@@ -77,6 +81,8 @@ def load(
     number = str(dtype).removeprefix("torch.")
     if scheme not in (None, "fp8") and plan.quantized is None:
         say(f"The {scheme} weights are dequantized to {number}: {plan.missing}")
+    if isinstance(model, VisionTransformer):
+        defer_tower(model, checkpoint.weights, plan, device, dtype, scheme)
     load_weights(model, checkpoint.weights, plan, device, dtype, scheme)
     share = f", {group.size} ranks" if group.size > 1 else ""
     say(
@@ -86,6 +92,27 @@ def load(
     say(f"KV cache: {gigabytes(cache)} for {sequences}")
     model.allocate_cache()
     return model
+
+
+def defer_tower(
+    model: VisionTransformer,
+    source: TensorSource,
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+    scheme: str | None,
+) -> None:
+    """Let a vision model load its image encoder with the first image; arguments as for `load_weights`."""
+    tower = model.vision_model
+    del model.vision_model
+
+    @torch.inference_mode(False)
+    def load_tower() -> None:
+        with model.parallel.together():
+            load_weights(tower, source, plan, device, dtype, scheme, prefix="vision_model.")
+        model.vision_model = tower
+
+    model.load_tower = load_tower
 
 
 def warm_up(engine: Engine, required: bool) -> None:
@@ -168,20 +195,23 @@ def weight_bytes(
 
 
 def load_weights(
-    model: Transformer,
+    model: Transformer | VisionModel,
     source: TensorSource,
     plan: Plan,
     device: torch.device,
     dtype: torch.dtype,
     scheme: str | None = None,
+    prefix: str = "",
 ) -> None:
     """Fill a model that was built on the meta device, one matrix after the other.
 
     dtype: of all that is not quantized.
     scheme: that matrices are quantized to as they are read; those stored in as few bits already stay.
+    prefix: of the source's names, if `model` is a part of a model.
     """
     kept: dict[str, Tensor] = {}
-    with RankReader(model, source) as reader:
+    text = model if isinstance(model, Transformer) else None
+    with RankReader(model, source, prefix) as reader:
 
         def read(name: str) -> Weight:
             bits = few_bits(scheme, name)
@@ -206,11 +236,11 @@ def load_weights(
                 reader.done(name, copied=name not in kept)
 
         todo: list[tuple[Applied, Mapping[str, Applied]]] = [found[1:] for found in matrices(model)]
-        if plan.embeddings:
-            todo.append((model.tok_embeddings, {EMBEDDINGS: model.tok_embeddings}))
+        if plan.embeddings and text:
+            todo.append((text.tok_embeddings, {EMBEDDINGS: text.tok_embeddings}))
         for module, parts in reversed(todo):  # the largest, which take most memory to make, come first
-            if module is model.output and reader.tied and plan.embeddings:
-                module.backend = model.tok_embeddings.backend
+            if text and module is text.output and reader.tied and plan.embeddings:
+                module.backend = text.tok_embeddings.backend
                 del module.weight
             else:
                 fill(module, parts)
@@ -220,10 +250,11 @@ def load_weights(
             kept[name] = plain(read(name)).to(dtype, copy=bool(plan.plain or plan.quantized))
             reader.done(name, copied=True)
     model.load_state_dict(kept, strict=True, assign=True)
-    if reader.tied and OUTPUT in kept:
-        model.output.weight = model.tok_embeddings.weight
+    if text and reader.tied and OUTPUT in kept:
+        text.output.weight = text.tok_embeddings.weight
     for module, parts in todo:
         if plan.joins and isinstance(module, Joined) and parts.keys() <= kept.keys():
             module.join()
-    model.least_rows = plan.least_rows
+    if text:
+        text.least_rows = plan.least_rows
     source.release()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"  # the weights that always have 8 bits
+LEARNABLE = "learnable_embedding.weight"  # of a vision model: more embeddings
 GROUP = 32  # inputs that share a scale
 BITS = {"int8": 8, "int5": 5, "int4": 4}  # of the matrices of a layer, by the name of a scheme
 QUANTIZATIONS = tuple(BITS)  # that a folder can hold
@@ -144,9 +145,9 @@ def plain(weight: Weight) -> Tensor:
 
 def few_bits(scheme: str | None, name: str) -> int | None:
     """The bits that a scheme gives a weight, by its name; None if it leaves weights as they are."""
-    if scheme not in BITS:
+    if scheme not in BITS or not name.endswith(".weight"):  # others are no matrices: biases, positions
         return None
-    return 8 if name in (EMBEDDINGS, OUTPUT) else BITS[scheme]
+    return 8 if name in (EMBEDDINGS, OUTPUT, LEARNABLE) else BITS[scheme]
 
 
 def quantize(weight: Weight, bits: int | None, importance: Tensor | None = None) -> Weight:

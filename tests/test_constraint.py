@@ -1,8 +1,8 @@
 """A constraint decides which tokens may come next."""
 
 import math
-import os
 from collections.abc import Sequence
+from itertools import takewhile
 
 import pytest
 import torch
@@ -27,7 +27,8 @@ class OneOf:
 
     def forced(self, answer: Sequence[int]) -> Sequence[int]:
         n = len(answer)
-        return list(os.path.commonprefix([t[n:] for t in self.allowed if t[:n] == list(answer)]))
+        columns = zip(*(tokens[n:] for tokens in self.allowed if tokens[:n] == list(answer)), strict=False)
+        return [column[0] for column in takewhile(lambda column: len({*column}) == 1, columns)]
 
     def finished(self, answer: Sequence[int]) -> bool:
         return list(answer) in self.allowed
@@ -86,7 +87,9 @@ def test_a_constraint_that_allows_nothing_ends_its_request_alone() -> None:
 def test_forced_tokens_are_read_together_and_not_sampled(static: bool) -> None:
     engine = Engine(small_model(), static=static)
     beginning, middle = [1, 2, 3, 4], [5, 6, 7, 8, 9]
-    allowed = OneOf([*beginning, 10, *middle, 11], [*beginning, 12, *middle, 13], [*beginning, 12, *middle, 14])
+    allowed = OneOf(
+        [*beginning, 10, *middle, 11], [*beginning, 12, *middle, 13], [*beginning, 12, *middle, 14]
+    )
     request = engine.add([20, 21], SamplingParams(temperature=0, logit_bias={12: 50}), constraint=allowed)
     run(engine, request)
     assert request.tokens[:-1] == [*beginning, 12, *middle]

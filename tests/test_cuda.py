@@ -18,7 +18,7 @@ from llama.loading import load_weights
 from llama.model import Transformer
 from llama.parallel import Joined
 from llama.sampling import SamplingParams
-from tests.support.quantized import Held, distance, reloaded
+from tests.support.quantized import KEPT, Held, distance, reloaded
 from tests.support.tiny import small_model
 
 CPU = torch.device("cpu")
@@ -39,11 +39,12 @@ def exact_model(seed: int = 0) -> Transformer:
 
 
 def model_on(device: str, exact: Transformer, dtype: torch.dtype, scheme: str | None = None) -> Transformer:
-    """The same model as it is loaded on a device, by the plan for that device."""
+    """The same model as it is loaded on a device by a GPU's plan."""
     with torch.device("meta"):
         model = Transformer(exact.params)
     where = torch.device(device)
-    load_weights(model, Held(exact), backends.plan(model, where, dtype, scheme), where, dtype, scheme)
+    plan = backends.plan(model, where, dtype, scheme) if device == "cuda" else KEPT
+    load_weights(model, Held(exact), plan, where, dtype, scheme)
     return model
 
 

@@ -28,6 +28,7 @@ from llama.arguments import (
 from llama.checkpoint import open_checkpoint
 from llama.constraints import Grammars
 from llama.device import default_device, default_dtype, parse_device, parse_dtype
+from llama.embeddings import Embeddings
 from llama.engine import Engine
 from llama.engine.static import check_compile
 from llama.errors import ArgumentError
@@ -44,7 +45,7 @@ from llama.tools.use import ToolUse, default_format
 StrPath = str | os.PathLike[str]
 
 
-class Llama:
+class Llama(Embeddings):
     """A model with its tokenizer, ready to generate.
 
     Use it as a context manager, or `close()` it, to take down what `build` set up between ranks;
@@ -129,6 +130,7 @@ class Llama:
             raise
         llama._connected = True
         llama.quantization = scheme
+        llama.classifier = checkpoint.classifier
         llama.tool_format = default_format(checkpoint.family, checkpoint.formatter)
         return llama
 

@@ -207,7 +207,8 @@ def lost_rank_as_error(parallel: ModelParallel) -> Iterator[None]:
 class Product(Protocol):
     """x Wᵀ, (…, in) to (…, out), by a weight in whatever form; nbytes: what the weight takes."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int: ...
 
     def __call__(self, x: Tensor) -> Tensor: ...
 

@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llama import Llama
-from llama.checkpoint import open_checkpoint
 from llama.checkpoint import convert as convert_module
+from llama.checkpoint import open_checkpoint
 from llama.checkpoint.convert import convert
 from llama.errors import CheckpointError
 from tests.support import formats, gguf_files

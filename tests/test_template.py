@@ -40,7 +40,8 @@ TEMPLATES = [
     "{% macro say(m) %}<{{ m.role ~ ':' ~ m['content'] }}>{% endmacro %}"
     "{% for m in messages %}{{ say(m) }}{% endfor %}",
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% else %}"
-    "{% set loop_messages = messages %}{% endif %}{% for message in loop_messages %}{% if (message['role'] == "
+    "{% set loop_messages = messages %}{% endif %}"
+    "{% for message in loop_messages %}{% if (message['role'] == "
     "'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}"
     "{{ '[INST] ' + message['content'].strip() + ' [/INST]' }}{% endfor %}",
     "    {%- for m in messages %}\n        {{- m.content.split('o')[-1] | upper }}\n    {%- endfor %}\n",

@@ -3,6 +3,7 @@
 import asyncio
 import codecs
 import contextlib
+import functools
 import threading
 import time
 from collections import defaultdict
@@ -114,6 +115,7 @@ class StreamEvent:
     "tool_calls" (the answer calls tools), "content_filter" (a guard refused the question or the answer),
     "cancelled", or "error", and then `error` says what is wrong.
     categories: what a guard objected to.
+    stop: the stop string that ended the answer, if one did.
     """
 
     index: int
@@ -126,26 +128,21 @@ class StreamEvent:
     stats: Stats | None = None
     tool_calls: tuple[Delta, ...] = ()
     categories: tuple[Category, ...] = ()
+    stop: str | None = None
 
 
 class Reader:
     """Turns the engine's events of one request into stream events.
 
     index: which answer of the call it is.
-    cancel: ends the request, once a stop string is complete.
+    cancel: ends the request, once nothing counts any more that the model would go on to say.
     """
 
     def __init__(
-        self,
-        tokenizer: Decoder,
-        request: Request,
-        source: TextRequest,
-        index: int,
-        cancel: Callable[[Request], object],
+        self, tokenizer: Decoder, source: TextRequest, index: int, cancel: Callable[[], object]
     ) -> None:
-        self._request = request
-        self._cancel = cancel
         self._index = index
+        self._cancel = cancel
         self._text = TextStream(tokenizer, source.stop)
         self._tools = source.tools
         self._called = False
@@ -158,7 +155,7 @@ class Reader:
         """What an event brings."""
         if self._echo and event.finish_reason not in ("error", "cancelled"):
             self._echo = False
-            yield from self._prompt()
+            yield from self._prompt(event.request)
         if event.finish_reason:
             yield self._end(event)
         elif event.token is not None and not self._complete:  # else the engine ran ahead
@@ -169,7 +166,7 @@ class Reader:
                 self._index, piece, event.token, event.logprob, event.top_logprobs, tool_calls=calls
             )
             if self._complete:
-                self._cancel(self._request)
+                self._cancel()
 
     @property
     def _complete(self) -> bool:
@@ -185,19 +182,19 @@ class Reader:
         self._called = self._called or bool(calls)
         return "".join(delta.content for delta in deltas), calls
 
-    def _prompt(self) -> Iterator[StreamEvent]:
-        request = self._request
-        scored = request.params.prompt_logprobs
+    def _prompt(self, request: Request) -> Iterator[StreamEvent]:
+        scored, images = request.params.prompt_logprobs, {position for position, _ in request.images}
         for n, token in enumerate(request.prompt):
             logprob = request.prompt_logprobs[n] if scored else None
             top = request.prompt_top_logprobs[n] if scored and request.params.top_logprobs else None
-            yield StreamEvent(self._index, self._text.push(token, prompt=True), token, logprob, top)
+            piece = "" if n in images else self._text.push(token, prompt=True)
+            yield StreamEvent(self._index, piece, token, logprob, top)
 
     def _end(self, event: Event) -> StreamEvent:
         (piece, calls), now = self._parse(self._text.flush(), ended=True), time.perf_counter()
         stats = Stats(
-            prompt_tokens=len(self._request.prompt),
-            reused_tokens=self._request.reused,
+            prompt_tokens=len(event.request.prompt),
+            reused_tokens=event.request.reused,
             new_tokens=self._count,
             first_token_seconds=(self._first or now) - self._began,
             tokens_per_second=(self._count - 1) / (now - self._first) if self._count > 1 else 0.0,
@@ -210,6 +207,7 @@ class Reader:
             finish_reason="tool_calls" if reason == "stop" and self._called else reason,
             error=event.error and f"prompt {self._index}: {event.error}",
             stats=stats,
+            stop=self._text.stopped,
         )
 
 
@@ -246,8 +244,17 @@ class ReviewedReader(Reader):
             message = f"prompt {self._index}: the guard cannot check the answer: {error}"
             end = replace(end, finish_reason="error", error=message)
         self._refused = True
-        self._cancel(self._request)
+        self._cancel()
         return [end]
+
+
+def create_reader(
+    tokenizer: Decoder, source: TextRequest, index: int, cancel: Callable[[], object]
+) -> Reader:
+    """The reader that a request wants. For the arguments see `Reader`."""
+    if source.review:
+        return ReviewedReader(source.review, tokenizer, source, index, cancel)
+    return Reader(tokenizer, source, index, cancel)
 
 
 @contextlib.contextmanager
@@ -260,18 +267,18 @@ def _queued(
         for index, source in enumerate(sources):
             if source.review and source.review.refused is not None:
                 continue
-            request = engine.add(source.prompt, source.params, constraint=source.constraint)
-            arguments = tokenizer, request, source, index, engine.cancel
-            readers[request] = (
-                ReviewedReader(source.review, *arguments) if source.review else Reader(*arguments)
+            request = engine.add(
+                source.prompt, source.params, constraint=source.constraint, images=source.images
             )
+            cancel = functools.partial(engine.cancel, request)
+            readers[request] = create_reader(tokenizer, source, index, cancel)
         yield readers
     finally:
         for request in readers:
             engine.cancel(request)
 
 
-def _refusals(sources: Sequence[TextRequest]) -> list[StreamEvent]:
+def refusals(sources: Sequence[TextRequest]) -> list[StreamEvent]:
     """The ends of what a guard refused before it began."""
     return [
         StreamEvent(index, finish_reason="content_filter", categories=source.review.refused)
@@ -287,7 +294,7 @@ def stream(
 
     Raises what `Engine.add` raises.
     """
-    yield from _refusals(sources)
+    yield from refusals(sources)
     with _queued(engine, tokenizer, sources) as readers:
         for event in engine.run(list(readers)):
             yield from readers[event.request].read(event)
@@ -322,7 +329,7 @@ async def astream(
 
 @dataclass
 class Answer:
-    """All events of one request, put together."""
+    """All events of one request, put together. stop: the stop string that ended it, if one did."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -331,6 +338,22 @@ class Answer:
     finish_reason: FinishReason = "cancelled"
     calls: list[ToolCall] = field(default_factory=list)
     categories: tuple[Category, ...] = ()
+    stop: str | None = None
+
+    def add(self, event: StreamEvent) -> None:
+        """Raises RuntimeError if the request failed."""
+        if event.finish_reason == "error":
+            raise RuntimeError(event.error)
+        self.text += event.text
+        add_deltas(self.calls, event.tool_calls)
+        if event.token is not None:
+            self.tokens.append(event.token)
+        if event.logprob is not None:
+            self.logprobs.append(event.logprob)
+        if event.top_logprobs is not None:
+            self.top_logprobs.append(event.top_logprobs)
+        if event.finish_reason:
+            self.finish_reason, self.categories, self.stop = event.finish_reason, event.categories, event.stop
 
     def message(self) -> Message:
         message: Message = {"role": "assistant", "content": self.text}
@@ -343,17 +366,5 @@ def collect(events: Iterator[StreamEvent]) -> list[Answer]:
     """Read a stream to its end. Raises RuntimeError if one of its requests failed."""
     answers: defaultdict[int, Answer] = defaultdict(Answer)
     for event in events:
-        if event.finish_reason == "error":
-            raise RuntimeError(event.error)
-        answer = answers[event.index]
-        answer.text += event.text
-        add_deltas(answer.calls, event.tool_calls)
-        if event.token is not None:
-            answer.tokens.append(event.token)
-        if event.logprob is not None:
-            answer.logprobs.append(event.logprob)
-        if event.top_logprobs is not None:
-            answer.top_logprobs.append(event.top_logprobs)
-        if event.finish_reason:
-            answer.finish_reason, answer.categories = event.finish_reason, event.categories
+        answers[event.index].add(event)
     return [answers[i] for i in sorted(answers)]

@@ -315,7 +315,13 @@ def test_interrupted_conversion_leaves_no_folder(
 ) -> None:
     source, _ = big_checkpoint
     command = [sys.executable, "-m", "llama", "convert", source, tmp_path / "out" / "target", "--shards", "8"]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        # Background jobs and some CI ignore the signal, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not [*tmp_path.glob("out/.target.*/checkpoint/*.pth")] and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -326,28 +332,14 @@ def test_interrupted_conversion_leaves_no_folder(
         assert not [*(tmp_path / "out").iterdir()]
 
 
-@pytest.mark.slow
-def test_command_line(tmp_path: Path) -> None:
+def test_command_line(command_line, tmp_path: Path) -> None:
     source, _ = native(tmp_path / "source", "llama3", 2)
-    command = [
-        sys.executable,
-        "-m",
-        "llama",
-        "convert",
-        source,
-        tmp_path / "hf",
-        "--to",
-        "hf",
-        "--dtype",
-        "fp32",
-    ]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert f"Wrote {tmp_path / 'hf'}" in result.stdout
-    again = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert again.returncode == 1
-    assert again.stderr.startswith("error: ")
-    assert "exists already" in again.stderr
+    line = ["convert", source, tmp_path / "hf", "--to", "hf", "--dtype", "fp32"]
+    assert command_line(*line)[:2] == (0, f"Wrote {tmp_path / 'hf'}\n")
+    code, _, error = command_line(*line)
+    assert code == 1
+    assert error.startswith("error: ")
+    assert "exists already" in error
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "float32"
 
 

@@ -12,6 +12,7 @@ from llama.engine.request import Outcome, Request, TopLogprobs, Work
 from llama.model import Transformer
 from llama.parallel import lost_rank_as_error
 from llama.sampling import sample, token_logprobs, top_logprobs
+from llama.vision import VisionTransformer
 
 # Prompt positions projected to the vocabulary at once when a prompt's own logprobs are asked for:
 # at 128,256 entries of fp32 each, 256 of them take 131 MB, where a prompt of 8192 would take 4.2 GB.
@@ -82,6 +83,9 @@ class RaggedRunner:
         with lost_rank_as_error(model.parallel):
             new = [token for item in work for token in item.tokens]
             tokens = torch.tensor(new + [0] * (width - len(new)), device=model.device)
+            if isinstance(model, VisionTransformer):
+                for item in work:
+                    model.place(item.row.slot, item.request.images)
             hidden = model.hidden(tokens, [item.row for item in work])  # (N, dim)
             ends = list(accumulate(item.row.length for item in work))
             scores = [
@@ -139,6 +143,7 @@ def score_prompt(model: Transformer, item: Work, states: Tensor) -> tuple[list[f
     for first in range(0, len(following), LOGPROB_ROWS):
         targets = torch.tensor(following[first : first + LOGPROB_ROWS], device=states.device)
         logits = model.logits(states[first : first + len(targets)])
-        logprobs += token_logprobs(logits, targets).tolist()
+        given = targets == logits.shape[-1]  # the image token has no logit, for nobody generates it
+        logprobs += token_logprobs(logits, targets.masked_fill(given, 0)).masked_fill(given, 0).tolist()
         top += top_logprobs(logits, params.top_logprobs) if params.top_logprobs else []
     return logprobs, top if params.top_logprobs else []

@@ -10,7 +10,8 @@ from difflib import get_close_matches
 from typing import Any, TypedDict
 
 from llama.errors import ArgumentError, PromptError
-from llama.sampling import SamplingParams, derive_seed
+from llama.noise import derive_seed
+from llama.sampling import SamplingParams
 
 LIMITS = ("max_gen_len", "max_tokens", "max_new_tokens")  # three names of one limit
 

@@ -9,7 +9,7 @@ from typing import TypedDict
 import torch
 from typing_extensions import Unpack
 
-from llama import parallel
+from llama import ranks
 from llama.arguments import Options, Sampling, TextRequest, entries, flag, text_requests, whole
 from llama.checkpoint import open_checkpoint
 from llama.device import default_device, default_dtype, parse_device, parse_dtype
@@ -18,7 +18,7 @@ from llama.engine.static import check_compile
 from llama.errors import ArgumentError
 from llama.loading import check_quantize, load, scheme_of, warm_up
 from llama.model import ModelArgs, Transformer
-from llama.sampling import derive_seed
+from llama.noise import derive_seed
 from llama.streaming import Answer, StreamEvent, astream, collect, stream
 from llama.tokenizer import Dialog, DialogFormat, Message, TextTokenizer
 from llama.tokenizer.chat_format import chat_format
@@ -103,7 +103,7 @@ class Llama:
         if compile is True and batch_invariant:
             raise ArgumentError("compile=True and batch_invariant=True exclude each other: choose one")
         compiles = check_compile(compile, device) and not batch_invariant
-        group = parallel.connect(model_parallel_size, device)
+        group = ranks.connect(model_parallel_size, device)
         try:
             with group.together():
                 checkpoint = open_checkpoint(ckpt_dir, tokenizer_path, adapter)
@@ -122,7 +122,7 @@ class Llama:
             if compiles and max_seq_len > 1:
                 warm_up(llama.engine, required=compile is True)
         except BaseException:
-            parallel.disconnect()
+            ranks.disconnect()
             raise
         llama._connected = True
         llama.quantization = scheme
@@ -158,7 +158,7 @@ class Llama:
         if self._connected:
             self._connected = False
             self.engine.close()
-            parallel.disconnect()
+            ranks.disconnect()
 
     def forget(self) -> None:
         """Reuse nothing of the KV cache, because weights were edited in a way that PyTorch does not record.

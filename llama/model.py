@@ -25,9 +25,9 @@ from llama.parallel import (
     ModelParallel,
     RowParallelLinear,
     VocabParallelEmbedding,
-    current,
     merged,
 )
+from llama.ranks import current
 
 
 @dataclass

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llama.device import to_device
 from llama.errors import ArgumentError
+from llama.noise import gumbel, key_of
 
 # A nucleus is looked for among this many most likely tokens first: to sort a whole vocabulary of
 # 128,256 costs 20 times as much. If it does not fit, all are sorted.
@@ -218,7 +219,7 @@ def columns(
     found = []
     for look, rows in groups.items():
         some = [draws[row] for row in rows]
-        keys = [_signed(_mix(_mix(params.seed) + (n + 1) * GOLDEN)) for params, n in some]
+        keys = [key_of(params.seed, n) for params, n in some]
         # Temperatures beyond these would be 0 or infinite in fp32.
         numbers = [
             (min(max(p.temperature, 1e-30), 1e30), p.top_p, p.top_k or vocab_size, p.min_p) for p, _ in some
@@ -275,44 +276,6 @@ def _draw(logits: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
     scores = (top - best).double() / temperature + gumbel(key, ids)
     chosen = scores.masked_fill(dropped, -math.inf).argmax(-1, keepdim=True)
     return ids.expand_as(top).gather(-1, chosen)[:, 0], again
-
-
-# splitmix64 (Steele et al. 2014, figure 16): a generator whose n-th number is a hash of state + n · GOLDEN.
-GOLDEN = 0x9E3779B97F4A7C15
-MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)
-
-
-def _mix(x: int) -> int:
-    for shift, factor in MIX:
-        x &= (1 << 64) - 1
-        x = (x ^ (x >> shift)) * factor
-    x &= (1 << 64) - 1
-    return x ^ (x >> 31)
-
-
-def _signed(x: int) -> int:
-    """The int64 with the same bits as a number below 2⁶⁴."""
-    return x - (x >> 63 << 64)
-
-
-def derive_seed(seed: int, n: int) -> int:
-    """The seed of the n-th request of a program whose own seed is `seed`."""
-    return _mix(_mix(seed + MIX[1][1]) + n)
-
-
-def gumbel(key: Tensor, ids: Tensor) -> Tensor:
-    """Standard Gumbel noise, fp64, of keys and token ids, both int64 and broadcast against each other."""
-    x = key + (ids + 1) * _signed(GOLDEN)
-    for shift, factor in MIX:
-        x = (x ^ _shifted(x, shift)) * _signed(factor)
-    x = x ^ _shifted(x, 31)
-    uniform = (_shifted(x, 12).double() + 0.5) * 2.0**-52  # neither 0 nor 1
-    return -(-uniform.log()).log()
-
-
-def _shifted(x: Tensor, n: int) -> Tensor:
-    """The bits of int64 shifted to the right, with zeros from the left."""
-    return (x >> n) & ((1 << (64 - n)) - 1)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:

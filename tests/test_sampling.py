@@ -5,7 +5,8 @@ import torch
 
 from llama import sampling
 from llama.engine import Request
-from llama.sampling import SamplingParams, adjust, gumbel, token_logprobs, top_logprobs
+from llama.noise import gumbel
+from llama.sampling import SamplingParams, adjust, token_logprobs, top_logprobs
 
 VOCAB = 40
 

@@ -7,6 +7,7 @@ a restart and on any number of ranks: rounding can change a draw only if two sum
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -21,7 +22,7 @@ from llama.noise import gumbel, key_of
 # A nucleus is looked for among this many most likely tokens first: to sort a whole vocabulary of
 # 128,256 costs 20 times as much. If it does not fit, all are sorted.
 NUCLEUS_SHORTCUT = 1024
-LARGEST = 1e30  # penalty or bias: fp32 has room above it
+LARGEST = 1e9  # penalty or bias: fp64 still tells apart logits that they are added to
 
 BROKEN = -1  # in place of a token: the logits are not finite
 FORBIDDEN = -2  # in place of a token: biases or a constraint allow none
@@ -72,7 +73,7 @@ class SamplingParams:
                 raise ArgumentError(f"{name} must be {kind}, not {getattr(self, name)!r}")
 
         bias = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(-1, 0)]
-        check("temperature", "0 (greedy) or more", _number(self.temperature, 0, math.inf))
+        check("temperature", "0 (greedy) or more", _number(self.temperature, 0, sys.float_info.max))
         check("top_p", "a number from 0 to 1", _number(self.top_p, 0, 1))
         check("top_k", "a whole number, 1 or more, or None", self.top_k is None or _whole(self.top_k, 1))
         check("min_p", "a number from 0 to 1", _number(self.min_p, 0, 1))
@@ -104,8 +105,7 @@ class SamplingParams:
 
 
 def _number(value: object, low: float = -LARGEST, high: float = LARGEST) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and low <= value <= high  # type: ignore[arg-type,operator]
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
 def _whole(value: object, low: float = -math.inf) -> bool:

@@ -10,9 +10,9 @@ requests of all; the others wait for its news. With several ranks, every rank mu
 in the same order, so there one thread a rank calls.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from math import isnan
 
 from llama.engine.invariance import InvariantRunner
 from llama.engine.request import Event, FinishReason, Outcome, Request, Work
@@ -82,6 +82,8 @@ class Engine:
                 f"logit_bias names {unknown[0]}, which is not a token id: the vocabulary has 0 to "
                 f"{vocab_size - 1}"
             )
+        if list(params.logit_bias.values()).count(-math.inf) == vocab_size:
+            raise ArgumentError("logit_bias forbids every token: leave at least one without -inf")
 
     def add(
         self,
@@ -248,7 +250,7 @@ class Engine:
         n = row.start + bool(row.start)  # the first token of a chunk was scored with the chunk before
         request.prompt_logprobs[n : n + len(outcome.prompt_logprobs)] = outcome.prompt_logprobs
         request.prompt_top_logprobs[n : n + len(outcome.prompt_top_logprobs)] = outcome.prompt_top_logprobs
-        token = BROKEN if any(map(isnan, outcome.prompt_logprobs)) else outcome.token
+        token = BROKEN if any(map(math.isnan, outcome.prompt_logprobs)) else outcome.token
         if token in ERRORS:
             return self._finish(request, "error", ERRORS[token])
         if token is not None:

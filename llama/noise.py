@@ -36,13 +36,13 @@ def derive_seed(seed: int, n: int) -> int:
 def gumbel(key: Tensor, ids: Tensor) -> Tensor:
     """Standard Gumbel noise, fp64, of keys and token ids, both int64 and broadcast against each other."""
     x = key + (ids + 1) * _signed(GOLDEN)
-    for shift, factor in MIX:
-        x = (x ^ _shifted(x, shift)) * _signed(factor)
-    x = x ^ _shifted(x, 31)
-    uniform = (_shifted(x, 12).double() + 0.5) * 2.0**-52  # neither 0 nor 1
-    return -(-uniform.log()).log()
+    for shift, factor in (*MIX, (31, 1)):
+        x ^= _shifted(x, shift)
+        x *= _signed(factor)
+    uniform = _shifted(x, 12).double().add_(0.5).mul_(2.0**-52)  # neither 0 nor 1
+    return uniform.log_().neg_().log_().neg_()
 
 
 def _shifted(x: Tensor, n: int) -> Tensor:
     """The bits of int64 shifted to the right, with zeros from the left."""
-    return (x >> n) & ((1 << (64 - n)) - 1)
+    return (x >> n).bitwise_and_((1 << (64 - n)) - 1)

@@ -238,14 +238,15 @@ def choose(logits: Tensor, columns: Sequence[Columns]) -> tuple[Tensor, Tensor]:
     Returns the tokens, int64 (N), or BROKEN or FORBIDDEN; and bool (N), whether more tokens are kept
     than were looked at, so that the row must be looked at again.
     """
-    tokens, best = logits.argmax(-1), logits.amax(-1)
-    again = torch.zeros_like(tokens, dtype=torch.bool)
+    best = logits.amax(-1)
+    again = torch.zeros_like(best, dtype=torch.bool)
+    all_draw = sum(len(group.rows) for group in columns) == len(logits)
+    tokens = again.long() if all_draw else logits.argmax(-1)
     for group in columns:
         rows = logits if len(group.rows) == len(logits) else logits[group.rows]
         tokens[group.rows], again[group.rows] = _draw(rows, group)
-    tokens = torch.where(best == -math.inf, FORBIDDEN, tokens)
-    tokens = torch.where(best.isnan() | (best == math.inf), BROKEN, tokens)
-    return tokens, again & (tokens >= 0)
+    finite = best.isfinite()
+    return torch.where(finite, tokens, torch.where(best == -math.inf, FORBIDDEN, BROKEN)), again & finite
 
 
 def _draw(logits: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:

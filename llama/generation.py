@@ -2,46 +2,46 @@
 
 import itertools
 import os
-from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from types import TracebackType
-from typing import TypedDict
+from typing import Any
 
 import torch
 from typing_extensions import Unpack
 
 from llama import ranks
-from llama.arguments import Options, Sampling, TextRequest, entries, flag, text_requests, whole
+from llama.agent import run_tools
+from llama.arguments import (
+    SHAPES,
+    ChatOptions,
+    ChatSampling,
+    Options,
+    Sampling,
+    TextRequest,
+    entries,
+    flag,
+    text_requests,
+    whole,
+)
 from llama.checkpoint import open_checkpoint
+from llama.constraints import Grammars
 from llama.device import default_device, default_dtype, parse_device, parse_dtype
-from llama.engine import Engine, FinishReason
+from llama.engine import Engine
 from llama.engine.static import check_compile
 from llama.errors import ArgumentError
 from llama.loading import check_quantize, load, scheme_of, warm_up
 from llama.model import ModelArgs, Transformer
+from llama.moderation import reviews
 from llama.noise import derive_seed
-from llama.streaming import Answer, StreamEvent, astream, collect, stream
+from llama.predictions import ChatPrediction, CompletionPrediction, chat_prediction, completion_prediction
+from llama.streaming import StreamEvent, astream, collect, stream
 from llama.tokenizer import Dialog, DialogFormat, Message, TextTokenizer
 from llama.tokenizer.chat_format import chat_format
+from llama.tools.use import ToolUse, default_format
 
 StrPath = str | os.PathLike[str]
-
-
-class Scored(TypedDict, total=False):
-    """With `logprobs`, and `top_logprobs` if asked for."""
-
-    tokens: list[str]  # each token as text
-    logprobs: list[float]
-    top_logprobs: list[list[tuple[str, float]]]
-
-
-class CompletionPrediction(Scored):
-    generation: str
-    finish_reason: FinishReason
-
-
-class ChatPrediction(Scored):
-    generation: Message
-    finish_reason: FinishReason
 
 
 class Llama:
@@ -50,9 +50,12 @@ class Llama:
     Use it as a context manager, or `close()` it, to take down what `build` set up between ranks;
     otherwise that happens at the end of the program.
     quantization: "int8", "int4" or "fp8" where `build` loaded the weights so.
+    tool_format: how prompts tell of tools, see `DialogOptions`; None if the checkpoint was not trained to
+        call any.
     """
 
     quantization: str | None = None
+    tool_format: str | None = None
 
     @staticmethod
     def build(
@@ -126,6 +129,7 @@ class Llama:
             raise
         llama._connected = True
         llama.quantization = scheme
+        llama.tool_format = default_format(checkpoint.family, checkpoint.formatter)
         return llama
 
     def __init__(
@@ -218,10 +222,7 @@ class Llama:
         `Scored` names.
         """
         events = self.stream_text(prompts, temperature, top_p, max_gen_len, logprobs, echo, **sampling)
-        return [
-            {"generation": a.text, "finish_reason": a.finish_reason, **self._scored(a, logprobs)}
-            for a in collect(events)
-        ]
+        return [completion_prediction(answer, self.tokenizer, logprobs) for answer in collect(events)]
 
     def chat_completion(
         self,
@@ -230,24 +231,45 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
-        **sampling: Unpack[Sampling],
+        **options: Unpack[ChatSampling],
     ) -> list[ChatPrediction]:
-        """Answer dialogs: lists of {"role": ..., "content": ...}.
+        """Answer dialogs: lists of messages, see `Message`.
 
         A last message of the assistant's is the beginning of the answer, which goes on after it.
+        options: see `Sampling` and `DialogOptions`.
 
-        Returns what `text_completion` returns, but each text as a message of the assistant's. Raises
-        what `generate` raises, and ArgumentError for a dialog that the chat format cannot hold.
+        Returns what `text_completion` returns, but each text as a message of the assistant's, with the
+        tool calls that it makes. Raises what `generate` raises, and ArgumentError for a dialog that the
+        chat format cannot hold.
         """
-        events = self.stream_chat(dialogs, temperature, top_p, max_gen_len, logprobs, **sampling)
-        return [
-            {
-                "generation": {"role": "assistant", "content": a.text},
-                "finish_reason": a.finish_reason,
-                **self._scored(a, logprobs),
-            }
-            for a in collect(events)
-        ]
+        events = self.stream_chat(dialogs, temperature, top_p, max_gen_len, logprobs, **options)
+        return [chat_prediction(answer, self.tokenizer, logprobs) for answer in collect(events)]
+
+    def run_tools(
+        self,
+        dialog: Dialog,
+        functions: Sequence[Any],
+        max_turns: int = 10,
+        *,
+        builtin_tools: Mapping[str, Callable[[str], Any]] | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> list[Message]:
+        """Answer a dialog, calling functions as often as the model asks for it.
+
+        functions: Python functions that the model may call; what they return becomes text, or JSON.
+        max_turns: answers with calls at most; then the model must answer in words.
+        builtin_tools: functions of one text for Meta's built-in tools, such as a search, or
+            "code_interpreter" with a sandbox of your own: nothing here runs a model's code.
+        options: of `chat_completion`.
+
+        Returns the dialog with calls, results and the answer. Arguments that do not fit a function are
+        told to the model; what a function raises is raised.
+        """
+
+        def chat(messages: Dialog, **chosen: Any) -> ChatPrediction:
+            return self.chat_completion([messages], **chosen)[0]
+
+        return run_tools(chat, dialog, functions, builtin_tools or {}, max_turns, options)
 
     def stream_text(
         self,
@@ -276,11 +298,18 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
-        **sampling: Unpack[Sampling],
+        **options: Unpack[ChatSampling],
     ) -> Generator[StreamEvent, None, None]:
         """What `chat_completion` does, as it happens; otherwise as `stream_text`."""
-        ids = self._encode_dialogs(dialogs)
-        return self.stream_tokens(ids, temperature, top_p, max_gen_len, logprobs, **sampling)
+        requests = self.chat_requests(
+            dialogs,
+            temperature=temperature,
+            top_p=top_p,
+            max_gen_len=max_gen_len,
+            logprobs=logprobs,
+            **options,
+        )
+        return stream(self.engine, self.tokenizer, requests)
 
     def stream_tokens(
         self,
@@ -311,10 +340,10 @@ class Llama:
         return astream(self.engine, self.tokenizer, self.requests(self._encode_texts(prompts), **options))
 
     def astream_chat(
-        self, dialogs: Iterable[Dialog], **options: Unpack[Options]
+        self, dialogs: Iterable[Dialog], **options: Unpack[ChatOptions]
     ) -> AsyncGenerator[StreamEvent, None]:
         """`stream_chat` for asyncio: `async for event in llama.astream_chat([...])`."""
-        return astream(self.engine, self.tokenizer, self.requests(self._encode_dialogs(dialogs), **options))
+        return astream(self.engine, self.tokenizer, self.chat_requests(dialogs, **options))
 
     def requests(
         self, prompt_tokens: Iterable[Iterable[int]], **options: Unpack[Options]
@@ -324,34 +353,45 @@ class Llama:
         Raises what `generate` raises.
         """
         return text_requests(
-            prompt_tokens, options, self.tokenizer.stop_tokens, self.engine.check, self._next_seed
+            prompt_tokens,
+            options,
+            self.tokenizer.stop_tokens,
+            self.engine.check,
+            self._next_seed,
+            lambda: self.grammars,
         )
+
+    def chat_requests(self, dialogs: Iterable[Dialog], **options: Unpack[ChatOptions]) -> list[TextRequest]:
+        """`requests` for dialogs. Raises what `chat_completion` raises."""
+        values: dict[str, Any] = dict(options)
+        use = ToolUse.parse(
+            values.pop("tools", None),
+            values.pop("tool_choice", "auto"),
+            values.pop("tool_format", None) or self.tool_format,
+            values.pop("parallel_tool_calls", True),
+        )
+        guard, every = values.pop("guard", None), values.pop("guard_every", None)
+        if use.schema is not None:
+            if any(values.get(name) is not None for name in SHAPES):
+                raise ArgumentError("an answer that must be a tool call takes no other shape")
+            values["schema"] = use.schema
+        dialogs = entries(dialogs, "dialogs")
+        ids = [use.encode(dialog, self.formatter, self.tokenizer) for dialog in dialogs]
+        requests = self.requests(ids, **values)
+        checks = reviews(guard, dialogs, every) if guard else [None] * len(dialogs)
+        n = len(requests) // len(dialogs)
+        return [
+            replace(request, tools=use.parser(dialogs[i // n]), review=checks[i // n])
+            for i, request in enumerate(requests)
+        ]
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Makes constraints for this model's tokenizer."""
+        return Grammars(self.tokenizer, self.model.params.vocab_size)
 
     def _encode_texts(self, prompts: Iterable[str]) -> list[list[int]]:
         return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in entries(prompts, "prompts")]
-
-    def _encode_dialogs(self, dialogs: Iterable[Dialog]) -> list[list[int]]:
-        return [self._encode_dialog(dialog) for dialog in entries(dialogs, "dialogs")]
-
-    def _encode_dialog(self, dialog: Dialog) -> list[int]:
-        """Ids after which the assistant's next words come."""
-        last = dialog[-1] if isinstance(dialog, Sequence) and len(dialog) > 1 else None
-        if not isinstance(last, dict) or last.get("role") != "assistant":
-            return self.formatter.encode_dialog_prompt(dialog)
-        begun = self.tokenizer.encode(last.get("content", ""), bos=False, eos=False)
-        return self.formatter.encode_dialog_prompt(dialog[:-1]) + begun
-
-    def _scored(self, answer: Answer, logprobs: bool) -> Scored:
-        if not logprobs:
-            return {}
-
-        def text(token: int) -> str:
-            return self.tokenizer.decode([token])
-
-        scored: Scored = {"tokens": [text(token) for token in answer.tokens], "logprobs": answer.logprobs}
-        if answer.top_logprobs:
-            scored["top_logprobs"] = [[(text(t), p) for t, p in top] for top in answer.top_logprobs]
-        return scored
 
     def _next_seed(self) -> int:
         return derive_seed(self._seed, next(self._seeds))

@@ -3,32 +3,39 @@
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
-from llama.backends.onednn import pack
-from llama.backends.torchao import check_torchao, float8, from_stored
-from llama.checkpoint.quantized import QuantizedShards
-from llama.checkpoint.reader import RankReader, load_weights
-from llama.checkpoint.source import Checkpoint, TensorSource
+from llama import backends
+from llama.backends import Plan
+from llama.backends.torchao import check_float8
+from llama.checkpoint.reader import RankReader
+from llama.checkpoint.source import Checkpoint, TensorSource, is_tied, stored_bits
 from llama.device import gigabytes, total_memory
 from llama.engine import Engine
 from llama.engine.static import compile_blocks
 from llama.errors import ArgumentError, OutOfMemoryError
 from llama.model import ModelArgs, Transformer
-from llama.parallel import ModelParallel, matrices
+from llama.parallel import Joined, Linear, ModelParallel, VocabParallelEmbedding, matrices
 from llama.quantization import (
+    EMBEDDINGS,
+    GROUP,
+    OUTPUT,
+    QUANTIZATIONS,
     SCHEMES,
-    Quantizer,
-    Stored,
-    backend,
-    dequantized,
-    four_bits,
-    int8_rows,
-    weight_bytes,
+    STORED_BITS,
+    QuantizedMatrix,
+    Weight,
+    alike,
+    few_bits,
+    plain,
+    quantize,
 )
 from llama.sampling import SamplingParams
+
+Applied = Linear | Joined | VocabParallelEmbedding
 
 
 def load(
@@ -41,12 +48,13 @@ def load(
 ) -> Transformer:
     """This rank's part of a checkpoint's model, cache allocated.
 
-    Tells on stderr of rank 0 what it does. Raises what `Llama.build` raises.
+    scheme: of `scheme_of`. Tells on stderr of rank 0 what it does. Raises what `Llama.build` raises.
     """
     start = time.perf_counter()
     with torch.device("meta"):
         model = Transformer(args, group)
-    resident = weight_bytes(model, dtype, scheme)
+    plan = backends.plan(model, device, dtype, scheme)
+    resident = weight_bytes(model, checkpoint.weights, plan, dtype, scheme)
     cache = math.prod(model.cache_shape()) * dtype.itemsize
     sequences = f"max_batch_size={args.max_batch_size}, max_seq_len={args.max_seq_len}"
     memory = total_memory(device)
@@ -66,17 +74,14 @@ def load(
             f"warning: max_seq_len={args.max_seq_len} is more than the {checkpoint.context} tokens that this "
             f"{checkpoint.family} model was trained for; answers beyond them degrade"
         )
-    if scheme is None:
-        load_weights(model, checkpoint.weights, dtype, device)
-        weights = sum(weight.nbytes for weight in model.parameters())  # fewer where embeddings are tied
-        pack(model)
-    else:
-        load_quantized(model, checkpoint.weights, scheme, dtype, device)
-        weights = resident
+    number = str(dtype).removeprefix("torch.")
+    if scheme not in (None, "fp8") and plan.quantized is None:
+        say(f"The {scheme} weights are dequantized to {number}: {plan.missing}")
+    load_weights(model, checkpoint.weights, plan, device, dtype, scheme)
     share = f", {group.size} ranks" if group.size > 1 else ""
     say(
-        f"Loaded {checkpoint.path.resolve().name}: {checkpoint.files} file(s), {gigabytes(weights)} "
-        f"in {scheme or str(dtype)[6:]} on {device}{share}, {time.perf_counter() - start:.1f} s"
+        f"Loaded {checkpoint.path.resolve().name}: {checkpoint.files} file(s), {gigabytes(resident)} "
+        f"in {scheme or number} on {device}{share}, {time.perf_counter() - start:.1f} s"
     )
     say(f"KV cache: {gigabytes(cache)} for {sequences}")
     model.allocate_cache()
@@ -110,132 +115,102 @@ def warm_up(engine: Engine, required: bool) -> None:
 
 
 def check_quantize(scheme: str | None, device: torch.device) -> None:
-    """Raise ValueError for a scheme that there is not, or that the device has not.
+    """Raise ArgumentError for an unknown scheme, or one that the device cannot compute in.
 
-    ImportError where a package lacks that it needs.
+    Raises MissingPackageError if it needs a package that is not installed.
     """
-    if scheme is None:
-        return
-    if scheme not in SCHEMES:
-        raise ArgumentError(f"quantize must be None, 'int8', 'int4' or 'fp8', not {scheme!r}")
-    if device.type == "cuda":
-        check_torchao(scheme, device)
-    elif scheme == "fp8":
-        raise ArgumentError(
-            f"quantize='fp8' runs on CUDA devices only, not on this {device.type} device: "
-            "'int8' and 'int4' run on x86 CPUs too"
-        )
-    elif device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
-        raise ArgumentError(
-            f"quantize={scheme!r} runs on x86 CPUs and CUDA devices only, not on this {device.type} device: "
-            "leave it out (a folder of quantized weights needs the one it was made from), "
-            "or pass device='cpu' on x86"
-        )
+    if scheme is not None and scheme not in SCHEMES:
+        raise ArgumentError(f"quantize must be None or one of {', '.join(SCHEMES)}, not {scheme!r}")
+    if scheme == "fp8":
+        check_float8(device)
 
 
-def scheme_of(checkpoint: Checkpoint, scheme: str | None) -> str | None:
-    """The scheme that a checkpoint's weights are stored in, else the one asked for.
+def scheme_of(checkpoint: Checkpoint, asked: str | None) -> str | None:
+    """What a model's weights are quantized to: as asked, else as they are stored.
 
-    Raises ValueError where another one is asked for than they are stored in.
+    Raises ArgumentError if a folder of quantized weights is to be quantized to something else.
     """
     stored = checkpoint.quantization
-    if stored is not None and scheme not in (None, stored):
+    if stored in QUANTIZATIONS and asked not in (None, stored):
         raise ArgumentError(
-            f"{checkpoint.path} holds {stored} weights, which quantize={scheme!r} cannot be made of: "
-            "leave it out, or name the folder that they were made from"
+            f"{checkpoint.path} holds {stored} weights, so quantize={asked!r} is not possible: leave it out, "
+            "or use the folder that they were made from"
         )
-    return stored or scheme
+    return asked or stored
 
 
-def load_quantized(
-    model: Transformer, source: TensorSource, scheme: str, dtype: torch.dtype, device: torch.device
+def weight_bytes(
+    model: Transformer, source: TensorSource, plan: Plan, dtype: torch.dtype, scheme: str | None
+) -> int:
+    """Memory that a model's weights take once they are loaded; arguments as for `load_weights`."""
+    total = 0.0
+    for name, weight in model.named_parameters():
+        bits, shared = dtype.itemsize * 8.0, is_tied(source.shapes) and name == OUTPUT
+        if weight.dim() == 2 and weight.shape[1] % GROUP == 0 and (name != EMBEDDINGS or plan.embeddings):
+            few = min(filter(None, (stored_bits(source, name), few_bits(scheme, name))), default=None)
+            few = few if plan.quantized else None
+            bits = STORED_BITS[few] if few else 8 if scheme == "fp8" else bits
+            shared &= plan.embeddings or not (few or plan.plain)
+        total += 0 if shared else weight.numel() * bits / 8
+    return int(total)
+
+
+def load_weights(
+    model: Transformer,
+    source: TensorSource,
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+    scheme: str | None = None,
 ) -> None:
-    """Fill a model that was built on the meta device; of its linears only quantized weights are ever held.
+    """Fill a model that was built on the meta device, one matrix after the other.
 
-    One matrix after the other is read and quantized, or read as a folder of quantized weights has it.
-    dtype: of embeddings and norms, and what CUDA computes in. Raises what `load_weights` raises.
+    dtype: of all that is not quantized.
+    scheme: that matrices are quantized to as they are read; those stored in as few bits already stay.
     """
-    linears = {name for _, _, parts in matrices(model) for name in parts}
-    # Mapped files are let go of often: what was read of them would look like memory in use.
-    with RankReader(model, source, release_after=2**28) as reader:
-        quantizer = Quantizer(
-            scheme, model.params.dim, source.read, turns=scheme == "int8" and device.type == "cpu"
-        )
-        kept = {}
-        for name in [name for name in reader.parts if name not in linears]:
-            weight = reader.read(name)
-            new = weight if isinstance(source, QuantizedShards) else quantizer.other(name, weight)
-            # A copy, because a row that is mapped keeps its whole file so.
-            kept[name] = new.to(device, dtype, copy=new is weight)
-            reader.done(weight.numel(), weight.nbytes)
-            del weight, new
+    kept: dict[str, Tensor] = {}
+    with RankReader(model, source) as reader:
 
-        def stored(name: str, four: bool) -> Stored:
-            if isinstance(source, QuantizedShards):
-                found = _stored_part(reader, source, name)
-                if found is None or (len(found) == 3 and not four):
-                    # The operator's sizes, or borders of groups, are not those of this rank's part.
-                    found = int8_rows(reader.read(name))
-                size = sum(tensor.nbytes for tensor in found)
-                found = tuple(tensor.to(device) for tensor in found)
-            else:
-                weight = reader.read(name)
-                size = weight.nbytes
-                found = quantizer.matrix(name, weight.to(device), four)
-            reader.done(model.get_parameter(name).numel(), size)
-            return found
+        def read(name: str) -> Weight:
+            weight, bits = reader.read(name), few_bits(scheme, name)
+            if bits:
+                weight = quantize(weight.to(device), bits)
+            if isinstance(weight, QuantizedMatrix):
+                return weight.to(device) if plan.quantized else weight.dequantize(dtype).to(device)
+            return weight.to(device, dtype)
 
-        if scheme == "fp8":
-            for _, module, parts in matrices(model):
-                module.backend = float8(torch.cat([reader.read(part).to(device) for part in parts]))
-                for part in parts.values():
-                    reader.done(part.weight.numel(), part.weight.numel() * source.dtype.itemsize)
+        def fill(module: Applied, parts: Mapping[str, Applied]) -> None:
+            weights = {name: read(name) for name in parts}
+            if plan.joins and alike([*weights.values()]):
+                module.backend = plan.product(*weights.values())
+            for name, part in parts.items():
+                if not module.backend:
+                    part.backend = plan.product(weights[name])
+                if module.backend or part.backend:
                     del part.weight
-        else:
-            _replace(model, scheme, stored, None if device.type == "cpu" else dtype)
+                else:
+                    kept[name] = plain(weights[name])
+                reader.done(name, copied=name not in kept)
+
+        todo: list[tuple[Applied, Mapping[str, Applied]]] = [found[1:] for found in matrices(model)]
+        if plan.embeddings:
+            todo.append((model.tok_embeddings, {EMBEDDINGS: model.tok_embeddings}))
+        for module, parts in reversed(todo):  # the largest, which take most memory to make, come first
+            if module is model.output and reader.tied and plan.embeddings:
+                module.backend = model.tok_embeddings.backend
+                del module.weight
+            else:
+                fill(module, parts)
+        filled = {name for _, parts in todo for name in parts}
+        for name in reader.parts.keys() - filled:
+            # What is as it was mapped keeps its whole file mapped: a copy, unless others do so too.
+            kept[name] = plain(read(name)).to(dtype, copy=bool(plan.plain or plan.quantized))
+            reader.done(name, copied=True)
     model.load_state_dict(kept, strict=True, assign=True)
+    if reader.tied and OUTPUT in kept:
+        model.output.weight = model.tok_embeddings.weight
+    for module, parts in todo:
+        if plan.joins and isinstance(module, Joined) and parts.keys() <= kept.keys():
+            module.join()
+    model.least_rows = plan.least_rows
     source.release()
-
-
-def _stored_part(reader: RankReader, source: QuantizedShards, name: str) -> Stored | None:
-    """What a folder of quantized weights has of this rank's part; None where a border cuts a group."""
-    part = reader.parts[name]
-    assert part.dim is not None
-    pieces = [source.stored(name, part.dim, span) for span in part.spans]
-    whole = [piece for piece in pieces if piece is not None]
-    if len(whole) < len(pieces):
-        return None
-    if len(whole) == 1:
-        return tuple(tensor.contiguous() for tensor in whole[0])
-    if part.dim == 1 and len(whole[0]) == 2:  # scales of rows are the same for all columns
-        return torch.cat([weight for weight, _ in whole], 1), whole[0][1]
-    return tuple(torch.cat(tensors, part.dim) for tensors in zip(*whole, strict=True))
-
-
-def quantize(model: Transformer, scheme: str) -> None:
-    """Quantize every linear of a loaded model, one after the other; it has no state dict afterwards."""
-    quantizer = Quantizer(scheme, model.params.dim, model.get_parameter)
-    _replace(model, scheme, lambda name, four: quantizer.matrix(name, model.get_parameter(name), four))
-    changed = {name: quantizer.other(name, weight) for name, weight in model.named_parameters()}
-    model.load_state_dict(changed, strict=True, assign=True)
-
-
-def _replace(
-    model: Transformer, scheme: str, read: Callable[[str, bool], Stored], dtype: torch.dtype | None = None
-) -> None:
-    """Give every linear of a model the backend of its stored weight, and take its plain one away.
-
-    read: what is stored of a linear, by its name and whether 4 bits may be. dtype: of results on CUDA,
-    None on a CPU.
-    """
-    four = four_bits(model, scheme)
-    # The output layer, which takes most memory to make, comes first, while there is most left.
-    for name, module, parts in reversed(matrices(model)):
-        stored = [read(part, part in four) for part in parts]
-        if len({len(tensors) for tensors in stored}) > 1:
-            stored = [int8_rows(dequantized(tensors)) if len(tensors) == 3 else tensors for tensors in stored]
-        whole = stored[0] if len(stored) == 1 else tuple(map(torch.cat, zip(*stored, strict=True)))
-        del stored
-        module.backend = backend(name, whole) if dtype is None else from_stored(whole, dtype)
-        for linear in parts.values():
-            del linear.weight

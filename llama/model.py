@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.errors import ArgumentError
+from llama.errors import ArgumentError, check_number
 from llama.parallel import (
     ColumnParallelLinear,
     Joined,
@@ -28,6 +28,15 @@ from llama.parallel import (
     merged,
 )
 from llama.ranks import current
+
+# The most that each may be. No Llama comes near; more is damage, refused before anything is made of it.
+LARGEST = {
+    **dict.fromkeys(("dim", "vocab_size", "multiple_of"), 2**22),
+    **dict.fromkeys(("n_layers", "n_heads", "n_kv_heads", "head_dim"), 2**12),
+    **dict.fromkeys(("max_batch_size", "max_seq_len", "original_max_position_embeddings"), 2**31),
+    **dict.fromkeys(("norm_eps", "rope_theta", "low_freq_factor", "high_freq_factor"), 1e30),
+    **dict.fromkeys(("ffn_dim_multiplier", "rope_scaling_factor"), 1e30),
+}
 
 
 @dataclass
@@ -61,19 +70,20 @@ class ModelArgs:
     def __post_init__(self) -> None:
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
-        sizes = "dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "max_batch_size", "max_seq_len"
-        for name in sizes:
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise ArgumentError(f"{name} must be a positive whole number, not {value!r}")
+        for name, most in LARGEST.items():
+            if (value := getattr(self, name)) != getattr(ModelArgs, name):
+                check_number(name, value, most)
+        check_number("the feed-forward's size", self.hidden_dim, LARGEST["dim"])
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ArgumentError(f"low_freq_factor={self.low_freq_factor} must be less than high_freq_factor")
         if self.head_dim is None:
             self.head_dim = self.dim // self.n_heads if self.dim % self.n_heads == 0 else 1
         if self.head_dim % 2:
-            raise ArgumentError(f"dim={self.dim} does not split into n_heads={self.n_heads} even sizes")
+            raise ArgumentError(f"dim={self.dim} does not split into n_heads={self.n_heads} even heads")
         if self.n_heads % self.n_kv_heads:
             raise ArgumentError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.use_scaled_rope and self.rope_scaling_factor is None:
-            # params.json does not carry the factor. Llama 3.2 1B and 3B were extended by 32, all
-            # other released models by 8.
+            # params.json does not say: Llama 3.2 1B and 3B were extended by 32, the others by 8.
             self.rope_scaling_factor = 32.0 if (self.dim, self.n_layers) in {(2048, 16), (3072, 28)} else 8.0
 
     @property

@@ -6,8 +6,9 @@ one matrix, then rows of the next, then one all-reduce.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -89,6 +90,14 @@ class ModelParallel:
             raise first
 
 
+class Product(Protocol):
+    """x Wᵀ, (…, in) to (…, out), by a weight in whatever form; nbytes: what the weight takes."""
+
+    nbytes: int
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
 class Linear(nn.Module):
     """y = x Wᵀ without a bias, weight (out, in).
 
@@ -96,7 +105,7 @@ class Linear(nn.Module):
     (packed, int8, int4) is chosen in one place, after loading, by walking the modules.
     """
 
-    backend: Callable[[Tensor], Tensor] | None = None  # x (…, in) to (…, out), in place of the weight
+    backend: Product | None = None  # in place of the weight
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -146,6 +155,8 @@ class RowParallelLinear(Linear, Sharded):
 class VocabParallelEmbedding(nn.Module, Sharded):
     """Token ids (…) to vectors (…, dim), the vocabulary split over the ranks."""
 
+    backend: Product | None = None  # if the weight is where only a step of a backend's own can read it
+
     def __init__(self, vocab_size: int, dim: int, parallel: ModelParallel) -> None:
         super().__init__()
         self.shape, self.dim = (vocab_size, dim), 0
@@ -169,7 +180,7 @@ class Joined(nn.Module):
     The parts stay registered, and named in a state dict, where they belong.
     """
 
-    backend: Callable[[Tensor], Tensor] | None = None
+    backend: Product | None = None
     weight: Tensor | None = None
 
     def __init__(self, *parts: Linear) -> None:
@@ -199,3 +210,10 @@ def matrices(model: torch.nn.Module) -> list[tuple[str, Linear | Joined, dict[st
         if isinstance(joined, Joined):
             found.append((name, joined, {f"{linears.pop(part)}.weight": part for part in joined.parts}))
     return [*found, *((name, linear, {f"{name}.weight": linear}) for linear, name in linears.items())]
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Memory that a loaded model's weights take, in whatever form; what is shared counts once."""
+    backends = {getattr(module, "backend", None) for module in model.modules()}
+    products = [backend.nbytes for backend in backends if backend is not None]
+    return sum(products) + sum(weight.nbytes for weight in model.parameters())

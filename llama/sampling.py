@@ -121,6 +121,9 @@ class Constraint(Protocol):
     def mask(self, answer: Sequence[int], logits: Tensor) -> None:
         """Set the logits, fp32 (vocab_size), of tokens that must not follow to -inf, in place."""
 
+    def forced(self, answer: Sequence[int]) -> Sequence[int]:
+        """The tokens that must follow whatever the model says; none if it has a choice."""
+
     def finished(self, answer: Sequence[int]) -> bool:
         """Whether the answer is complete, so that the request ends."""
 

@@ -3,15 +3,23 @@
 import asyncio
 import codecs
 import contextlib
+import functools
 import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 from llama.arguments import TextRequest
-from llama.engine import Engine, Event, FinishReason, Request, TopLogprobs
+from llama.engine import Engine, Event, Request, TopLogprobs
+from llama.engine import FinishReason as EngineReason
+from llama.errors import ArgumentError
+from llama.moderation import Category, Review
+from llama.tokenizer import Message
+from llama.tools.parser import Delta, ToolCall, add_deltas
+
+FinishReason = EngineReason | Literal["tool_calls", "content_filter"]
 
 
 class Decoder(Protocol):
@@ -102,8 +110,12 @@ class StreamEvent:
     text: what became certain of the text. It may be behind `token`, where that ends in the middle of a
     character or of what may become a stop string; all pieces joined are the whole text.
     logprob, top_logprobs: of the token, if asked for; ids and log-probabilities, most likely first.
+    tool_calls: what became certain of the calls that the answer makes, if it was given tools.
     finish_reason: "stop" (a stop token or string), "length" (max_gen_len or the context is used up),
+    "tool_calls" (the answer calls tools), "content_filter" (a guard refused the question or the answer),
     "cancelled", or "error", and then `error` says what is wrong.
+    categories: what a guard objected to.
+    stop: the stop string that ended the answer, if one did.
     """
 
     index: int
@@ -114,27 +126,26 @@ class StreamEvent:
     finish_reason: FinishReason | None = None
     error: str | None = None
     stats: Stats | None = None
+    tool_calls: tuple[Delta, ...] = ()
+    categories: tuple[Category, ...] = ()
+    stop: str | None = None
 
 
 class Reader:
     """Turns the engine's events of one request into stream events.
 
     index: which answer of the call it is.
-    cancel: ends the request, once a stop string is complete.
+    cancel: ends the request, once nothing counts any more that the model would go on to say.
     """
 
     def __init__(
-        self,
-        tokenizer: Decoder,
-        request: Request,
-        source: TextRequest,
-        index: int,
-        cancel: Callable[[Request], object],
+        self, tokenizer: Decoder, source: TextRequest, index: int, cancel: Callable[[], object]
     ) -> None:
-        self._request = request
-        self._cancel = cancel
         self._index = index
+        self._cancel = cancel
         self._text = TextStream(tokenizer, source.stop)
+        self._tools = source.tools
+        self._called = False
         self._echo = source.echo
         self._began = time.perf_counter()
         self._first = 0.0  # when the first token came
@@ -144,19 +155,34 @@ class Reader:
         """What an event brings."""
         if self._echo and event.finish_reason not in ("error", "cancelled"):
             self._echo = False
-            yield from self._prompt()
+            yield from self._prompt(event.request)
         if event.finish_reason:
             yield self._end(event)
-        elif event.token is not None and self._text.stopped is None:  # else the engine ran ahead
+        elif event.token is not None and not self._complete:  # else the engine ran ahead
             self._first = self._first or time.perf_counter()
             self._count += 1
-            piece = self._text.push(event.token)
-            yield StreamEvent(self._index, piece, event.token, event.logprob, event.top_logprobs)
-            if self._text.stopped is not None:
-                self._cancel(self._request)
+            piece, calls = self._parse(self._text.push(event.token))
+            yield StreamEvent(
+                self._index, piece, event.token, event.logprob, event.top_logprobs, tool_calls=calls
+            )
+            if self._complete:
+                self._cancel()
 
-    def _prompt(self) -> Iterator[StreamEvent]:
-        request = self._request
+    @property
+    def _complete(self) -> bool:
+        """Whether nothing that the model would go on to say counts."""
+        return self._text.stopped is not None or (self._tools is not None and self._tools.complete)
+
+    def _parse(self, text: str, ended: bool = False) -> tuple[str, tuple[Delta, ...]]:
+        """What is content in a piece of text, and what belongs to calls."""
+        if self._tools is None:
+            return text, ()
+        deltas = self._tools.push(text) + (self._tools.finish() if ended else [])
+        calls = tuple(delta for delta in deltas if delta.call is not None)
+        self._called = self._called or bool(calls)
+        return "".join(delta.content for delta in deltas), calls
+
+    def _prompt(self, request: Request) -> Iterator[StreamEvent]:
         scored = request.params.prompt_logprobs
         for n, token in enumerate(request.prompt):
             logprob = request.prompt_logprobs[n] if scored else None
@@ -164,21 +190,70 @@ class Reader:
             yield StreamEvent(self._index, self._text.push(token, prompt=True), token, logprob, top)
 
     def _end(self, event: Event) -> StreamEvent:
-        piece, now = self._text.flush(), time.perf_counter()
+        (piece, calls), now = self._parse(self._text.flush(), ended=True), time.perf_counter()
         stats = Stats(
-            prompt_tokens=len(self._request.prompt),
-            reused_tokens=self._request.reused,
+            prompt_tokens=len(event.request.prompt),
+            reused_tokens=event.request.reused,
             new_tokens=self._count,
             first_token_seconds=(self._first or now) - self._began,
             tokens_per_second=(self._count - 1) / (now - self._first) if self._count > 1 else 0.0,
         )
+        reason = "stop" if self._complete else event.finish_reason
         return StreamEvent(
             self._index,
             piece,
-            finish_reason=event.finish_reason if self._text.stopped is None else "stop",
+            tool_calls=calls,
+            finish_reason="tool_calls" if reason == "stop" and self._called else reason,
             error=event.error and f"prompt {self._index}: {event.error}",
             stats=stats,
+            stop=self._text.stopped,
         )
+
+
+class ReviewedReader(Reader):
+    """A reader that holds back what a guard has not seen yet."""
+
+    def __init__(self, review: Review, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._review = review
+        self._held: list[StreamEvent] = []
+        self._seen = ""  # the answer so far, its calls included
+        self._refused = False
+
+    def read(self, event: Event) -> Iterator[StreamEvent]:
+        """What an event brings, once the guard has no objection; or the end, if it has."""
+        for brought in super().read(event):
+            if self._refused:
+                return
+            self._held.append(brought)
+            calls = "".join(delta.name + delta.arguments for delta in brought.tool_calls)
+            self._seen += brought.text + calls
+            if brought.finish_reason or len(self._held) == self._review.every:
+                yield from self._checked(brought)
+
+    def _checked(self, last: StreamEvent) -> list[StreamEvent]:
+        end = StreamEvent(self._index, finish_reason="content_filter", stats=last.stats)
+        try:
+            categories = self._review.refuses(self._seen)
+            if categories is None:
+                held, self._held = self._held, []
+                return held
+            end = replace(end, categories=categories)
+        except ArgumentError as error:  # such as a conversation that is too long for the guard
+            message = f"prompt {self._index}: the guard cannot check the answer: {error}"
+            end = replace(end, finish_reason="error", error=message)
+        self._refused = True
+        self._cancel()
+        return [end]
+
+
+def create_reader(
+    tokenizer: Decoder, source: TextRequest, index: int, cancel: Callable[[], object]
+) -> Reader:
+    """The reader that a request wants. For the arguments see `Reader`."""
+    if source.review:
+        return ReviewedReader(source.review, tokenizer, source, index, cancel)
+    return Reader(tokenizer, source, index, cancel)
 
 
 @contextlib.contextmanager
@@ -189,12 +264,24 @@ def _queued(
     readers: dict[Request, Reader] = {}
     try:
         for index, source in enumerate(sources):
-            request = engine.add(source.prompt, source.params)
-            readers[request] = Reader(tokenizer, request, source, index, engine.cancel)
+            if source.review and source.review.refused is not None:
+                continue
+            request = engine.add(source.prompt, source.params, constraint=source.constraint)
+            cancel = functools.partial(engine.cancel, request)
+            readers[request] = create_reader(tokenizer, source, index, cancel)
         yield readers
     finally:
         for request in readers:
             engine.cancel(request)
+
+
+def refusals(sources: Sequence[TextRequest]) -> list[StreamEvent]:
+    """The ends of what a guard refused before it began."""
+    return [
+        StreamEvent(index, finish_reason="content_filter", categories=source.review.refused)
+        for index, source in enumerate(sources)
+        if source.review and source.review.refused is not None
+    ]
 
 
 def stream(
@@ -204,6 +291,7 @@ def stream(
 
     Raises what `Engine.add` raises.
     """
+    yield from refusals(sources)
     with _queued(engine, tokenizer, sources) as readers:
         for event in engine.run(list(readers)):
             yield from readers[event.request].read(event)
@@ -238,29 +326,42 @@ async def astream(
 
 @dataclass
 class Answer:
-    """All events of one request, put together."""
+    """All events of one request, put together. stop: the stop string that ended it, if one did."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     finish_reason: FinishReason = "cancelled"
+    calls: list[ToolCall] = field(default_factory=list)
+    categories: tuple[Category, ...] = ()
+    stop: str | None = None
+
+    def add(self, event: StreamEvent) -> None:
+        """Raises RuntimeError if the request failed."""
+        if event.finish_reason == "error":
+            raise RuntimeError(event.error)
+        self.text += event.text
+        add_deltas(self.calls, event.tool_calls)
+        if event.token is not None:
+            self.tokens.append(event.token)
+        if event.logprob is not None:
+            self.logprobs.append(event.logprob)
+        if event.top_logprobs is not None:
+            self.top_logprobs.append(event.top_logprobs)
+        if event.finish_reason:
+            self.finish_reason, self.categories, self.stop = event.finish_reason, event.categories, event.stop
+
+    def message(self) -> Message:
+        message: Message = {"role": "assistant", "content": self.text}
+        if self.calls:
+            message["tool_calls"] = [call.to_message() for call in self.calls]
+        return message
 
 
 def collect(events: Iterator[StreamEvent]) -> list[Answer]:
     """Read a stream to its end. Raises RuntimeError if one of its requests failed."""
     answers: defaultdict[int, Answer] = defaultdict(Answer)
     for event in events:
-        if event.finish_reason == "error":
-            raise RuntimeError(event.error)
-        answer = answers[event.index]
-        answer.text += event.text
-        if event.token is not None:
-            answer.tokens.append(event.token)
-        if event.logprob is not None:
-            answer.logprobs.append(event.logprob)
-        if event.top_logprobs is not None:
-            answer.top_logprobs.append(event.top_logprobs)
-        if event.finish_reason:
-            answer.finish_reason = event.finish_reason
+        answers[event.index].add(event)
     return [answers[i] for i in sorted(answers)]

@@ -1,15 +1,18 @@
 """Tiny random checkpoints, the real demo model, and real ranks."""
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from llama.cli import main
 from tests.support import DEMO, ROOT, tiny
 
 # What tiny products gain by a second thread, its waking costs; on a busy machine many times over.
@@ -77,6 +80,24 @@ def torchrun():
             with contextlib.suppress(ProcessLookupError):  # ranks outlive an agent that is killed
                 os.killpg(process.pid, signal.SIGKILL)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return run
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs `llama` with these words in this process; returns its exit code, output, and errors."""
+
+    def run(*words: object, typed: str = "") -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        monkeypatch.setattr(sys, "argv", ["llama", *map(str, words)])
+        try:
+            main()
+            code: Any = 0
+        except SystemExit as leaving:
+            code = leaving.code
+        printed = capsys.readouterr()
+        return (1, printed.out, code) if isinstance(code, str) else (code, printed.out, printed.err)
 
     return run
 

@@ -160,7 +160,7 @@ def test_an_answer_that_was_begun_is_continued(llama: Llama) -> None:
         ({"device": 3.5}, "device must be cpu, cuda, cuda:N or mps, not '3.5'"),
         ({"device": "cuda:77"}, "device is cuda:77, but PyTorch finds . CUDA devices"),
         ({"dtype": "int3"}, "dtype must be"),
-        ({"quantize": "int5"}, "int5"),
+        ({"quantize": "int3"}, "int3"),
         ({"compile": "yes"}, "compile must be"),
     ],
     ids=str,

@@ -1,15 +1,16 @@
 """The measuring command: that it runs, counts right, and writes its trace. Never how fast."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from llama.checkpoint.convert import convert
 from llama.cli.bench import bench, bytes_per_step, prefill_flops
 from tests.support import tiny
+from tests.support.quantized import KEPT, reloaded
 
 
 def test_it_prints_every_figure_and_writes_a_trace(
@@ -28,23 +29,17 @@ def test_bytes_and_operations_are_those_of_the_model() -> None:
     linears = sum(w.numel() for name, w in model.named_parameters() if w.dim() == 2 and "tok" not in name)
     norms = 7 * 64
     live = 3 * 2 * 2 * 4 * 10 * 8  # layers, keys and values, sequences, heads, tokens, head_dim
-    assert bytes_per_step(model, None, 2, 10) == 2 * (linears + norms + live)
-    assert bytes_per_step(model, "int8", 2, 10) == linears + 2 * (norms + live)
+    assert bytes_per_step(model, 2, 10) == 2 * (linears + norms + live)
+    kept = reloaded(tiny.random_model(multiple_of=64).bfloat16(), KEPT, "int8")
+    kept.allocate_cache()
+    linears8 = sum(math.prod(w.shape) for w in tiny.random_model(multiple_of=64).parameters() if w.dim() == 2)
+    linears8 -= tiny.VOCAB * 64
+    assert bytes_per_step(kept, 2, 10) == linears8 * 34 // 32 + 2 * (norms + live)
+    model.output.weight = model.tok_embeddings.weight  # read all the same
+    assert bytes_per_step(model, 2, 10) == 2 * (linears + norms + live)
     # One token, nothing to attend to but itself: two operations for each weight.
     assert prefill_flops(model, 1, 1) - 2 * linears == 2 * 3 * 64
     assert prefill_flops(model, 3, 1) == 3 * prefill_flops(model, 1, 1)
-
-
-def test_a_quantized_folder_is_counted_as_such(
-    ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
-        pytest.skip("this CPU has no such operators")
-    saved = convert(ckpt, tmp_path / "saved", quantize="int8")
-    counted = []
-    monkeypatch.setattr("llama.cli.bench.bytes_per_step", lambda *args: counted.append(args[1]) or 1)
-    bench(str(saved), prompt=4, new=3, runs=1)
-    assert counted == ["int8"]
 
 
 def test_refusals_are_sentences(ckpt: Path, tmp_path: Path) -> None:

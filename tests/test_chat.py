@@ -173,25 +173,30 @@ def run(command: list[str], typed: str = "", **options) -> subprocess.CompletedP
     return subprocess.run(command, input=typed, capture_output=True, text=True, timeout=120, **options)
 
 
-def test_complete_prints_plain_text_and_takes_a_pipe(folder):
-    options = [str(folder), "--max_gen_len", "9", "--temperature", "0"]
-    argument = run([*PYTHON, "llama", "complete", *options, "--prompt", "12"])
-    assert argument.returncode == 0, argument.stderr
-    assert re.fullmatch("[a-z]{9}\n", argument.stdout)
-    assert run([*PYTHON, "llama", "complete", *options], "12\n").stdout == argument.stdout
+def test_complete_prints_plain_text_and_takes_a_pipe(folder, command_line):
+    options = [folder, "--max_gen_len", 9, "--temperature", 0]
+    code, out, error = command_line("complete", *options, "--prompt", "12")
+    assert code == 0, error
+    assert re.fullmatch("[a-z]{9}\n", out)
+    assert command_line("complete", *options, typed="12\n")[1] == out
 
 
-@pytest.mark.slow
+def test_a_chat_by_a_pipe(folder, command_line):
+    options = ["--max_gen_len", 5, "--temperature", 0, "--max_seq_len", 64]
+    code, out, _ = command_line("chat", folder, *options, typed="12\n//x\n/quit\nnever")
+    assert code == 0
+    assert re.fullmatch(r"([a-z]{5}\n\[cut at max_gen_len=5\]\n){2}", out)
+
+
 @pytest.mark.parametrize("command", ["chat", "complete"])
-def test_quantized_as_told(folder, command):
-    result = run([*PYTHON, "llama", command, str(folder), "--quantize", "int3"], "12\n")
-    assert result.returncode == 1
-    assert result.stderr == "error: quantize must be int8 or int4 or fp8, not 'int3'\n"
+def test_quantized_as_told(folder, command, command_line):
+    code, _, error = command_line(command, folder, "--quantize", "int3", typed="12\n")
+    assert (code, error) == (1, "error: quantize must be int8, int5, int4 or fp8, not 'int3'")
     if "fbgemm" in torch.backends.quantized.supported_engines:
-        options = ["--quantize", "int4", "--max_gen_len", "9", "--temperature", "0"]
-        result = run([*PYTHON, "llama", command, str(folder), *options], "12\n")
-        assert result.returncode == 0, result.stderr
-        assert "in int4 on cpu" in result.stderr
+        options = ["--quantize", "int4", "--max_gen_len", 9, "--temperature", 0]
+        code, _, error = command_line(command, folder, *options, typed="12\n")
+        assert code == 0, error
+        assert "in int4 on cpu" in error
 
 
 @pytest.mark.slow

@@ -12,29 +12,12 @@ from typing import Any
 import pytest
 
 import llama
-from llama.cli import COMMANDS, load, main
+from llama.cli import COMMANDS, load
 from llama.cli.arguments import options_of, parse, usage
 from llama.cli.launch import launch
 from llama.cli.options import BuildOptions, SamplingOptions
 from llama.errors import ArgumentError, CheckpointError
 from tests.support import ROOT
-
-
-@pytest.fixture
-def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs `llama` with these words in this process; returns its exit code, output, and errors."""
-
-    def run(*words: object) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llama", *map(str, words)])
-        try:
-            main()
-            code: Any = 0
-        except SystemExit as leaving:
-            code = leaving.code
-        printed = capsys.readouterr()
-        return (1, printed.out, code) if isinstance(code, str) else (code, printed.out, printed.err)
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -43,7 +26,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         ("convert {ckpt} new --quantise int4", "there is no --quantise; did you mean --quantize?"),
         ("convert {ckpt} new --zzz 1", "there is no --zzz; llama convert --help lists the flags"),
         ("convert {ckpt} new more", "unexpected argument 'more' after destination: put the destination in"),
-        ("convert {ckpt} new --quantize int3", "quantize must be int8 or int4, not 'int3'"),
+        ("convert {ckpt} new --quantize int3", "quantize must be int8, int5 or int4, not 'int3'"),
         ("convert {ckpt} new --shards", "--shards needs a value: files to cut the weights into"),
         ("convert {ckpt} new --shards --overwrite", "--shards needs a value"),
         ("convert {ckpt} new --shards two", "shards must be a whole number, not 'two'"),

@@ -1,6 +1,7 @@
 """A constraint decides which tokens may come next."""
 
 import math
+import os
 from collections.abc import Sequence
 
 import pytest
@@ -23,6 +24,10 @@ class OneOf:
         forbidden = torch.ones_like(logits, dtype=torch.bool)
         forbidden[following] = False
         logits.masked_fill_(forbidden, -math.inf)
+
+    def forced(self, answer: Sequence[int]) -> Sequence[int]:
+        n = len(answer)
+        return list(os.path.commonprefix([t[n:] for t in self.allowed if t[:n] == list(answer)]))  # noqa: RUF071
 
     def finished(self, answer: Sequence[int]) -> bool:
         return list(answer) in self.allowed
@@ -75,3 +80,41 @@ def test_a_constraint_that_allows_nothing_ends_its_request_alone() -> None:
     assert stuck.error
     assert stuck.error.startswith("no token may follow")
     assert (other.finish_reason, len(other.tokens)) == ("length", 4)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["ragged", "static"])
+def test_forced_tokens_are_read_together_and_not_sampled(static: bool) -> None:
+    engine = Engine(small_model(), static=static)
+    beginning, middle = [1, 2, 3, 4], [5, 6, 7, 8, 9]
+    allowed = OneOf(
+        [*beginning, 10, *middle, 11], [*beginning, 12, *middle, 13], [*beginning, 12, *middle, 14]
+    )
+    request = engine.add([20, 21], SamplingParams(temperature=0, logit_bias={12: 50}), constraint=allowed)
+    run(engine, request)
+    assert request.tokens[:-1] == [*beginning, 12, *middle]
+    assert engine.steps == 3  # the prompt with the beginning in two, and the middle
+
+    model = engine.model
+    whole = torch.tensor([[20, 21, *request.tokens[:-1]]])
+    logits = model(whole, 0)[0, -1]
+    assert request.tokens[-1] == (13 if logits[13] > logits[14] else 14)
+
+
+def test_logprobs_of_forced_tokens_are_the_models_own() -> None:
+    engine = Engine(small_model())
+    request = engine.add([20, 21], SamplingParams(logprobs=True), constraint=OneOf([1, 2, 3]))
+    run(engine, request)
+    assert request.tokens == [1, 2, 3]
+    logits = engine.model(torch.tensor([[20, 21, 1, 2]]), 0)[0, 1:]
+    expected = logits.log_softmax(-1)[range(3), [1, 2, 3]]
+    assert request.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_an_answer_without_a_choice_needs_no_step() -> None:
+    engine = Engine(small_model())
+    whole = engine.add([20], SamplingParams(), constraint=OneOf([1, 2, 3]))
+    cut = engine.add([20], SamplingParams(max_tokens=2), constraint=OneOf([1, 2, 3]))
+    run(engine, whole)
+    assert (whole.tokens, whole.finish_reason, engine.steps) == ([1, 2, 3], "stop", 0)
+    run(engine, cut)
+    assert (cut.tokens, cut.finish_reason) == ([1, 2], "length")

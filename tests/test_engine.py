@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 
-from llama.backends.onednn import pack
 from llama.engine import Engine, PromptError, Request
 from llama.engine.invariance import check_batch_invariance
-from llama.loading import quantize
 from llama.sampling import SamplingParams
+from tests.support.quantized import KEPT, PACKED, reloaded
 from tests.support.tiny import small_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -441,9 +440,9 @@ def test_batch_invariance_is_bitwise(weights):
     shape = dict(dim=128, n_heads=8, n_kv_heads=4, vocab_size=50_000, max_batch_size=8)
     model = small_model(std=0.1, dtype=torch.float32 if weights == "fp32" else torch.bfloat16, **shape)
     if weights == "packed":
-        pack(model)
+        model = reloaded(model, PACKED)
     elif weights.startswith("int"):
-        quantize(model, weights)
+        model = reloaded(model, KEPT, weights)
 
     def engine_of():
         return Engine(model, prefill_chunk=16, batch_invariant=True)

@@ -1,8 +1,7 @@
 """The example scripts, as the README starts them."""
 
-import os
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from tests.support import ROOT, tiny
 
 
+@pytest.mark.slow
 def test_chat_example_answers(demo_ckpt: Path, torchrun) -> None:
     done = torchrun(
         1,
@@ -38,47 +38,59 @@ def test_flags_of_the_deprecated_repository(ckpt: Path, torchrun) -> None:
         assert done.stdout.count("==================================") == 4  # rank 0 alone prints
 
 
-def run(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / script), *arguments]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Runs a script in this process, in a folder of its own; returns its exit code, output, and errors."""
+
+    def run(script: str, *arguments: str) -> tuple[object, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        code: object = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as leaving:
+            code = leaving.code
+        printed = capsys.readouterr()
+        return (1, printed.out, code) if isinstance(code, str) else (code, printed.out, printed.err)
+
+    return run
 
 
-def test_the_demo_model_is_the_default_where_it_lies(tmp_path: Path) -> None:
+def test_the_demo_model_is_the_default_where_it_lies(run, tmp_path: Path) -> None:
     tiny.write_checkpoint(tmp_path / "SmolLM2-135M-Instruct")
-    done = run("example_text_completion.py", "--max_gen_len", "2", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, out, error = run("example_text_completion.py", "--max_gen_len", "2")
+    assert code == 0, error
+    assert out.count("==================================") == 4
     shutil.rmtree(tmp_path / "SmolLM2-135M-Instruct")
-    done = run("example_text_completion.py", cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.startswith(
+    code, out, error = run("example_text_completion.py")
+    assert (code, out) == (1, "")
+    assert error.startswith(
         "error: no checkpoint given, and the demo model is not here. Three ways to get weights:"
     )
     for way in ("./download.sh SmolLM2-135M-Instruct", "signed URL", "on Hugging Face"):
-        assert way in done.stderr
+        assert way in error
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", ["example_chat_completion.py", "example_text_completion.py"])
-def test_quantized_as_told(script: str, tmp_path: Path) -> None:
+def test_quantized_as_told(run, script: str, tmp_path: Path) -> None:
     folder = tiny.write_checkpoint(tmp_path / "tiny")
-    done = run(script, "--ckpt_dir", "tiny", "--max_gen_len", "2", "--quantize", "int3", cwd=tmp_path)
-    assert done.stderr == "error: quantize must be None, 'int8', 'int4' or 'fp8', not 'int3'\n"
+    code, _, error = run(script, "--ckpt_dir", "tiny", "--max_gen_len", "2", "--quantize", "int3")
+    assert (code, error) == (1, "error: quantize must be None or one of int8, int5, int4, fp8, not 'int3'")
     if "fbgemm" in torch.backends.quantized.supported_engines:
-        done = run(script, "--ckpt_dir", "tiny", "--max_gen_len", "2", "--quantize", "int4", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert f"Loaded {folder.name}" in done.stderr and "in int4 on cpu" in done.stderr
+        code, _, error = run(script, "--ckpt_dir", "tiny", "--max_gen_len", "2", "--quantize", "int4")
+        assert code == 0, error
+        assert f"Loaded {folder.name}" in error and "in int4 on cpu" in error
 
 
-def test_a_wrong_folder_is_one_line(tmp_path: Path) -> None:
-    done = run("example_chat_completion.py", "--ckpt_dir", "nowhere", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: no folder nowhere: give the path of a downloaded checkpoint as ckpt_dir\n"
+def test_mistakes_are_one_line(run) -> None:
+    script = "example_chat_completion.py"
+    told = "error: no folder nowhere: give the path of a downloaded checkpoint as ckpt_dir"
+    assert run(script, "--ckpt_dir", "nowhere") == (1, "", told)
+    told = "error: there is no --temprature; did you mean --temperature?"
+    assert run(script, "--temprature", "1") == (1, "", told)
 
 
-def test_help_explains_the_flags(tmp_path: Path) -> None:
-    done = run("example_chat_completion.py", "--help", cwd=tmp_path)
-    assert done.returncode == 0
-    assert "folder of a checkpoint" in done.stdout
+def test_help_explains_the_flags(run) -> None:
+    code, out, _ = run("example_chat_completion.py", "--help")
+    assert code == 0
+    assert "folder of a checkpoint" in out

@@ -82,7 +82,8 @@ def test_every_quantization_that_the_package_knows_is_read(kind: Any, tmp_path: 
     raw = np.random.default_rng(0).integers(0, 64, (8, 256 // block * size), np.uint8)
     raw.tofile(tmp_path / "blocks")
     source.path = tmp_path / "blocks"  # type: ignore[attr-defined]
-    source._where["norm.weight"] = (kind, raw.dtype, 0, raw.shape, (8, 256))  # type: ignore[attr-defined]
+    where = source._where  # type: ignore[attr-defined]  # noqa: SLF001
+    where["norm.weight"] = (kind, raw.dtype, 0, raw.shape, (8, 256))
     expected = torch.from_numpy(gguf.dequantize(raw, kind))
     torch.testing.assert_close(source.read("norm.weight"), expected, equal_nan=True)
     torch.testing.assert_close(source.read("norm.weight", 0, (2, 5)), expected[2:5], equal_nan=True)
@@ -158,7 +159,7 @@ def test_convert(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"architecture": "qwen2"}, "architecture is 'qwen2'"),
+        ({"architecture": "qwen2"}, "architecture 'qwen2' is not"),
         ({"llama.expert_count": 8}, "expert_count"),
         ({"llama.rope.scaling.type": "yarn"}, "yarn"),
         ({"llama.block_count": 3}, "lacks layers.2"),

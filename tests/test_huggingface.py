@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llama import Llama
 from llama.checkpoint import open_checkpoint
@@ -101,7 +102,7 @@ def test_missing_files_and_tensors(folder: Path) -> None:
     where = json.loads(index.read_text())["weight_map"]
     name, file = next(iter(where.items()))
     edit(index, weight_map={**where, name: next(f for f in where.values() if f != file)})
-    with pytest.raises(CheckpointError, match=f"expects {name}"):
+    with pytest.raises(CheckpointError, match=f"expects '{name}'"):
         open_checkpoint(folder)
     edit(index, weight_map=where)
     (folder / file).rename(folder / "away")
@@ -290,3 +291,49 @@ def test_ids_agree_with_the_original_tokenizer(tmp_path: Path) -> None:
         assert other.tokenizer.encode(text, bos=True, eos=False) == expected
     dialog = [{"role": "user", "content": "hello"}]
     assert ours.formatter.encode_dialog_prompt(dialog) == other.formatter.encode_dialog_prompt(dialog)
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    """A folder with all weights in one file."""
+    formats.write_hf(tmp_path / "single", PARAMS, formats.random_weights(PARAMS, 400))
+    formats.hf_tokenizer(tmp_path / "single")
+    return tmp_path / "single"
+
+
+@pytest.mark.parametrize("stray", ["model_old.safetensors", "modelcard.safetensors", "a.safetensors"])
+def test_the_exact_name_goes_before_others(single: Path, stray: str) -> None:
+    """What lies beside model.safetensors replaces nothing."""
+    path = single / "model.safetensors"
+    expected = load_file(path)
+    save_file({name: torch.zeros_like(tensor) for name, tensor in expected.items()}, single / stray)
+    weights = open_checkpoint(single).weights
+    assert torch.equal(weights.read("norm.weight"), expected["model.norm.weight"])
+    path.rename(single / "model_new.safetensors")
+    with pytest.raises(CheckpointError, match=f"several files that could be its weights.*{stray}"):
+        open_checkpoint(single)
+
+
+def test_parts_of_two_models_are_not_mixed(single: Path) -> None:
+    tensors = load_file(single / "model.safetensors")
+    (single / "model.safetensors").unlink()
+    for name in ("model-00001-of-00001.safetensors", "model-00001-of-00002.safetensors"):
+        save_file(tensors, single / name)
+    with pytest.raises(CheckpointError, match="several files that could be its weights"):
+        open_checkpoint(single)
+    for name in ("model-00001-of-00001.safetensors", "model-00002-of-00002.safetensors"):
+        save_file(tensors, single / name)
+    (single / "model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"that model-00001-of-00002\.safetensors has too"):
+        open_checkpoint(single)
+
+
+@pytest.mark.parametrize(
+    "file", ["../other/model.safetensors", "/etc/model.safetensors", "model.py", 3, None]
+)
+def test_an_index_names_files_of_weights_only(folder: Path, file: Any) -> None:
+    index = folder / "model.safetensors.index.json"
+    where = json.loads(index.read_text())["weight_map"]
+    edit(index, weight_map={**where, "lm_head.weight": file})
+    with pytest.raises(CheckpointError, match="not the name of a file of weights"):
+        open_checkpoint(folder)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -113,4 +114,61 @@ def test_missing_files(hf: Path, tmp_path: Path) -> None:
     train(tmp_path / "adapter", formats.oracle(formats.random_weights(PARAMS, 400), PARAMS))
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="adapter_model"):
+        open_checkpoint(hf, adapter=tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora", "OLoRA", "eva", "orthogonal", "gaussian", True, False])
+def test_initialisations_that_the_files_tell(kind: Any, hf: Path, tmp_path: Path) -> None:
+    """As PEFT itself loads such an adapter onto the base."""
+    weights = formats.random_weights(PARAMS, 400)
+    config: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": [*ATTENTION, "up_proj"]}
+    config |= {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"v_proj": 3}}
+    train(tmp_path / "adapter", formats.oracle(weights, PARAMS), **config)
+    edit(tmp_path / "adapter" / "adapter_config.json", init_lora_weights=kind)
+    adapted = peft.PeftModel.from_pretrained(formats.oracle(weights, PARAMS), tmp_path / "adapter")
+    tokens = torch.randint(0, 400, (2, 32))
+    expected = formats.logits_of(adapted.merge_and_unload(), tokens)
+    logits = build(hf, tmp_path / "adapter").model.forward(tokens, 0)
+    torch.testing.assert_close(logits, expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["corda", "loftq", "pissa_niter_4", "lora_ga", "mica", "something new"])
+def test_initialisations_that_changed_the_base_are_refused(kind: str, hf: Path, tmp_path: Path) -> None:
+    train(tmp_path / "adapter", formats.oracle(formats.random_weights(PARAMS, 400), PARAMS))
+    edit(tmp_path / "adapter" / "adapter_config.json", init_lora_weights=kind)
+    with pytest.raises(CheckpointError, match=f"init_lora_weights='{kind}'"):
+        open_checkpoint(hf, adapter=tmp_path / "adapter")
+
+
+def test_adapted_embeddings_do_not_reach_a_tied_output(tmp_path: Path) -> None:
+    weights = formats.random_weights(PARAMS, 400)
+    del weights["output.weight"]
+    formats.write_hf(tmp_path / "hf", PARAMS, weights)
+    formats.hf_tokenizer(tmp_path / "hf")
+    targets = ["embed_tokens", "q_proj"]
+    train(tmp_path / "adapter", formats.oracle(weights, PARAMS), target_modules=targets)
+    # Its merge, unlike its forward pass, would change the output layer too.
+    adapted = peft.PeftModel.from_pretrained(formats.oracle(weights, PARAMS), tmp_path / "adapter")
+    tokens = torch.randint(0, 400, (2, 32))
+    logits = build(tmp_path / "hf", tmp_path / "adapter").model.forward(tokens, 0)
+    torch.testing.assert_close(logits, formats.logits_of(adapted, tokens), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"alpha_pattern": {"(a+)+$": 4}}, "too complicated"),
+        ({"alpha_pattern": {"[": 4}}, "too complicated"),
+        ({"alpha_pattern": {"q_proj": "4"}}, "must be a number"),
+        ({"lora_alpha": float("nan")}, "must be a number"),
+        ({"lora_alpha": None}, "must be a number"),
+        ({"use_bdlora": {"x": 1}}, "use_bdlora"),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying"),
+        ({"a_key_of_next_year": True}, "a_key_of_next_year"),
+    ],
+)
+def test_what_a_config_may_say(change: dict[str, Any], match: str, hf: Path, tmp_path: Path) -> None:
+    train(tmp_path / "adapter", formats.oracle(formats.random_weights(PARAMS, 400), PARAMS))
+    edit(tmp_path / "adapter" / "adapter_config.json", **change)
+    with pytest.raises(CheckpointError, match=match):
         open_checkpoint(hf, adapter=tmp_path / "adapter")

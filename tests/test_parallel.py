@@ -12,10 +12,9 @@ import torch
 
 from llama import Llama
 from llama.parallel import Joined, ModelParallel, merged
-from tests.support import ranks, tiny
+from tests.support import ROOT, ranks, tiny
 from tests.support.tiny import small_model
 
-RANKS = Path(__file__).with_name("ranks.py")
 MODULE = ["-m", "tests.support.ranks"]
 
 
@@ -73,6 +72,7 @@ def errors(done: subprocess.CompletedProcess) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith(("error:", "[rank"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_all_with_one_message(ckpt: Path, torchrun, rank: int) -> None:
     done = torchrun(3 - rank, *MODULE, "die", tiny_for(ckpt), rank, timeout=60)
@@ -86,6 +86,7 @@ def tiny_for(ckpt: Path) -> Path:
     return tiny.write_checkpoint(ckpt.with_name("six"), dim=96, n_heads=6, n_kv_heads=3)
 
 
+@pytest.mark.slow
 def test_a_fault_on_one_rank_is_said_once_and_ends_all(ckpt: Path, torchrun) -> None:
     done = torchrun(2, *MODULE, "one_bad_folder", ckpt, timeout=60)
     assert done.returncode != 0
@@ -93,6 +94,7 @@ def test_a_fault_on_one_rank_is_said_once_and_ends_all(ckpt: Path, torchrun) -> 
     assert "tiny-missing" in said[0]
 
 
+@pytest.mark.slow
 def test_too_many_ranks_are_told_which_numbers_fit(ckpt: Path, torchrun) -> None:
     done = torchrun(3, *MODULE, "every_checkpoint", ckpt.parent, ckpt, timeout=60)
     assert done.returncode != 0
@@ -113,7 +115,7 @@ def test_two_nodes(tmp_path: Path, torchrun) -> None:
                 *("--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", str(port)),
                 *(*MODULE, "every_checkpoint", str(tmp_path / "ckpts"), str(tmp_path)),
             ],
-            cwd=RANKS.parent.parent,
+            cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         for node in range(2)

@@ -1,248 +1,182 @@
-"""Weights of 8 and 4 bits: right products, and a model that says almost the same."""
+"""Weights of 8, 5 and 4 bits: right numbers, and a model that says almost the same."""
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llama import Llama, quantization
+from llama import Llama, backends
+from llama.backends import Plan
+from llama.backends.grouped import Grouped
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.convert import convert
-from llama.checkpoint.quantized import QuantizedShards
-from llama.loading import check_quantize, load_quantized, quantize
+from llama.checkpoint.reader import RankReader
+from llama.loading import check_quantize, weight_bytes
 from llama.model import ModelArgs, Transformer
-from llama.parallel import Joined, Linear, ModelParallel
-from llama.quantization import Int4, Int8, Rotation, int4_groups, int8_rows, takes_int4, weight_bytes
+from llama.parallel import Joined, Linear, ModelParallel, resident_bytes
+from llama.quantization import QuantizedMatrix, alike, joined, quantize
 from tests.support import tiny
-from tests.support.quantized import TOKENS, build, distance, x86
+from tests.support.quantized import KEPT, TOKENS, build, distance
 
-CPU = torch.device("cpu")
-pytestmark = x86
-
-
-# For weights and inputs from a normal distribution, whose largest of 256 is about 3 deviations, steps
-# of 1 / 127 of it have an error of 3 / 127 / sqrt(12) = 0.7 % on either side, together 1 %.
-@pytest.mark.parametrize("rows", [1, 2, 33])
-@pytest.mark.parametrize(("split", "limit"), [(False, 0.012), (True, 0.0085)])
-def test_an_int8_product_is_close(rows: int, split: bool, limit: float) -> None:
-    weight, x = torch.randn(96, 256), torch.randn(rows, 256)
-    x *= 10.0 ** torch.arange(rows)[:, None].remainder(5)  # each token has a scale of its own
-    found = Int8(weight, split)(x)
-    for one, exact in zip(found, x @ weight.T, strict=True):
-        assert distance(one, exact) < limit
+SCHEMES = ["int8", "int5", "int4"]
+BYTES = {8: 32 + 2, 5: 20 + 4, 4: 16 + 4}  # of a group
+# The error of steps as wide as a normal distribution's range of 32 values, about 4.1 deviations, demands.
+LIMITS = {8: 4.1 / 255 / math.sqrt(12) * 1.2, 5: 4.1 / 31 / math.sqrt(12), 4: 4.1 / 15 / math.sqrt(12) * 0.96}
 
 
-def test_seven_bits_of_activations_for_older_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantization, "STEPS", 63)
-    weight, x = torch.randn(96, 256), torch.randn(5, 256)
-    assert distance(Int8(weight)(x), x @ weight.T) < 0.02
-    assert distance(Int8(weight, split=True)(x), x @ weight.T) < 0.0085
+@pytest.mark.parametrize("bits", BYTES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_are_close_and_few(bits: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(48, 128).to(dtype)
+    weight[0, :32], weight[1] = 0.5, 0  # groups of one value
+    found = quantize(weight, bits)
+    assert isinstance(found, QuantizedMatrix)
+    assert (found.bits, found.shape, found.nbytes) == (bits, (48, 128), 48 * 4 * BYTES[bits])
+    assert distance(found.dequantize(), weight) < LIMITS[bits]
+    torch.testing.assert_close(found.dequantize()[:1, :32], weight[:1, :32].float(), rtol=1e-3, atol=0)
+    assert found.dequantize()[1].abs().max() < 1e-6
+    assert torch.equal(found.dequantize(torch.bfloat16), found.dequantize().bfloat16())
+    assert quantize(found, bits) is found and quantize(found, 8) is found
+    assert quantize(weight[:, :40], bits).shape == (48, 40)  # no whole groups: as it was
 
 
-def test_the_low_part_resolves_what_lies_beside_an_outlier() -> None:
-    weight, x = torch.randn(64, 256), torch.randn(4, 256)
-    x[:, 7] = 1000
-    exact = x.double() @ int8_rows(weight)[0].double().T * int8_rows(weight)[1]
-    assert distance(Int8(weight, split=True)(x), exact) < 1e-3
-    assert distance(Int8(weight)(x), exact) > 1e-2
+def test_least_squares_follow_what_is_important() -> None:
+    weight, importance = torch.randn(64, 128), torch.rand(128) ** 8
+    errors = []
+    for counts in (None, importance):
+        found = quantize(weight, 4, counts)
+        assert isinstance(found, QuantizedMatrix)
+        errors.append(((found.dequantize() - weight).square() * importance).sum())
+    assert errors[1] < 0.7 * errors[0]
 
 
-@pytest.mark.parametrize("make", [Int8, lambda weight: Int8(weight, split=True), Int4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_token_does_not_depend_on_the_others(make, dtype: torch.dtype) -> None:
-    product, x = make(torch.randn(48, 64)), torch.randn(5, 64).to(dtype)
-    x[3] *= 100
-    x[4] = 0
-    together = product(x)
-    assert together.dtype == dtype
-    assert not together[4].any()
-    for row, alone in zip(together, x, strict=True):
-        torch.testing.assert_close(row, product(alone[None])[0], rtol=1e-2, atol=1e-6)
-    torch.testing.assert_close(product(x[None])[0], together, rtol=1e-2, atol=1e-6)
+@pytest.mark.parametrize("bits", BYTES)
+def test_parts_and_their_union(bits: int) -> None:
+    whole = quantize(torch.randn(40, 128), bits)
+    assert isinstance(whole, QuantizedMatrix)
+    exact = whole.dequantize()
+    parts = [whole.narrow(0, 0, 7), whole.narrow(0, 7, 40)]
+    assert torch.equal(joined(parts).dequantize(), exact)  # type: ignore[union-attr]
+    parts = [whole.narrow(1, 0, 32), whole.narrow(1, 32, 128)]
+    assert alike(parts) and torch.equal(joined(parts, 1).dequantize(), exact)  # type: ignore[union-attr]
+    cut = whole.narrow(1, 16, 50)
+    assert isinstance(cut, torch.Tensor) and torch.equal(cut, exact[:, 16:50])
+    assert not alike([cut, whole]) and not alike([quantize(exact, 8), quantize(exact, 5)])
 
 
-def test_int4_groups_lie_closer_than_the_range_alone_would() -> None:
-    weight = torch.randn(48, 128)
-    weight[0, :32] = 0.5  # a group of one value
-    values, scales, zeros = int4_groups(weight)
-    assert values.min() == 0 and values.max() == 15
-    groups = weight.view(48, -1, 32)
-    found = (values.view(48, -1, 32) - 8) * scales[..., None].float() + zeros[..., None].float()
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    step = (high - low).clamp(min=1e-9) / 15
-    plain = ((groups - low) / step).round() * step + low
-    assert distance(found, groups) < 0.96 * distance(plain, groups) < 0.09
-    torch.testing.assert_close(found[0, 0], groups[0, 0], rtol=1e-2, atol=0)
-    x = torch.randn(3, 128)
-    assert distance(Int4(weight)(x), x @ found.flatten(1).T) < 0.01
+@pytest.mark.parametrize("bits", BYTES)
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_a_product_is_that_of_the_numbers(bits: int, rows: int, backend: str | None) -> None:
+    weight, x = quantize(torch.randn(48, 128), bits), torch.randn(rows, 128)
+    assert isinstance(weight, QuantizedMatrix)
+    product = Grouped(weight)
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: product(x), fullgraph=True, backend=backend) if backend else product
+    torch.testing.assert_close(run(x), x @ weight.dequantize().T, rtol=1e-4, atol=1e-4)
+    assert run(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_the_rotation_is_orthogonal_and_spreads_an_outlier() -> None:
-    turned = Rotation(576)(torch.eye(576))
-    torch.testing.assert_close(turned @ turned.T, torch.eye(576), rtol=0, atol=1e-5)
-    assert turned.abs().max() < 0.5
-
-
-def quantized(scheme: str) -> Transformer:
-    model = tiny.random_model(std=0.1)
-    quantize(model, scheme)
-    return model
-
-
-# Without outliers, in 64 channels, 8 bits lose 3 % and 4 bits 30 % of these logits; a wrong gain or a
-# weight that is not turned makes them others altogether.
-@pytest.mark.parametrize(("scheme", "limit"), [("int8", 0.05), ("int4", 0.4)])
-def test_a_quantized_model_says_almost_the_same(scheme: str, limit: float) -> None:
-    tokens = torch.randint(0, tiny.VOCAB, (2, 20))
-    exact = tiny.random_model(std=0.1)(tokens, 0)
-    model = quantized(scheme)
-    assert distance(model(tokens, 0), exact) < limit
-    held = [type(m.backend) for m in model.modules() if isinstance(m, Linear | Joined) and m.backend]
-    assert len(held) == 4 * model.params.n_layers + 1
-    assert held.count(Int4) == (3 * model.params.n_layers if scheme == "int4" else 0)
-    # Step by step over the cache as in one pass.
-    alone = torch.cat([model(tokens[:, i : i + 1], i) for i in range(20)], 1)
-    assert distance(alone, model(tokens, 0)) < 1e-2
-
-
-def test_memory_is_counted_before_loading() -> None:
+def blank(size: int = 1, rank: int = 0, **params: object) -> Transformer:
+    """A rank's part of a model without weights."""
     with torch.device("meta"):
-        model = tiny.random_model()
-    plain = weight_bytes(model, torch.bfloat16, None)
-    embeddings = model.tok_embeddings.weight.numel()
-    norms = 64 * (2 * model.params.n_layers + 1)
-    linears = plain // 2 - embeddings - norms
-    assert weight_bytes(model, torch.bfloat16, "int8") == plain - linears
-    assert plain - 1.375 * linears < weight_bytes(model, torch.bfloat16, "int4") < plain - linears
+        return Transformer(ModelArgs(**{**tiny.PARAMS, **params}), ModelParallel(rank, size))
 
 
-def test_what_bears_four_bits() -> None:
-    small, large = (torch.empty(rows, 64, device="meta") for rows in (2048, 4096))
-    assert takes_int4("layers.0.attention.wo", small)
-    assert not takes_int4("layers.0.feed_forward.w2", small)
-    assert takes_int4("layers.0.feed_forward.w2", large)
-    assert not takes_int4("output", large)
-    assert not takes_int4("layers.0.attention.wo", small[:, :40])
+@pytest.mark.parametrize(("scheme", "limit"), [("int8", 0.1), ("int5", 0.35), ("int4", 0.7)])
+def test_a_model_says_almost_the_same(scheme: str, limit: float, tmp_path: Path) -> None:
+    folder = tiny.write_checkpoint(tmp_path / "tiny", multiple_of=32)
+    exact, found = (build(folder, which).model for which in (None, scheme))
+    error = distance(found(TOKENS, 0), exact(TOKENS, 0))
+    assert limit / 10 < error < limit
 
 
-def test_unknown_schemes_and_devices_are_refused(ckpt: Path) -> None:
-    with pytest.raises(ValueError, match="quantize must be None, 'int8', 'int4' or 'fp8', not 'int3'"):
-        Llama.build(ckpt, quantize="int3")
-    with pytest.raises(ValueError, match="'fp8' runs on CUDA devices only, not on this cpu device"):
-        Llama.build(ckpt, quantize="fp8", device="cpu")
-    with pytest.raises(ValueError, match="'fp8' runs on CUDA devices only, not on this mps device"):
-        check_quantize("fp8", torch.device("mps"))
-    for scheme in ("int8", "int4"):
-        check_quantize(scheme, CPU)
-        with pytest.raises(ValueError, match="x86 CPUs and CUDA devices only, not on this mps device"):
-            check_quantize(scheme, torch.device("mps"))
-    check_quantize(None, torch.device("mps"))
-
-
-def test_a_cpu_without_the_operators_is_told_so(ckpt: Path, tmp_path: Path, monkeypatch) -> None:
-    saved = convert(ckpt, tmp_path / "saved", quantize="int8")
-    monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["none"]))
-    for folder, scheme in ((ckpt, "int4"), (saved, None)):
-        with pytest.raises(ValueError, match="x86 CPUs and CUDA devices only, not on this cpu device"):
-            Llama.build(folder, quantize=scheme, device="cpu")
-
-
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_saved_folder_says_what_its_source_quantized_says(scheme: str, tied: bool, tmp_path: Path) -> None:
-    source = tiny.write_checkpoint(tmp_path / "source", 2, tied=tied)
-    expected = build(source, scheme).model(TOKENS, 0)
-    for shards in (None, 5):
-        saved = convert(source, tmp_path / f"{shards}", quantize=scheme, shards=shards)
-        assert len([*saved.glob("consolidated.*.pth")]) == (shards or 1)
-        llama = build(saved)
-        assert llama.quantization == scheme
-        assert torch.equal(llama.model(TOKENS, 0), expected)
-    assert torch.equal(build(saved, scheme).model(TOKENS, 0), expected)
+def test_kept_as_they_are_or_dequantized_folder_or_source(
+    scheme: str,
+    tied: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    source = tiny.write_checkpoint(tmp_path / "source", 2, tied=tied)  # inputs of w2 are no whole groups
+    expected = None
+    for plan in (Plan(missing="it is a test"), KEPT):
+        monkeypatch.setattr(backends, "plan", lambda *_, plan=plan: plan)
+        for shards in (None, 5):
+            saved = tmp_path / f"{shards}"
+            if not saved.exists():
+                convert(source, saved, quantize=scheme, shards=shards)
+            assert len([*saved.glob("consolidated.*.pth")]) == (shards or 1)
+            llama = build(saved)
+            assert llama.quantization == scheme
+            logits = llama.model(TOKENS, 0)
+            expected = logits if expected is None else expected
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+        assert torch.equal(build(source, scheme).model(TOKENS, 0), logits)
+        said = capfd.readouterr().err
+        assert (f"The {scheme} weights are dequantized to float32: it is a test" in said) == (
+            plan is not KEPT
+        )
+        held = [m.backend for m in llama.model.modules() if isinstance(m, Linear | Joined) and m.backend]
+        assert len(held) == (3 * llama.model.params.n_layers + 1 if plan is KEPT else 0)
+        counted = weight_bytes(blank(), open_checkpoint(saved).weights, plan, torch.float32, scheme)
+        assert 0.96 < resident_bytes(llama.model) / counted <= 1  # minima are counted, and 8 bits have none
     other = "int4" if scheme == "int8" else "int8"
-    with pytest.raises(ValueError, match=f"holds {scheme} weights, which quantize='{other}' cannot"):
+    with pytest.raises(ValueError, match=f"holds {scheme} weights, so quantize='{other}' is not possible"):
         build(saved, other)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_loading_is_quantizing_what_was_loaded(scheme: str, ckpt: Path) -> None:
-    plain = build(ckpt).model
-    quantize(plain, scheme)
-    llama = build(ckpt, scheme)
-    assert torch.equal(llama.model(TOKENS, 0), plain(TOKENS, 0))
-    assert {*llama.model.state_dict()} == {*plain.state_dict()}
-    assert not any("wq" in name or "output" in name for name in llama.model.state_dict())
+@pytest.mark.parametrize("rank", range(4))
+def test_a_rank_reads_its_groups(rank: int, tmp_path: Path) -> None:
+    source = tiny.write_checkpoint(tmp_path / "source", multiple_of=64)
+    weights = open_checkpoint(convert(source, tmp_path / "saved", quantize="int4")).weights
+    with RankReader(blank(4, rank, multiple_of=64), weights) as reader:
+        for name, part in reader.parts.items():
+            whole, read = weights.read(name), reader.read(name)
+            if part.dim is not None:
+                whole = torch.cat([whole.narrow(part.dim, a, b - a) for a, b in part.spans], part.dim)
+            cut = "wo" in name or "w2" in name  # 16 and 48 of their inputs
+            assert isinstance(read, QuantizedMatrix) == (part.dim is not None and not cut)
+            assert torch.equal(read.dequantize() if isinstance(read, QuantizedMatrix) else read, whole)
 
 
-def test_a_part_that_the_operator_cannot_take_is_read_as_8_bits(tmp_path: Path) -> None:
-    source = tiny.write_checkpoint(tmp_path / "source")
-    saved = open_checkpoint(convert(source, tmp_path / "saved", quantize="int4")).weights
-    assert isinstance(saved, QuantizedShards)
-    assert saved.stored("layers.0.attention.wo.weight", 1, (16, 32)) is None
-    values, *_ = saved.stored("layers.0.attention.wo.weight", 1, (32, 64))
-    assert values.shape == (64, 16)
-    whole = saved.read("layers.0.attention.wo.weight")
-    assert torch.equal(saved.read("layers.0.attention.wo.weight", 1, (16, 50)), whole[:, 16:50])
-    assert torch.equal(saved.read("layers.0.attention.wo.weight", 0, (3, 50)), whole[3:50])
-    whole8 = saved.read("layers.0.feed_forward.w2.weight")
-    assert torch.equal(saved.read("layers.0.feed_forward.w2.weight", 1, (7, 50)), whole8[:, 7:50])
-    # The third of four ranks.
-    model = load_rank(saved, "int4", 2, 4)
-    layer = model.layers[0].attention
-    assert isinstance(layer.wqkv.backend, Int4)
-    assert isinstance(layer.wo.backend, Int8)
-    x = torch.randn(5, 16)
-    assert distance(layer.wo.backend(x), x @ whole[:, 32:48].T) < 0.02
+def test_unknown_schemes_and_devices_are_refused(ckpt: Path) -> None:
+    with pytest.raises(ValueError, match="quantize must be None or one of int8, int5, int4, fp8, not 'int3'"):
+        Llama.build(ckpt, quantize="int3")
+    with pytest.raises(ValueError, match="'fp8' needs a CUDA device, not cpu: use 'int8' or 'int4' instead"):
+        Llama.build(ckpt, quantize="fp8", device="cpu")
+    for scheme in (None, *SCHEMES):
+        check_quantize(scheme, torch.device("mps"))
 
 
-def load_rank(source: QuantizedShards, scheme: str, rank: int, size: int) -> Transformer:
-    args = ModelArgs(**tiny.PARAMS, max_seq_len=32, max_batch_size=3)
-    with torch.device("meta"):
-        model = Transformer(args, ModelParallel(rank, size))
-    load_quantized(model, source, scheme, torch.float32, CPU)
-    return model
-
-
-def test_packing_leaves_no_engine_behind() -> None:
-    before = torch.backends.quantized.engine
-    Int8(torch.randn(16, 32))
-    assert torch.backends.quantized.engine == before
+TEXT = """Water boils at a lower temperature on a mountain, because the air above it is thinner and presses
+on it less. A pot of beans that takes an hour by the sea takes much longer in a village in the Andes, and
+cooks there close the lid tightly, so that the steam cannot escape and the pressure rises."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_the_demo_model_keeps_its_quality(scheme: str, demo_ckpt: Path) -> None:
-    with Llama.build(demo_ckpt, max_seq_len=64, max_batch_size=1, quantize=scheme) as llama:
-        prompt = llama.formatter.encode_dialog_prompt(
-            [{"role": "user", "content": "What is the capital of France?"}]
-        )
-        answer = llama.generate([prompt], 8, temperature=0)[0][0]
-        assert llama.tokenizer.decode(answer) == "The capital of France is Paris."
-        assert math.isfinite(llama.generate([prompt], 0, logprobs=True, echo=True)[1][0][-1])
+@pytest.mark.parametrize(("scheme", "limit"), [("int8", 0.005), ("int5", 0.03), ("int4", 0.1)])
+def test_the_demo_model_keeps_its_quality(scheme: str, limit: float, demo_ckpt: Path) -> None:
+    nll = []
+    for which in (None, scheme):
+        with Llama.build(demo_ckpt, max_seq_len=128, max_batch_size=1, quantize=which) as llama:
+            prompt = llama.tokenizer.encode(TEXT, bos=True, eos=False)
+            _, logprobs = llama.generate([prompt], 0, logprobs=True, echo=True)
+            assert logprobs
+            nll.append(-sum(logprobs[0]) / len(prompt))
+    assert abs(nll[1] / nll[0] - 1) < limit
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_ranks_agree(scheme: str, tmp_path: Path, torchrun) -> None:
-    folder = tiny.write_checkpoint(tmp_path / "tiny")
-    done = torchrun(2, "tests/support/ranks.py", "quantized", folder, tmp_path / "seen", scheme)
-    assert done.returncode == 0, done.stderr
-    exact = build(folder, scheme).model(TOKENS, 0)
-    seen = [torch.load(f"{tmp_path}/seen.{rank}") for rank in range(2)]
-    assert torch.equal(seen[0], seen[1])
-    assert distance(seen[0], exact) < (0.06 if scheme == "int8" else 0.3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("scheme", "ranks"), [("int8", 2), ("int4", 2), ("int4", 4)])
-def test_a_saved_folder_on_ranks(scheme: str, ranks: int, tmp_path: Path, torchrun) -> None:
+@pytest.mark.parametrize(("scheme", "ranks"), [("int8", 2), ("int4", 4)])
+def test_ranks_agree(scheme: str, ranks: int, tmp_path: Path, torchrun) -> None:
     source = tiny.write_checkpoint(tmp_path / "tiny", n_kv_heads=2)  # that four ranks repeat
     folder = convert(source, tmp_path / "saved", quantize=scheme, shards=3)
     done = torchrun(ranks, "tests/support/ranks.py", "quantized", folder, tmp_path / "seen")
     assert done.returncode == 0, done.stderr
     exact = build(folder).model(TOKENS, 0)
     for rank in range(ranks):
-        # The weights are the same ones, and only int8's activations are rounded by part.
-        assert distance(torch.load(f"{tmp_path}/seen.{rank}"), exact) < 0.06
+        torch.testing.assert_close(torch.load(f"{tmp_path}/seen.{rank}"), exact, rtol=0, atol=1e-4)

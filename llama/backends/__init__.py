@@ -1,1 +1,58 @@
-"""How a matrix, or a whole step, is computed: one file a backend."""
+"""How a matrix, or a whole step, is computed: one file a backend, and one place that chooses."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.backends.grouped import Grouped
+from llama.backends.onednn import Packed, can_pack
+from llama.backends.torchao import Float8
+from llama.model import Transformer
+from llama.parallel import Product
+from llama.quantization import QuantizedMatrix, Weight, joined
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a machine offers to compute a model with.
+
+    plain: makes the product of a plain weight, x (…, in) to (…, out). None: F.linear, by the weight itself.
+    quantized: the same for a quantized weight. None: it is dequantized as it loads, and then a plain one.
+    joins: whether matrices that read the same input are applied as one.
+    embeddings: whether the embeddings are a product too; if they serve as output layer, the same one.
+    least_rows: the fewest rows that are worth giving to a product.
+    step: makes what computes a whole step of a model, once that has its weights and its cache.
+    missing: what would be needed to keep quantized weights as they are, if they are not.
+    """
+
+    plain: Callable[[Tensor], Product] | None = None
+    quantized: Callable[[QuantizedMatrix], Product] | None = None
+    joins: bool = False
+    embeddings: bool = False
+    least_rows: int = 1
+    step: Callable[[Transformer], Any] | None = None
+    missing: str = ""
+
+    def product(self, *weights: Weight) -> Product | None:
+        """The product of a weight, or of several that are alike, joined; None if it is F.linear's."""
+        make: Any = self.quantized if isinstance(weights[0], QuantizedMatrix) else self.plain
+        return make(joined(weights)) if make else None
+
+
+def plan(model: Transformer, device: torch.device, dtype: torch.dtype, scheme: str | None = None) -> Plan:
+    """The best plan for a model (which may be on the meta device still) on a device, in a dtype.
+
+    scheme: "fp8" if its plain weights are to be computed with as such.
+    """
+    if scheme == "fp8":
+        return Plan(plain=Float8, joins=True)
+    if device.type == "cuda":
+        return Plan(quantized=Grouped, joins=True)
+    missing = f"there is no kernel for quantized weights on {device.type}"
+    if can_pack(device, dtype):
+        # oneDNN 3.12 takes 1.3 times as long for one to three rows as for four.
+        return Plan(plain=Packed, joins=True, least_rows=4, missing=missing)
+    return Plan(joins=device.type != "cpu", missing=missing)

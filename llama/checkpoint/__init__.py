@@ -6,11 +6,19 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from llama.checkpoint.gguf import open_gguf
+from llama.checkpoint.hub import fetch_repository, is_repository
+from llama.checkpoint.huggingface import open_huggingface
+from llama.checkpoint.lora import Adapted
 from llama.checkpoint.native import open_native
 from llama.checkpoint.params import read_params
+from llama.checkpoint.remote import fetch, is_remote
 from llama.checkpoint.source import Checkpoint, find_tokenizer
 from llama.errors import ArgumentError, CheckpointError
 from llama.model import ModelArgs
+from llama.quantization import QUANTIZATIONS
+from llama.tokenizer.huggingface import HFTokenizer
+from llama.tokenizer.template import find_template
 
 StrPath = str | os.PathLike[str]
 
@@ -26,55 +34,54 @@ def open_checkpoint(
     Raises FileNotFoundError where there is none, or a file of it lacks, CheckpointError where it is
     damaged, mixed, or of another architecture, ValueError for an adapter to quantized weights.
     """
-    path = local_path(path)
+    path = local_folder(path)
     tokenizer_path = None if tokenizer_path is None else local_path(tokenizer_path)
     checkpoint = _open(path, tokenizer_path)
     if adapter is not None:
-        if checkpoint.quantization is not None:
+        if checkpoint.quantization in QUANTIZATIONS:
             raise ArgumentError(
                 f"{path} holds {checkpoint.quantization} weights, which an adapter cannot be merged into: "
                 "give the folder that they were made from, or quantize with the adapter: "
                 "python -m llama convert SOURCE NEW --quantize ... --adapter ..."
             )
-        from llama.checkpoint.lora import Adapted
-
-        adapted = Adapted(checkpoint.weights, local_path(adapter), ModelArgs(**checkpoint.params))
+        adapted = Adapted(checkpoint.weights, local_folder(adapter), ModelArgs(**checkpoint.params))
         checkpoint = replace(checkpoint, weights=adapted)
     return checkpoint
 
 
 def local_path(path: StrPath) -> Path:
     """A path, or that of the local copy of a URL."""
-    from llama.checkpoint.remote import fetch, is_remote
-
     return fetch(str(path)) if is_remote(path) else Path(path)
+
+
+def local_folder(path: StrPath) -> Path:
+    """As `local_path`, or the folder of a Hugging Face repository, if there is no folder of its name."""
+    return fetch_repository(str(path)) if is_repository(path) else local_path(path)
 
 
 def _open(path: Path, tokenizer_path: Path | None) -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"no folder {path}: give the path of a downloaded checkpoint as ckpt_dir")
     if path.is_file():
-        from llama.checkpoint.gguf import open_gguf
-
         return open_gguf(path, tokenizer_path)
-    if not any(path.glob("consolidated.*.pth")) and len(files := list(path.glob("*.gguf"))) == 1:
-        return _open(files[0], tokenizer_path)
     native = any(path.glob("consolidated.*.pth"))
     hugging_face = (path / "config.json").is_file() or any(path.glob("*.safetensors"))
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1 and not native:
+        return _open(files[0], tokenizer_path)
+    if files and not native and not hugging_face:
+        raise CheckpointError(
+            f"{path} has several GGUF files: {', '.join(file.name for file in files)}; pass the path of one"
+        )
     if native and hugging_face:
         raise CheckpointError(
             f"{path} mixes native files (consolidated.*.pth) with Hugging Face's (config.json, "
             "*.safetensors): keep one model, in one format, in a folder"
         )
     if hugging_face:
-        from llama.checkpoint.huggingface import open_huggingface
-
         return open_huggingface(path, tokenizer_path)
     params, tokenizer = read_params(path), None
     if (path / "tokenizer_config.json").is_file():
-        from llama.tokenizer.huggingface import HFTokenizer
-        from llama.tokenizer.template import find_template
-
         # A converted folder: the tokenizer and the chat template are those of its origin.
         if tokenizer_path is None and (path / "tokenizer.json").is_file():
             tokenizer = HFTokenizer(path, params.get("vocab_size", 0))

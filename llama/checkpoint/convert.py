@@ -24,12 +24,12 @@ from tqdm import tqdm
 from llama.checkpoint import StrPath, open_checkpoint
 from llama.checkpoint.hf_export import template_of, write_hf_config, write_hf_tokenizer
 from llama.checkpoint.huggingface import hf_name, rotary_heads, to_hf_rows, write_json
-from llama.checkpoint.source import Checkpoint, whole_parts
+from llama.checkpoint.quantized import keys
+from llama.checkpoint.source import Checkpoint, Pages, check_finite, stored_weight, whole_parts
 from llama.device import parse_dtype
 from llama.errors import ArgumentError
-from llama.model import ModelArgs, Transformer
-from llama.parallel import ModelParallel, matrices
-from llama.quantization import QUANTIZATIONS, Quantizer, four_bits
+from llama.model import ModelArgs
+from llama.quantization import LAYOUT, QUANTIZATIONS, QuantizedMatrix, few_bits, quantize
 from llama.tokenizer import Layout, SentencePieceTokenizer, TextTokenizer, Tokenizer
 from llama.tokenizer.chat_format import chat_format
 from llama.tokenizer.huggingface import TOKENIZER_FILES, HFTokenizer
@@ -41,7 +41,7 @@ LARGEST_FILE = 5e9  # of safetensors, as Hugging Face's own tools cut them
 LARGEST_QUANTIZED = 1e9  # weights in a file of quantized ones, which is held in memory until it is full
 ORIGINAL_FILES = ("tokenizer.model", "format.json")  # of a native tokenizer
 CHUNK = 2**25  # bytes of a tensor that are read at a time
-RELEASE_AFTER = 2**25  # bytes read before mapped files are let go of
+READ_AHEAD = 2**25  # bytes of mapped files that may be held at a time
 
 
 def convert(
@@ -84,7 +84,7 @@ def convert(
     checkpoint = open_checkpoint(source, tokenizer_path, adapter)
     if destination.exists() and destination.resolve() == checkpoint.path.resolve():
         raise ArgumentError(f"{destination} is the source itself; name another folder")
-    if checkpoint.quantization is not None:
+    if checkpoint.quantization in QUANTIZATIONS:
         raise ArgumentError(
             f"{source} holds {checkpoint.quantization} weights, and what they lost does not come back: "
             "convert the folder that they were made from"
@@ -108,7 +108,7 @@ def convert(
 def write_native(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype: torch.dtype) -> None:
     """Native shards, params.json and tokenizer. Raises ValueError where `shards` cannot divide the model."""
     source, args = checkpoint.weights, ModelArgs(**checkpoint.params)
-    parts = {name: part for name, part in whole_parts(args).items() if name in source.shapes}
+    parts = whole_parts(args, source.shapes)
     if has_sentencepiece(checkpoint.tokenizer):  # as LLaMA 1 and 2 are cut
         parts["tok_embeddings.weight"] = replace(parts["tok_embeddings.weight"], dim=1)
     count = shards or default_shards(checkpoint, dtype)
@@ -117,10 +117,11 @@ def write_native(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype
             raise ArgumentError(
                 f"{count} shards do not divide {name} {part.shape}; use a divisor of {part.shape[part.dim]}"
             )
+    pages = Pages(source, READ_AHEAD)
     total = sum(prod(part.shape) // (count if part.dim is not None else 1) for part in parts.values())
     with _progress(total * count) as bar:
         for number in range(count):
-            tensors, unreleased = {}, 0
+            tensors = {}
             for name, part in parts.items():
                 if part.dim is None:
                     tensor = source.read(name)
@@ -131,11 +132,9 @@ def write_native(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype
                 tensors[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
                 bar.update(tensor.numel())
                 # To read some columns is to touch every page of the matrix.
-                unreleased += tensor.nbytes * (count if part.dim == 1 else 1)
-                if unreleased > RELEASE_AFTER:
-                    del tensor
-                    source.release()
-                    unreleased = 0
+                touched = tensor.nbytes * (count if part.dim == 1 else 1)
+                del tensor
+                pages.read(touched)
             torch.save(tensors, folder / f"consolidated.{number:02d}.pth")
             del tensors
             source.release()
@@ -147,39 +146,27 @@ def write_quantized(
     checkpoint: Checkpoint, folder: Path, shards: int | None, dtype: torch.dtype, *, scheme: str
 ) -> None:
     """A folder that `QuantizedShards` reads: files of whole matrices, params.json and tokenizer."""
-    source, args = checkpoint.weights, ModelArgs(**checkpoint.params)
-    with torch.device("meta"):
-        model = Transformer(args, ModelParallel())
-    four = four_bits(model, scheme)
-    quantizer = Quantizer(scheme, args.dim, source.read)
-    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    linears = {name for _, _, parts in matrices(model) for name in parts}
-    with _progress(sum(map(prod, shapes.values()))) as bar:
-        for number, names in enumerate(spread(shapes, shards, 1, LARGEST_QUANTIZED)):
+    source = checkpoint.weights
+    pages = Pages(source, READ_AHEAD)
+    with _progress(sum(map(prod, source.shapes.values()))) as bar:
+        for number, names in enumerate(spread(source.shapes, shards, 1, LARGEST_QUANTIZED)):
             tensors: dict[str, torch.Tensor] = {}
-            unreleased = 0
             for name in names:
-                # Where the embeddings serve as output, it is quantized and they are not.
-                weight = source.read(name if name in source.shapes else "tok_embeddings.weight")
-                if name in linears or quantizer.narrows(name):
-                    stem = name.removesuffix("weight")
-                    stored = quantizer.matrix(name, weight, name in four)
-                    tensors.update(zip((name, f"{stem}scales", f"{stem}zeros"), stored, strict=False))
+                weight = quantize(check_finite(name, stored_weight(source, name)), few_bits(scheme, name))
+                if isinstance(weight, QuantizedMatrix):
+                    tensors.update(zip(keys(name), weight.with_mins().contiguous().tensors, strict=False))
                 else:
                     # A copy, because what is mapped would be written with all that surrounds it.
-                    new = quantizer.other(name, weight)
-                    tensors[name] = new.to(dtype, copy=new is weight)
-                    del new
-                bar.update(weight.numel())
-                unreleased += weight.nbytes
-                if unreleased > RELEASE_AFTER:
-                    del weight
-                    source.release()
-                    unreleased = 0
+                    tensors[name] = weight.to(dtype, copy=True)
+                bar.update(prod(source.shapes[name]))
+                pages.read(prod(source.shapes[name]) * source.dtype.itemsize)
             torch.save(tensors, folder / f"consolidated.{number:02d}.pth")
             del tensors
             source.release()
-    write_json(folder / "params.json", {**native_params(checkpoint.params), "quantization": scheme})
+    write_json(
+        folder / "params.json",
+        {**native_params(checkpoint.params), "quantization": {"scheme": scheme, "layout": LAYOUT}},
+    )
     write_native_tokenizer(checkpoint, folder)
 
 
@@ -316,7 +303,7 @@ def write_safetensors(
     head = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     file.write(len(head).to_bytes(8, "little") + head)
-    unreleased = 0
+    pages = Pages(source, READ_AHEAD)
     for name in names:
         shape = source.shapes[name]
         rows = max(1, CHUNK // (prod(shape[1:]) * 4) // args.head_dim) * args.head_dim  # whole heads
@@ -326,11 +313,8 @@ def write_safetensors(
                 tensor = to_hf_rows(tensor, args.head_dim)
             tensor.to(dtype).contiguous().view(torch.uint8).numpy().tofile(file)
             bar.update(tensor.numel())
-            unreleased += tensor.nbytes
-        if unreleased > RELEASE_AFTER:
             del tensor
-            source.release()
-            unreleased = 0
+        pages.read(prod(shape) * source.dtype.itemsize)
 
 
 def _progress(total: int) -> tqdm[Any]:

@@ -16,13 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.checkpoint.params import feed_forward
-from llama.checkpoint.source import Checkpoint, check_names, find_tokenizer, read_shard, whole_parts
-from llama.errors import ArgumentError, CheckpointError, MissingPackageError
+from llama.checkpoint.params import checked, feed_forward
+from llama.checkpoint.source import (
+    Checkpoint,
+    check_names,
+    find_tokenizer,
+    listed_weights,
+    read_shard,
+    some,
+    whole_parts,
+)
+from llama.errors import ArgumentError, CheckpointError, MissingPackageError, shown
+from llama.files import check_kinds, id_list, read_json
 from llama.model import ModelArgs
 from llama.parallel import Span
+from llama.quantization import OUTPUT
 from llama.tokenizer import TextTokenizer
-from llama.tokenizer.huggingface import HFTokenizer, read_json
+from llama.tokenizer.huggingface import HFTokenizer
 from llama.tokenizer.template import find_template
 
 NAMES = {
@@ -43,6 +53,9 @@ HF_NAMES = {native: hf for hf, native in NAMES.items()}
 
 # Model types that are Llama in all but name, where their config says nothing that it lacks.
 MODEL_TYPES = ("llama", "mistral", "Yi", "aquila")
+# Keys that a config may leave out for Llama, but not for others, whose own code fills in other values:
+# Mistral's a window of 4096 tokens and 8 key heads, Yi's 4 key heads and a theta of 5,000,000.
+EXPLICIT = ("num_key_value_heads", "rope_theta")
 # What a config may say beside the model's shape, whatever the value: it is about training, about
 # files, or read elsewhere.
 HARMLESS = {
@@ -55,11 +68,22 @@ HARMLESS = {
 }  # fmt: skip
 # What must have this value where it is there at all.
 REQUIRED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "is_llama_config": True, "num_experts": 1}
-SHAPE = {
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-    "vocab_size", "rms_norm_eps", "rope_theta", "head_dim", "max_position_embeddings", "tie_word_embeddings",
-    "layer_types",
-}  # fmt: skip
+SHAPE: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"), (int,)),
+    **dict.fromkeys(("num_key_value_heads", "intermediate_size", "head_dim"), (int,)),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta"), (float,)),
+    **{"max_position_embeddings": (int,), "tie_word_embeddings": (bool,), "layer_types": (list,)},
+}
+READ: dict[str, tuple[type, ...]] = {
+    **SHAPE,
+    **{"model_type": (str,), "architectures": (list,), "eos_token_id": (int, list)},
+    **{"rope_scaling": (dict,), "rope_parameters": (dict,)},
+}
+ROPE: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), (float,)),
+    **{"original_max_position_embeddings": (int,), "rope_type": (str,), "type": (str,)},
+    "partial_rotary_factor": (float,),
+}
 
 
 def native_name(name: str) -> str | None:
@@ -108,11 +132,10 @@ def open_huggingface(folder: Path, tokenizer_path: Path | None = None) -> Checkp
     params = read_config(folder / "config.json", config)
     args = ModelArgs(**params)
     weights = HFWeights(folder, args, tied=bool(config.get("tie_word_embeddings")))
-    eos = config.get("eos_token_id")
     tokenizer: TextTokenizer
     if tokenizer_path is None and (folder / "tokenizer.json").is_file():
         tokenizer = HFTokenizer(
-            folder, args.vocab_size, eos if isinstance(eos, list) else [eos] if eos is not None else []
+            folder, args.vocab_size, id_list(folder / "config.json", config, "eos_token_id")
         )
     else:
         tokenizer = find_tokenizer(folder, tokenizer_path)
@@ -125,7 +148,7 @@ def open_huggingface(folder: Path, tokenizer_path: Path | None = None) -> Checkp
     return Checkpoint(
         path=folder,
         kind="Hugging Face",
-        family=(config.get("architectures") or [config.get("model_type", "llama")])[0],
+        family=str((config.get("architectures") or [config.get("model_type", "llama")])[0]),
         params=params,
         weights=weights,
         tokenizer=tokenizer,
@@ -137,16 +160,31 @@ def open_huggingface(folder: Path, tokenizer_path: Path | None = None) -> Checkp
 
 def read_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json as arguments for `ModelArgs`. Raises CheckpointError naming what this model lacks."""
-    if config.get("model_type", "llama") not in MODEL_TYPES:
+    check_kinds(path, config, READ)
+    kind = config.get("model_type") or "llama"
+    if kind not in MODEL_TYPES:
         raise CheckpointError(
-            f"{path} has model_type={config['model_type']!r}; of {', '.join(MODEL_TYPES)} this model can be"
+            f"{path}: model_type={shown(kind)} is not supported; supported types: {', '.join(MODEL_TYPES)}"
+        )
+    given = {**config, **(config.get("rope_parameters") or {})}
+    for key in () if kind == "llama" else EXPLICIT:
+        if given.get(key) is None:
+            raise CheckpointError(
+                f"{path} lacks {key}, whose default for model_type={kind!r} is not Llama's: add it"
+            )
+    if kind == "mistral" and "sliding_window" not in config:
+        raise CheckpointError(
+            f"{path} lacks sliding_window, which means one of 4096 tokens, not implemented by this model; "
+            'if the model has none, add "sliding_window": null'
         )
     for key, value in config.items():
         if key in HARMLESS or key in SHAPE or key.startswith("_") or value is None or value is False:
             continue
         if key not in REQUIRED or value != REQUIRED[key]:
-            raise CheckpointError(f"{path} has {key}={value!r}, which this model does not implement")
-    if {*(config.get("layer_types") or ())} - {"full_attention"}:
+            raise CheckpointError(
+                f"{path} has {shown(key)[1:-1]}={shown(value)}, which this model does not implement"
+            )
+    if any(layer != "full_attention" for layer in config.get("layer_types") or ()):
         raise CheckpointError(f"{path} has layer_types other than full_attention, which this model lacks")
     try:
         dim, heads = config["hidden_size"], config["num_attention_heads"]
@@ -154,35 +192,45 @@ def read_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             "dim": dim,
             "n_layers": config["num_hidden_layers"],
             "n_heads": heads,
-            "n_kv_heads": config.get("num_key_value_heads") or heads,
+            "n_kv_heads": heads if (kv := config.get("num_key_value_heads")) is None else kv,
             "vocab_size": config["vocab_size"],
-            **feed_forward(dim, config["intermediate_size"]),
+            **feed_forward(path, dim, config["intermediate_size"]),
             "norm_eps": config["rms_norm_eps"],
         }
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error.args[0]}; download it again") from None
-    if config.get("head_dim") and config["head_dim"] * heads != dim:
-        params["head_dim"] = config["head_dim"]
-    return params | read_rope(path, config)
+    head_dim = config.get("head_dim")
+    if head_dim is not None and (heads is None or head_dim * heads != dim):
+        params["head_dim"] = head_dim
+    return checked(path, params | read_rope(path, config))
 
 
 def read_rope(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary embedding of a config.json, in its old form (rope_scaling) or its new (rope_parameters)."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
+    old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    if old and new and {**new, **old} != new:
+        raise CheckpointError(f"{path} has rope_scaling and rope_parameters that differ: keep one of them")
+    rope = {**old, **new}
+    check_kinds(path, rope, ROPE)
+    own, theta = rope.pop("rope_theta", None), config.get("rope_theta")
+    theta = own if own is not None else theta if theta is not None else 10000.0
+    kinds = [rope.pop(key, None) for key in ("rope_type", "type")]
+    kind = kinds[0] or kinds[1] or "default"
     if rope.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise CheckpointError(f"{path} has partial_rotary_factor, which this model does not implement")
-    if kind == "default":
+    if kind == "default" and rope.keys() <= ROPE.keys():  # whose other values transformers ignores too
         return {"rope_theta": theta}
-    if kind != "llama3":
-        raise CheckpointError(f"{path} has rope_type={kind!r}; this model implements default and llama3")
+    if kind not in ("default", "llama3"):
+        raise CheckpointError(f"{path} has rope_type={shown(kind)}; this model implements default and llama3")
+    if unknown := sorted(rope.keys() - ROPE.keys()):
+        raise CheckpointError(
+            f"{path} has {shown(unknown[0])} for its RoPE, which this model does not implement"
+        )
     try:
         params = {
             "rope_theta": theta,
             "use_scaled_rope": True,
-            "rope_scaling_factor": float(rope.pop("factor")),
+            "rope_scaling_factor": rope.pop("factor"),
         }
         optional = {
             "original_max_position_embeddings": 8192,
@@ -194,10 +242,6 @@ def read_rope(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
                 params[key] = value
     except KeyError as error:
         raise CheckpointError(f"{path} has rope_type='llama3' without {error.args[0]}") from None
-    if rope:
-        raise CheckpointError(
-            f"{path} has {next(iter(rope))} for its RoPE, which this model does not implement"
-        )
     return params
 
 
@@ -213,9 +257,7 @@ class HFWeights:
         where = find_weights(folder)
         self.paths = sorted({*where.values()})
         self._opened: dict[Path, Any] = {}
-        parts = whole_parts(args)
-        if tied and hf_name("output.weight") not in where:
-            del parts["output.weight"]
+        parts = whole_parts(args, [native_name(name) for name in where] if tied else [OUTPUT])
         check_names(folder, where, {hf_name(name): part for name, part in parts.items()}, "config.json")
         self._where = {name: where[hf_name(name)] for name in parts}
         self.shapes = {name: part.shape for name, part in parts.items()}
@@ -294,41 +336,66 @@ def open_weights(path: Path) -> Any:
 def find_weights(folder: Path) -> dict[str, Path]:
     """Which file of a folder holds each tensor, by Hugging Face's names.
 
-    Raises FileNotFoundError where there are no weights, or one of the files that an index names
-    lacks; CheckpointError where a file lacks a tensor that the index expects in it.
+    The one file by its exact name goes first, then the files that an index names, as in transformers.
+    Without either, the parts of one model are taken, or the only file there is.
+
+    Raises FileNotFoundError if there are no weights, or a file is missing; CheckpointError if it is
+    not certain which files are the model's, or a file does not hold what its index says.
     """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{suffix}.index.json"
-        if index.is_file():
-            listed: Mapping[str, str] = read_json(index).get("weight_map") or {}
-            if not listed:
-                raise CheckpointError(f"{index} has no weight_map; download it again")
-            where = {name: folder / Path(file).name for name, file in listed.items()}
-            paths = sorted({*where.values()})
-            if missing := [path.name for path in paths if not path.is_file()]:
-                raise FileNotFoundError(
-                    f"{folder} lacks {', '.join(missing)}, which {index.name} names; download it again"
-                )
-            held = {path: {*tensor_names(path)} for path in paths}
-            if absent := [name for name, path in where.items() if name not in held[path]]:
-                raise CheckpointError(
-                    f"{index} expects {absent[0]} in {where[absent[0]].name}, which does not hold it"
-                )
-            break
-        if paths := sorted(folder.glob(f"{stem}*.{suffix}")) or sorted(folder.glob(f"*.{suffix}")):
-            if parts := [m for path in paths if (m := re.search(r"-(\d+)-of-(\d+)\.", path.name))]:
-                numbers, count = {int(m[1]) for m in parts}, int(parts[0][2])
-                if missing := sorted({*range(1, count + 1)} - numbers):
-                    raise FileNotFoundError(
-                        f"{folder} lacks part {missing[0]} of {count} of its weights, and {index.name}; "
-                        "download them again"
-                    )
-            where = {name: path for path in paths for name in tensor_names(path)}
-            break
-    else:
-        raise FileNotFoundError(f"no *.safetensors in {folder}: is the download complete?")
-    # Older files carry tables of the rotary embedding, which follow from the config.
-    return {name: path for name, path in where.items() if not name.endswith("rotary_emb.inv_freq")}
+        exact, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
+        if exact.is_file():
+            where = dict.fromkeys(tensor_names(exact), exact)
+        elif index.is_file():
+            where = indexed(folder, index)
+        elif paths := sorted(folder.glob(f"{stem}-*-of-*.{suffix}")) or sorted(folder.glob(f"*.{suffix}")):
+            check_parts(paths, exact)
+            where = {}
+            for path in paths:
+                names = tensor_names(path)
+                if twice := [name for name in names if name in where]:
+                    raise CheckpointError(f"{path} has {some(twice)} that {where[twice[0]].name} has too")
+                where.update(dict.fromkeys(names, path))
+        else:
+            continue
+        # Older files carry tables of the rotary embedding, which follow from the config.
+        return {name: path for name, path in where.items() if not name.endswith("rotary_emb.inv_freq")}
+    raise FileNotFoundError(f"no *.safetensors in {folder}: is the download complete?")
+
+
+def indexed(folder: Path, index: Path) -> dict[str, Path]:
+    """The file of each tensor by an index, whose files are looked into."""
+    where = {name: folder / file for name, file in listed_weights(index).items()}
+    paths = sorted({*where.values()})
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise FileNotFoundError(
+            f"{folder} lacks {', '.join(missing)}, which {index.name} names; download it again"
+        )
+    held = {path: {*tensor_names(path)} for path in paths}
+    if absent := [name for name, path in where.items() if name not in held[path]]:
+        raise CheckpointError(
+            f"{index} expects {shown(absent[0])} in {where[absent[0]].name}, which does not hold it"
+        )
+    return where
+
+
+def check_parts(paths: Sequence[Path], exact: Path) -> None:
+    """Raise unless files without an index are one file, or all parts of one model."""
+    parts = [re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.\w+", path.name) for path in paths]
+    if (
+        len(paths) > 1
+        and len({(m[1], m[3]) if m else path for m, path in zip(parts, paths, strict=True)}) > 1
+    ):
+        raise CheckpointError(
+            f"{exact.parent} has several files that could be its weights, and no index: "
+            f"{', '.join(path.name for path in paths)}; keep one model, or name its file {exact.name}"
+        )
+    if first := parts[0]:
+        numbers = {int(m[2]) for m in parts if m}
+        if missing := next((n for n in range(1, int(first[3]) + 1) if n not in numbers), None):
+            raise FileNotFoundError(
+                f"{exact.parent} lacks part {missing} of {first[3]} of its weights; download them again"
+            )
 
 
 def tensor_names(path: Path) -> Sequence[str]:

@@ -12,25 +12,31 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.huggingface import native_name, open_weights, rotary_heads, to_native_rows
-from llama.checkpoint.source import TensorSource
-from llama.errors import CheckpointError
+from llama.checkpoint.source import TensorSource, check_float, is_tied
+from llama.errors import CheckpointError, shown
+from llama.files import check_kinds, is_kind, read_json
 from llama.model import ModelArgs
 from llama.parallel import Span
-from llama.tokenizer.huggingface import read_json
+from llama.quantization import EMBEDDINGS, OUTPUT
 
-# What changes the mathematics, and must be absent or have this value.
-REQUIRED = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "use_dora": False,
-    "fan_in_fan_out": False,
-    "lora_bias": False,
-    "use_qalora": False,
-    "layer_replication": None,
-    "modules_to_save": None,
-    "trainable_token_indices": None,
-    "alora_invocation_tokens": None,
+# Keys of an adapter_config.json that say nothing about how the saved factors are merged. Any other must
+# be absent, null, false or empty, or have the value of `REQUIRED`: it changes the mathematics.
+HARMLESS = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+    "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "qalora_group_size", "lora_alpha", "use_rslora", "alpha_pattern", "init_lora_weights",
+}  # fmt: skip
+REQUIRED = {"peft_type": "LORA", "bias": "none"}
+KINDS: dict[str, tuple[type, ...]] = {
+    **{"lora_alpha": (float,), "use_rslora": (bool,), "alpha_pattern": (dict,)},
+    **{"init_lora_weights": (bool, str), "peft_type": (str,), "bias": (str,)},
 }
+# Initialisations of the factors that leave the base as it was, and those that take their product out of
+# it in a way that the base and the adapter's files let one repeat. PEFT has others, such as corda and
+# loftq, that depend on data or on random numbers.
+PLAIN = (True, False, None, "true", "false", "gaussian", "eva", "orthogonal")
+SUBTRACTED = ("pissa", "olora")
 
 
 class Adapted:
@@ -41,13 +47,16 @@ class Adapted:
     """
 
     def __init__(self, base: TensorSource, folder: Path, args: ModelArgs) -> None:
-        self.base = base
-        self.shapes, self.dtype = base.shapes, base.dtype
-        self._replaced, self._deltas = read_adapter(folder, base.shapes, args)
+        self.base, self.dtype = base, base.dtype
+        self._replaced, self._deltas = read_adapter(folder, base, args)
+        # An adapter to the embeddings does not reach an output layer that shares their weights.
+        self._untied = is_tied(base.shapes) and EMBEDDINGS in self._deltas
+        self.shapes = {**base.shapes, **({OUTPUT: base.shapes[EMBEDDINGS]} if self._untied else {})}
 
     def read(self, name: str, dim: int = 0, span: Span | None = None) -> Tensor:
-        if (weight := self._replaced.get(name)) is None:
-            weight = self.base.read(name, dim, span)
+        stored = EMBEDDINGS if name == OUTPUT and self._untied else name
+        if (weight := self._replaced.get(stored)) is None:
+            weight = self.base.read(stored, dim, span)
         elif span is not None:
             weight = weight.narrow(dim, span[0], span[1] - span[0])
         if name not in self._deltas:
@@ -61,8 +70,41 @@ class Adapted:
         self.base.release()
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """An adapter_config.json. Raises CheckpointError, with the key, for an adapter that cannot be merged."""
+    config = read_json(path)
+    check_kinds(path, config, KINDS)
+    for key, value in config.items():
+        if key not in HARMLESS and value and value != REQUIRED.get(key):
+            raise CheckpointError(f"{path} has {shown(key)[1:-1]}={shown(value)}, which cannot be merged")
+    kind = config.get("init_lora_weights")
+    config["init_lora_weights"] = kind = kind.lower() if isinstance(kind, str) else kind
+    if kind not in (*PLAIN, *SUBTRACTED):
+        raise CheckpointError(
+            f"{path} has init_lora_weights={shown(kind)}, which changed the base model in a way that these "
+            "files do not tell: let PEFT turn the adapter into a plain one as it is saved "
+            "(path_initial_model_for_weight_conversion)"
+        )
+    patterns = config.get("alpha_pattern") or {}
+    for key, value in [("lora_alpha", config.get("lora_alpha", 8)), *patterns.items()]:
+        if value is None or not is_kind(value, float) or not abs(value) < 1e30:
+            raise CheckpointError(f"{path}: the alpha of {shown(key)} must be a number, not {shown(value)}")
+        # Keys are regular expressions: without groups, and with few repetitions, none takes long.
+        if len(key) > 200 or "(" in key or len(re.findall(r"[*+?{]", key)) > 3 or not _compiles(key):
+            raise CheckpointError(f"{path}: the pattern {shown(key)} of alpha_pattern is too complicated")
+    return config
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
 def read_adapter(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], args: ModelArgs
+    folder: Path, base: TensorSource, args: ModelArgs
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
     """What an adapter does to each tensor, by native name.
 
@@ -71,10 +113,7 @@ def read_adapter(
     """
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"no adapter_config.json in {folder}: is it an adapter in PEFT's format?")
-    config = read_json(folder / "adapter_config.json")
-    for key, value in REQUIRED.items():
-        if config.get(key, value) not in (value, None, []):
-            raise CheckpointError(f"the adapter {folder} has {key}={config[key]!r}, which cannot be merged")
+    config = read_config(folder / "adapter_config.json")
     paths = [folder / f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
@@ -90,19 +129,25 @@ def read_adapter(
             r"base_model\.model\.(lm_head|model\.embed_tokens)(\.base_layer)?\.weight", name
         ):
             native = native_name(f"{whole[1]}.weight")
-            if native is None or tuple(tensor.shape) != shapes.get(native):
+            if native is None or tuple(tensor.shape) != base.shapes.get(native):
                 raise CheckpointError(
                     f"{path} has a {whole[1]} of {tuple(tensor.shape)}, which this model's is not: "
                     "is the adapter for another base, or one with tokens added?"
                 )
+            check_float(path, name, tensor)
             replaced[native] = tensor
             continue
         if not match:
-            raise CheckpointError(f"{path} has {name}, which is not a part of a plain LoRA")
+            raise CheckpointError(f"{path} has {shown(name)}, which is not a part of a plain LoRA")
+        check_float(path, name, tensor)
+        if tensor.dim() != 2 or tensor.numel() == 0:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, but is a matrix in a LoRA"
+            )
         # Embeddings are looked up by row, so their factors are stored the other way round.
         which = match[3] if not match[2] else "BA"["AB".index(match[3])]
         pairs.setdefault(match[1], {})[which] = tensor.float().T if match[2] else tensor.float()
-    deltas = (_delta(path, config, module, pair, shapes, args) for module, pair in pairs.items())
+    deltas = (_delta(path, config, module, pair, base, args) for module, pair in pairs.items())
     return replaced, dict(deltas)
 
 
@@ -111,14 +156,15 @@ def _delta(
     config: Mapping[str, Any],
     module: str,
     pair: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
+    base: TensorSource,
     args: ModelArgs,
 ) -> tuple[str, tuple[Tensor, Tensor]]:
+    shapes = base.shapes
     if pair.keys() != {"A", "B"}:
         raise CheckpointError(f"{path} has only one of the two factors of {module}; download it again")
     a, b = pair["A"], pair["B"]
     name = native_name(f"{module}.weight")
-    if name == "output.weight" and name not in shapes:
+    if name == OUTPUT and is_tied(shapes):
         raise CheckpointError(f"{path} adapts {module}, which this model shares with its embeddings")
     if name is None or name not in shapes:
         raise CheckpointError(f"{path} adapts {module}, which this model has not: is it for another base?")
@@ -136,4 +182,25 @@ def _delta(
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     if rotary_heads(name, args) is not None:
         b = to_native_rows(b, args.head_dim)
-    return name, (b.to(torch.float32) * scale, a)
+    b = b * scale
+    if (kind := config.get("init_lora_weights")) in SUBTRACTED:
+        if name == EMBEDDINGS:
+            raise CheckpointError(
+                f"{path} adapts {module} from init_lora_weights={kind!r}, which linears only have"
+            )
+        out, into = initial(base.read(name).float(), rank, scale, kind)
+        b, a = torch.cat((b, -out), 1), torch.cat((a, into))
+    return name, (b, a)
+
+
+def initial(weight: Tensor, rank: int, scale: float, kind: str) -> tuple[Tensor, Tensor]:
+    """The factors (out, rank) and (rank, in) whose product an initialisation takes out of the base, fp32.
+
+    kind: "pissa", the largest singular values (Meng et al. 2024, section 3), or "olora", the first
+    columns of an orthogonal basis (Büyükakyüz 2024, section 3), the latter times the scale.
+    """
+    if kind == "pissa":
+        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+        return u[:, :rank] * s[:rank], v[:rank]
+    q, r = torch.linalg.qr(weight)
+    return q[:, :rank] * scale, r[:rank]

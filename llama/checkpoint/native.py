@@ -34,11 +34,13 @@ from llama.tokenizer.chat_format import chat_format
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
     """The checkpoint's files in order. Raises FileNotFoundError where there are none, or one lacks."""
-    found = {
-        int(m[1]): path
-        for path in ckpt_dir.iterdir()
-        if (m := re.fullmatch(r"consolidated\.(\d+)\.pth", path.name))
-    }
+    found: dict[int, Path] = {}
+    for path in sorted(ckpt_dir.iterdir()):
+        m = re.fullmatch(r"consolidated\.(\d{1,6})\.pth", path.name)
+        if m and (twin := found.setdefault(int(m[1]), path)) is not path:
+            raise CheckpointError(
+                f"{ckpt_dir} has both {twin.name} and {path.name}: keep one model in a folder"
+            )
     if not found:
         raise FileNotFoundError(f"no consolidated.*.pth in {ckpt_dir}: is this a native Llama checkpoint?")
     if missing := sorted(set(range(max(found) + 1)) - found.keys()):
@@ -124,12 +126,9 @@ class NativeShards:
     def __init__(self, paths: Sequence[Path], args: ModelArgs) -> None:
         self.paths = paths
         self.head_dim = args.head_dim
-        parts = whole_parts(args)
         self._mapped = {path: read_shard(path) for path in paths}
         first = self._mapped[paths[0]]
-        if "output.weight" not in first:
-            del parts["output.weight"]
-        self.parts = parts
+        self.parts = whole_parts(args, first)
         for path, tensors in self._mapped.items():
             self._check(path, tensors)
         self.dtype = first["tok_embeddings.weight"].dtype

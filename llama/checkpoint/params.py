@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from llama.errors import CheckpointError
-from llama.model import ModelArgs
-from llama.quantization import QUANTIZATIONS
+from llama.errors import ArgumentError, CheckpointError, check_number, shown
+from llama.files import check_kinds, read_json
+from llama.model import LARGEST, ModelArgs
+from llama.quantization import LAYOUT, QUANTIZATIONS
 
 
 def read_params(ckpt_dir: Path) -> dict[str, Any]:
@@ -24,25 +24,45 @@ def read_params(ckpt_dir: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"no params.json in {ckpt_dir}: is this a folder with a native Llama checkpoint?"
         )
-    try:
-        params = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from None
-    if not isinstance(params, dict) or not {"dim", "n_layers", "n_heads"} <= params.keys():
+    params = read_json(path)
+    if not {"dim", "n_layers", "n_heads"} <= params.keys():
         raise CheckpointError(f"{path} lacks dim, n_layers or n_heads; download it again")
     known = {field.name for field in fields(ModelArgs)}
     if unknown := sorted(params.keys() - known - {"quantization"}):
-        raise CheckpointError(f"{path} has {', '.join(unknown)}, which this model does not implement")
-    if params.get("quantization", "int8") not in QUANTIZATIONS:
-        raise CheckpointError(
-            f"{path} has quantization={params['quantization']!r}; {' and '.join(QUANTIZATIONS)} can be loaded"
-        )
+        raise CheckpointError(f"{path} has {shown(unknown[0])}, which this model does not implement")
+    if "quantization" in params:
+        found = params["quantization"]
+        scheme = found.get("scheme") if isinstance(found, dict) and found.get("layout") == LAYOUT else None
+        if scheme not in QUANTIZATIONS:
+            raise CheckpointError(
+                f"{path} has quantization={shown(found)}, which is of another version of this package: run "
+                "`python -m llama convert --quantize` again on the folder that this one was made from"
+            )
+        params["quantization"] = scheme
     # LLaMA 1 and 2 came before the key, with the original paper's theta.
-    return {"rope_theta": 10000.0, **params}
+    return checked(path, {"rope_theta": 10000.0, **params})
 
 
-def feed_forward(dim: int, hidden_dim: int) -> dict[str, Any]:
-    """`multiple_of` and `ffn_dim_multiplier` that make `ModelArgs.hidden_dim` come out as given."""
+def checked(path: Path, params: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `ModelArgs` as they are. Raises CheckpointError, naming the file, if they are none."""
+    check_kinds(path, params, {"use_scaled_rope": (bool,)})
+    try:
+        ModelArgs(**{key: value for key, value in params.items() if key != "quantization"})
+    except ArgumentError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return params
+
+
+def feed_forward(path: Path, dim: Any, hidden_dim: Any) -> dict[str, Any]:
+    """`multiple_of` and `ffn_dim_multiplier` that make `ModelArgs.hidden_dim` come out as given.
+
+    path: for the CheckpointError if these are no sizes.
+    """
+    for name, value in (("the model's size", dim), ("the feed-forward's size", hidden_dim)):
+        try:
+            check_number(name, value, LARGEST["dim"])
+        except ArgumentError as error:
+            raise CheckpointError(f"{path}: {error}") from None
     plain = int(2 * 4 * dim / 3)
     for multiple_of in (256, 1024, 4096):
         if multiple_of * -(-plain // multiple_of) == hidden_dim:

@@ -1,7 +1,7 @@
 """Folders of quantized weights.
 
 Such a folder looks like a native one, but for a key `quantization` in its `params.json`, and its files
-hold whole matrices: some of them each, in numbers that any rank can take its part of.
+hold whole matrices: some of them each, in groups that any rank can take its part of.
 """
 
 from __future__ import annotations
@@ -12,25 +12,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.source import EMBEDDINGS, check_float, read_shard, some, whole_parts
+from llama.checkpoint.source import check_float, read_shard, some, whole_parts
 from llama.errors import CheckpointError
 from llama.model import ModelArgs
 from llama.parallel import Span
-from llama.quantization import GROUP, dequantized, widened
+from llama.quantization import GROUP, QuantizedMatrix, plain
+
+
+def keys(name: str) -> list[str]:
+    """Where a folder holds the values, the scales and the minima of a quantized matrix."""
+    stem = name.removesuffix("weight")
+    return [name, f"{stem}scales", f"{stem}mins"]
 
 
 class QuantizedShards:
-    """The matrices of a folder of quantized weights, as they are stored, and as a `TensorSource`.
+    """The matrices of a folder of quantized weights, as a `QuantizedSource`.
 
-    Of a matrix (out, in) the files hold either `weight` int8 and `scales` fp32 (out), or `weight` uint8
-    (out, in / 2), two weights to a byte, the even column in the low half, with `scales` and `zeros` bf16
-    (out, in / 32): scale · (value - 8) + zero. Norms are plain; embeddings are that or int8.
-    Raises CheckpointError where a tensor is missing, unknown, or of another shape or dtype.
+    Files hold the tensors of a `QuantizedMatrix` under `keys`. Norms are plain, and so are matrices with
+    inputs that do not divide into groups.
+    Raises CheckpointError if a tensor is missing, unknown, or of another shape or dtype.
     """
 
     def __init__(self, paths: Sequence[Path], args: ModelArgs) -> None:
-        self.parts = whole_parts(args)
-        self.shapes = {name: part.shape for name, part in self.parts.items()}
         self._mapped = {path: read_shard(path) for path in paths}
         self._where: dict[str, Path] = {}
         for path, tensors in self._mapped.items():
@@ -40,62 +43,45 @@ class QuantizedShards:
                     "do all files belong to one model?"
                 )
             self._where.update(dict.fromkeys(tensors, path))
+        self.shapes = {name: part.shape for name, part in whole_parts(args, self._where).items()}
         folder = paths[0].parent
-        wanted = {key: name for name in self.parts for key in self._keys(name)}
-        if missing := [key for key in wanted if key not in self._where]:
+        if missing := [name for name in self.shapes if name not in self._where]:
             raise CheckpointError(
-                f"{folder} lacks {some(missing)} of a quantized model; is a file of it missing, or is "
-                "params.json that of another model?"
+                f"{folder} lacks {some(missing)} of a quantized model; is a file missing, or is params.json "
+                "that of another model?"
             )
-        if unknown := [key for key in self._where if key not in wanted]:
-            raise CheckpointError(f"{folder} has {some(unknown)}, which the model of params.json has not")
-        for name in self.parts:
-            self._check(name)
+        expected = {name: self._expected(name) for name in self.shapes}
+        self._keys = {name: [*tensors] for name, tensors in expected.items()}
+        known = {key: what for tensors in expected.values() for key, what in tensors.items()}
+        if missing := [key for key in known if key not in self._where]:
+            raise CheckpointError(f"{folder} lacks {some(missing)} of a quantized model; convert it again")
+        if unknown := [key for key in self._where if key not in known]:
+            raise CheckpointError(
+                f"{folder}: unexpected {some(unknown)}: not part of the model that params.json describes"
+            )
+        for key, (dtype, shape) in known.items():
+            tensor = self._tensor(key)
+            if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+                raise CheckpointError(
+                    f"{self._where[key]}: {key} is {tensor.dtype} of shape {tuple(tensor.shape)}, but "
+                    f"params.json implies {dtype} of {shape}; do all files belong to one model?"
+                )
         self.dtype = self._tensor("norm.weight").dtype
+
+    def bits(self, name: str) -> int | None:
+        return self.matrix(name).bits if len(self._keys[name]) > 1 else None
+
+    def matrix(self, name: str) -> QuantizedMatrix:
+        return QuantizedMatrix(*map(self._tensor, self._keys[name]))
 
     def read(self, name: str, dim: int = 0, span: Span | None = None) -> Tensor:
         start, stop = span or (0, self.shapes[name][dim])
-        if len(self._keys(name)) == 1:
+        if self.bits(name) is None:
             return self._tensor(name).narrow(dim, start, stop - start)
-        if name == EMBEDDINGS:
-            stored = self.stored(name, dim, (start, stop))
-            assert stored is not None
-            return widened(stored[0], stored[1], self.dtype)
-        # Of groups that the span cuts, all of it.
-        first, last = (start, stop) if dim == 0 else (start // GROUP * GROUP, -(-stop // GROUP) * GROUP)
-        stored = self.stored(name, dim, (first, min(last, self.shapes[name][dim])))
-        assert stored is not None
-        return dequantized(stored).narrow(dim, start - first, stop - start)
-
-    def stored(self, name: str, dim: int, span: Span) -> tuple[Tensor, ...] | None:
-        """A matrix's rows or columns as they are stored: weight and scales, and with 4 bits zeros.
-
-        None where the span cuts a group of columns.
-        """
-        start, stop = span
-        weight, *others = (self._tensor(key) for key in self._keys(name))
-        if dim == 0:
-            return tuple(tensor[start:stop] for tensor in (weight, *others))
-        if len(others) == 1:  # columns share the scales of their rows
-            return weight[:, start:stop], *others
-        if start % GROUP or stop % GROUP:
-            return None
-        groups = slice(start // GROUP, stop // GROUP)
-        return weight[:, start // 2 : stop // 2], *(tensor[:, groups] for tensor in others)
+        return plain(self.matrix(name).narrow(dim, start, stop))
 
     def release(self) -> None:
         self._mapped = {}
-
-    def _keys(self, name: str) -> list[str]:
-        """Names of what is stored of a tensor: of a matrix at least weight and scales."""
-        stem = name.removesuffix("weight")
-        if self.parts[name].dim is None:
-            return [name]
-        if name == EMBEDDINGS and not (name in self._where and self._tensor(name).dtype == torch.int8):
-            return [name]
-        four = self.shapes[name][1] % GROUP == 0 and name in self._where
-        four = four and self._tensor(name).dtype == torch.uint8
-        return [name, f"{stem}scales", *([f"{stem}zeros"] if four else [])]
 
     def _tensor(self, key: str) -> Tensor:
         path = self._where[key]
@@ -103,20 +89,15 @@ class QuantizedShards:
             self._mapped[path] = read_shard(path)
         return self._mapped[path][key]
 
-    def _check(self, name: str) -> None:
-        keys, shape = self._keys(name), self.shapes[name]
-        wanted: list[tuple[torch.dtype, tuple[int, ...]]]
-        if len(keys) == 1:
-            check_float(self._where[name], name, self._tensor(name))
-            wanted = [(self._tensor(name).dtype, shape)]
-        elif len(keys) == 2:
-            wanted = [(torch.int8, shape), (torch.float32, shape[:1])]
-        else:
-            group = (torch.bfloat16, (shape[0], shape[1] // GROUP))
-            wanted = [(torch.uint8, (shape[0], shape[1] // 2)), group, group]
-        for key, (dtype, size) in zip(keys, wanted, strict=True):
-            if ((tensor := self._tensor(key)).dtype, tuple(tensor.shape)) != (dtype, size):
-                raise CheckpointError(
-                    f"{self._where[key]}: {key} is {tensor.dtype} of {tuple(tensor.shape)}, where by "
-                    f"params.json {dtype} of {size} belongs; do all files belong to one model?"
-                )
+    def _expected(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """The tensors that belong to a weight, with dtype and shape, by the dtype of the first."""
+        first, shape = self._tensor(name), self.shapes[name]
+        if first.is_floating_point() or len(shape) == 1 or shape[1] % GROUP:
+            check_float(self._where[name], name, first)
+            return {name: (first.dtype, shape)}
+        groups = (shape[0], shape[1] // GROUP)
+        number = (torch.float16, groups)
+        if first.dtype == torch.int8:
+            return dict(zip(keys(name), [(torch.int8, (*groups, 32)), number], strict=False))
+        size = 20 if first.shape[-1:] == (20,) else 16
+        return dict(zip(keys(name), [(torch.uint8, (*groups, size)), number, number], strict=True))

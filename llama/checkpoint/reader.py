@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from llama.checkpoint.source import OUTPUT, RELEASE_AFTER, Part, TensorSource, check_shapes
+from llama.checkpoint.source import (
+    Pages,
+    Part,
+    QuantizedSource,
+    TensorSource,
+    check_finite,
+    is_tied,
+    stored_name,
+)
 from llama.model import Transformer
+from llama.quantization import Weight, alike, joined, plain
 
 
 class RankReader:
-    """This rank's parts of a source's tensors, by name, with a bar to watch.
+    """This rank's parts of a source's tensors, by name, with a bar to watch. Use it in a `with` block.
 
-    release_after: bytes copied from mapped files before they are let go of.
-    Where the source has no `output.weight`, the embeddings serve as output too.
-    Raises CheckpointError where a tensor is missing, unknown or of another shape than the model's.
+    tied: whether the embeddings are read as output layer too.
     """
 
-    def __init__(self, model: Transformer, source: TensorSource, release_after: int = RELEASE_AFTER) -> None:
+    def __init__(self, model: Transformer, source: TensorSource) -> None:
         self.parts = {name: Part.of(model, name) for name, _ in model.named_parameters()}
-        self.tied = "output.weight" not in source.shapes
-        check_shapes(source.shapes, {n: p for n, p in self.parts.items() if not self.tied or n != OUTPUT})
-        self.source, self._release_after = source, release_after
-        self._unreleased = 0
-        total = sum(weight.numel() for weight in model.parameters())
+        self.sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+        self.tied = is_tied(source.shapes)
+        self.source, self._pages = source, Pages(source)
         quiet = True if model.parallel.rank else None  # None: tqdm looks whether anybody watches
+        total = sum(self.sizes.values())
         self._bar = tqdm(
             total=total, desc="Loading", unit=" weights", unit_scale=True, leave=False, disable=quiet
         )
@@ -36,40 +40,23 @@ class RankReader:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def read(self, name: str) -> Tensor:
-        """A part; mapped from the file where it can be."""
-        part = self.parts[name]
-        stored = "tok_embeddings.weight" if self.tied and name == OUTPUT else name
+    def read(self, name: str) -> Weight:
+        """A part: quantized if it is stored so and no group is cut; mapped from the file where it can be.
+
+        Raises CheckpointError if a value of it is not finite.
+        """
+        part, source, stored = self.parts[name], self.source, stored_name(self.source, name)
         if part.dim is None:
-            return self.source.read(stored)
-        pieces = [self.source.read(stored, part.dim, span) for span in part.spans]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, part.dim)
+            return check_finite(stored, source.read(stored))
+        pieces: list[Weight]
+        if isinstance(source, QuantizedSource) and source.bits(stored):
+            matrix = source.matrix(stored)
+            pieces = [check_finite(stored, matrix.narrow(part.dim, *span)) for span in part.spans]
+        else:
+            pieces = [check_finite(stored, source.read(stored, part.dim, span)) for span in part.spans]
+        return joined(pieces if alike(pieces) else [plain(piece) for piece in pieces], part.dim)
 
-    def done(self, weights: int, copied: int) -> None:
-        """Move the bar by so many weights, for which so many bytes of files were copied."""
-        self._bar.update(weights)
-        self._unreleased += copied
-        if self._unreleased > self._release_after:
-            self.source.release()
-            self._unreleased = 0
-
-
-def load_weights(model: Transformer, source: TensorSource, dtype: torch.dtype, device: torch.device) -> None:
-    """Fill a model that was built on the meta device with this rank's part of every tensor.
-
-    Where the source has no `output.weight`, the embeddings serve as output too.
-    Raises CheckpointError where a tensor is missing, unknown or of another shape than the model's.
-    """
-    loaded: dict[str, Tensor] = {}
-    with RankReader(model, source) as reader:
-        for name in reader.parts:
-            if reader.tied and name == OUTPUT:
-                continue
-            weight = reader.read(name)
-            # No copy where nothing changes.
-            loaded[name] = weight.to(device, dtype).contiguous()
-            reader.done(weight.numel(), weight.nbytes if loaded[name] is not weight else 0)
-    loaded.setdefault(OUTPUT, loaded["tok_embeddings.weight"])
-    model.load_state_dict(loaded, strict=True, assign=True)
-    if reader.tied:
-        model.output.weight = model.tok_embeddings.weight
+    def done(self, name: str, copied: bool) -> None:
+        """Move the bar by one part. copied: whether its pages of a mapped file are not needed any more."""
+        self._bar.update(self.sizes[name])
+        self._pages.read(self.sizes[name] * self.source.dtype.itemsize if copied else 0)

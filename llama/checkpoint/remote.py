@@ -5,16 +5,19 @@ listed, so there the files of the known formats are asked for by name.
 
 A copy is whole when `.complete` lies beside it. Until then one process at a time works on it, under a
 lock that the system takes back should the process die; files already whole are kept.
+
+Nothing that a server says becomes a path: names are those of `SMALL_FILES`, or what weights are called.
+Folders of the cache belong to the user alone, and no link in them is followed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import http.client
 import os
 import re
-import shutil
+import stat
 import sys
 import urllib.error
 import urllib.request
@@ -25,7 +28,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 from tqdm import tqdm
 
-from llama.errors import CheckpointError
+from llama.checkpoint.source import WEIGHTS, listed_weights
+from llama.errors import ArgumentError, CheckpointError
+from llama.files import LARGEST
 
 # What may lie in a folder beside its weights.
 SMALL_FILES = (
@@ -33,12 +38,35 @@ SMALL_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
     "model.safetensors.index.json", "adapter_config.json",
 )  # fmt: skip
-WEIGHTS = re.compile(r"consolidated\.\d+\.pth|.*\.safetensors|.*\.gguf|(pytorch|adapter)_model.*\.bin")
+INDEX = "model.safetensors.index.json"
+SCHEMES = ("https", "http", "gs", "az")
+MOST_SHARDS = 100  # their numbers have two digits
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a URL."""
-    return re.match(r"[a-z0-9]+://", str(path)) is not None
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)) is not None
+
+
+def check_url(url: str) -> None:
+    """Raise ArgumentError for a URL that cannot be fetched. The error does not repeat its query."""
+    scheme = url.partition("://")[0].lower()
+    if scheme not in SCHEMES:
+        raise ArgumentError(
+            f"{scheme}:// is not supported: use one of {', '.join(f'{name}://' for name in SCHEMES)}, or "
+            "download the folder first and pass its path"
+        )
+    if not re.fullmatch("[!-~]+", url):
+        raise ArgumentError(
+            f"the {scheme}:// URL has a space or a character outside ASCII: write each as %XX, a space as %20"
+        )
+    try:
+        parts = urlsplit(url)
+        whole = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ArgumentError(f"the {scheme}:// URL has no valid host and port: copy it once more")
 
 
 def cache_folder() -> Path:
@@ -47,25 +75,50 @@ def cache_folder() -> Path:
 
 
 def fetch(url: str) -> Path:
-    """The local copy of a remote checkpoint folder or file, made now where there is none.
+    """The local copy of a remote checkpoint folder or file, made now if there is none.
 
-    Raises FileNotFoundError where there is nothing at the address, CheckpointError where what came
-    is not what the checklist says, OSError where the network fails.
+    Raises ArgumentError for a URL that cannot be fetched, FileNotFoundError if nothing is at the
+    address, CheckpointError if what came does not match its checklist or names files elsewhere,
+    OSError if the network fails.
     """
+    check_url(url)
     parts = urlsplit(url)
     base = urlunsplit(parts._replace(path=parts.path.rstrip("/")))
-    name = urlsplit(base).path.rpartition("/")[2] or "checkpoint"
+    name = re.sub(r"[^\w.-]", "_", parts.path.rstrip("/").rpartition("/")[2], flags=re.ASCII)[-100:]
+    name = name.lstrip(".") or "checkpoint"
     # The signature of a link changes from day to day, and what it leads to does not.
     folder = cache_folder() / f"{name}-{hashlib.sha256(public(base).encode()).hexdigest()[:12]}"
-    folder.mkdir(parents=True, exist_ok=True)
+    cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    check_private(folder)
     whole = folder / ".complete"
-    with locked(folder.with_name(f"{folder.name}.lock")):
+    with locked(folder / ".lock"):
+        check_links(folder)
         if not whole.is_file():
-            single = _is_file(base)
+            single = name if _is_file(base) else None
             source = Web(base, single) if is_web(base) else Bucket(base, single)
             copy(source, folder)
             whole.write_text("file" if single else "folder", "utf-8")
     return folder / name if whole.read_text("utf-8") == "file" else folder
+
+
+def check_private(folder: Path) -> None:
+    """Make a folder the user's alone. Raises CheckpointError for a link, or another user's folder."""
+    state = folder.lstat()
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
+        raise CheckpointError(
+            f"{folder} is a link or belongs to another user: set LLAMA_CACHE to a folder of yours"
+        )
+    folder.chmod(0o700)
+
+
+def check_links(folder: Path) -> None:
+    """Raise CheckpointError if anything in a folder of the cache is not a plain file."""
+    for entry in os.scandir(folder):
+        if not entry.is_file(follow_symlinks=False):
+            raise CheckpointError(
+                f"{entry.path} is not a plain file: remove {folder}, and it is fetched again"
+            )
 
 
 def is_web(url: str) -> bool:
@@ -88,31 +141,35 @@ def locked(path: Path) -> Iterator[None]:
     """A block that one process at a time is in."""
     import fcntl  # of Unix
 
-    with path.open("a") as file:
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"Waiting for another process that fills {path.with_suffix('')}", file=sys.stderr)
+            print(f"Waiting for another process that fills {path.parent}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 class Web:
-    """Files of a web server, by the names that the known formats have."""
+    """Files of a web server, by the names that the known formats have.
 
-    def __init__(self, base: str, single: bool) -> None:
+    single: the local name, if the address is that of one file.
+    """
+
+    def __init__(self, base: str, single: str | None) -> None:
         self.base, self.single = base, single
 
     def names(self, folder: Path) -> Iterator[str]:
         """Names of what is to be copied; those before have been, so that indexes can be read."""
         if self.single:
-            yield urlsplit(self.base).path.rpartition("/")[2]
+            yield self.single
             return
         yield from SMALL_FILES
-        listed: set[str] = set()
-        for name in ("model.safetensors.index.json",):
-            if (folder / name).is_file():
-                listed |= {*json.loads((folder / name).read_text("utf-8")).get("weight_map", {}).values()}
+        try:
+            listed = {*listed_weights(folder / INDEX).values()} if (folder / INDEX).is_file() else set()
+        except CheckpointError:
+            (folder / INDEX).unlink()  # so that it is fetched again when the server has a better one
+            raise
         listed |= {name for name in checklist(folder) if WEIGHTS.fullmatch(name)}
         if listed:
             yield from sorted(listed)
@@ -121,38 +178,49 @@ class Web:
         elif (folder / "config.json").is_file():
             yield "model.safetensors"
         else:
-            number = 0
-            while number == 0 or (folder / f"consolidated.{number - 1:02d}.pth").is_file():
+            for number in range(MOST_SHARDS):
                 yield f"consolidated.{number:02d}.pth"
-                number += 1
+                if not (folder / f"consolidated.{number:02d}.pth").is_file():
+                    break
 
     def open(self, name: str) -> tuple[BinaryIO, int | None] | None:
         parts = urlsplit(self.base)
         path = parts.path if self.single else f"{parts.path}/{name}"
         address = urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
         try:
-            response: Any = urllib.request.urlopen(address, timeout=60)
+            response: Any = urllib.request.build_opener(Redirects).open(address, timeout=60)
         except urllib.error.HTTPError as error:
             if error.code in (403, 404, 410):
                 return None
             raise OSError(f"{public(address)} answered {error.code} {error.reason}") from None
         except urllib.error.URLError as error:
             raise OSError(f"{public(address)} cannot be reached: {error.reason}") from None
-        length = response.headers.get("Content-Length")
-        return response, None if length is None else int(length)
+        except http.client.HTTPException as error:
+            raise OSError(f"{public(address)} does not answer in HTTP: {type(error).__name__}") from None
+        return response, response.length
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """To the web only, and never from an encrypted connection to one that is not."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        target = urlsplit(newurl).scheme
+        if target not in ("http", "https") or (req.type, target) == ("https", "http"):
+            raise urllib.error.URLError(f"it redirects to {target}://, which is not followed")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 class Bucket:
     """Files of a storage bucket, by blobfile."""
 
-    def __init__(self, base: str, single: bool) -> None:
+    def __init__(self, base: str, single: str | None) -> None:
         self.base, self.single = base, single
 
     def names(self, folder: Path) -> Iterator[str]:
         import blobfile
 
         if self.single:
-            yield self.base.rpartition("/")[2]
+            yield self.single
             return
         for name in sorted(blobfile.listdir(self.base)):
             if name in SMALL_FILES or WEIGHTS.fullmatch(name):
@@ -183,22 +251,31 @@ def copy(source: Web | Bucket, folder: Path) -> None:
             continue
         stream, size = opened
         part = folder / f"{name}.part"
+        part.unlink(missing_ok=True)
+        most = None if WEIGHTS.fullmatch(name) else LARGEST
         quiet = True if int(os.environ.get("LOCAL_RANK", 0)) else None
         with (
             stream,
-            part.open("wb") as file,
+            part.open("xb") as file,
             tqdm.wrapattr(stream, "read", total=size, desc=name, leave=False, disable=quiet) as reader,
         ):
-            shutil.copyfileobj(reader, file, 2**20)
+            try:
+                while block := reader.read(2**20):
+                    file.write(block)
+                    if most is not None and file.tell() > most:
+                        raise CheckpointError(f"{public(source.base)}: {name} is larger than {most:,} bytes")
+            except http.client.HTTPException:
+                size = size if size is not None else -1  # broken off in the middle of a chunk
         if size is not None and part.stat().st_size != size:
             raise OSError(
-                f"{public(source.base)}: {name} broke off after {part.stat().st_size:,} of {size:,} bytes; "
-                "try again"
+                f"{public(source.base)}: {name} broke off after {part.stat().st_size:,} bytes; try again"
             )
         expected = checklist(folder).get(name)
         if expected is not None and md5(part) != expected:
             part.unlink()
-            raise CheckpointError(f"{public(source.base)}: {name} is not what checklist.chk says; try again")
+            raise CheckpointError(
+                f"{public(source.base)}: checksum of {name} does not match checklist.chk; try again"
+            )
         part.rename(target)
         found += 1
     if missing := [name for name in checklist(folder) if not (folder / name).is_file()]:
@@ -216,8 +293,9 @@ def checklist(folder: Path) -> dict[str, str]:
     path = folder / "checklist.chk"
     if not path.is_file():
         return {}
-    lines = (line.split() for line in path.read_text("utf-8").splitlines())
-    return {Path(line[1]).name: line[0] for line in lines if len(line) == 2}
+    lines = (line.split() for line in path.read_text("utf-8", errors="replace").splitlines())
+    sums = {Path(line[1]).name: line[0].lower() for line in lines if len(line) == 2}
+    return {name: sum for name, sum in sums.items() if name in SMALL_FILES or WEIGHTS.fullmatch(name)}
 
 
 def md5(path: Path) -> str:

@@ -21,6 +21,8 @@ COMMANDS = {
     "chat": "chat with a model in the terminal",
     "ask": "answer one question",
     "complete": "continue a text",
+    "serve": "serve a model to clients of OpenAI's and Anthropic's interfaces",
+    "guard": "tell whether a text is safe, by a Llama Guard",
     "info": "what a checkpoint is, and what memory it takes to run",
     "convert": "write a checkpoint in another format, number of files, or precision",
     "bench": "how fast a model runs here, beside what this machine can do",

@@ -61,7 +61,8 @@ class Option(NamedTuple):
                 return _parse(kind, text)
             except (ValueError, TypeError, AttributeError):
                 continue
-        listed = " or ".join(self.choices or [_word(kind, 0) for kind in self.kinds if kind is not NoneType])
+        *most, last = self.choices or [_word(kind, 0) for kind in self.kinds if kind is not NoneType]
+        listed = f"{', '.join(most)} or {last}" if most else last
         raise ArgumentError(f"{self.name} must be {listed}, not {text!r}")
 
 

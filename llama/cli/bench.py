@@ -18,7 +18,7 @@ from llama.device import gigabytes
 from llama.errors import ArgumentError
 from llama.generation import Llama
 from llama.model import Transformer
-from llama.quantization import weight_bytes
+from llama.parallel import resident_bytes
 from llama.sampling import SamplingParams
 
 try:
@@ -132,7 +132,7 @@ def measure(llama: Llama, loaded: float, batch: int, prompt: int, new: int, runs
         decode_tokens_per_second=batch / step,
         peak_memory=peak_memory(),
         kv_cache=llama.model.cache.data.nbytes,
-        bytes_per_second=bytes_per_step(llama.model, llama.quantization, batch, prompt + new // 2) / step,
+        bytes_per_second=bytes_per_step(llama.model, batch, prompt + new // 2) / step,
         bandwidth=max(bandwidths),
         flops=prefill_flops(llama.model, batch, prompt) / first,
         matrix_rate=max(rates),
@@ -164,11 +164,14 @@ def generate(llama: Llama, lengths: list[int], new: int) -> Timing:
     return Timing(first - start, statistics.median(steps))
 
 
-def bytes_per_step(model: Transformer, scheme: str | None, batch: int, context: int) -> int:
-    """What one decode step reads: every weight but the embeddings, and the live cache."""
-    with torch.device("meta"):  # for packed weights have no shape of their own any more
-        shapes = Transformer(model.params, model.parallel)
-    weights = weight_bytes(shapes, model.dtype, scheme) - model.tok_embeddings.weight.nbytes
+def bytes_per_step(model: Transformer, batch: int, context: int) -> int:
+    """What one decode step reads: every weight once, of embeddings only if they are the output layer too,
+    and the live cache."""
+    weights, embeddings = resident_bytes(model), model.tok_embeddings
+    if embeddings.backend and embeddings.backend is not model.output.backend:
+        weights -= embeddings.backend.nbytes
+    elif not embeddings.backend and embeddings.weight is not getattr(model.output, "weight", None):
+        weights -= embeddings.weight.nbytes
     return weights + model.cache.data[:, :, :batch, :, :context].nbytes
 
 

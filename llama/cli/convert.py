@@ -14,7 +14,7 @@ def convert(
     to: Literal["native", "hf"] = "native",
     shards: int | None = None,
     dtype: str | None = None,
-    quantize: Literal["int8", "int4"] | None = None,
+    quantize: Literal["int8", "int5", "int4"] | None = None,
     tokenizer_path: str | None = None,
     adapter: str | None = None,
     overwrite: bool = False,

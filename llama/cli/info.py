@@ -6,15 +6,20 @@ from typing import Any, Literal
 
 import torch
 
+from llama import backends
 from llama.checkpoint import StrPath, open_checkpoint
-from llama.device import gigabytes, parse_dtype
+from llama.checkpoint.source import TensorSource, is_tied
+from llama.device import default_device, gigabytes, parse_dtype
 from llama.errors import ArgumentError
-from llama.loading import scheme_of
+from llama.loading import scheme_of, weight_bytes
 from llama.model import ModelArgs, Transformer
 from llama.parallel import ModelParallel
-from llama.quantization import SCHEMES, weight_bytes
+from llama.quantization import SCHEMES
 from llama.tokenizer import DialogFormat, SentencePieceTokenizer, TextTokenizer, Tokenizer
 from llama.tokenizer.chat_format import ChatFormat, ChatML, Llama2Chat, NoChat
+from llama.tools.use import default_format
+
+TOOLS = {None: "not trained to call any", "template": "as its own template has them"}
 
 
 def info(
@@ -23,7 +28,7 @@ def info(
     max_seq_len: int = 512,
     max_batch_size: int = 8,
     dtype: str | None = None,
-    quantize: Literal["int8", "int4", "fp8"] | None = None,
+    quantize: Literal["int8", "int5", "int4", "fp8"] | None = None,
     tokenizer_path: str | None = None,
     adapter: str | None = None,
     json: bool = False,
@@ -57,7 +62,7 @@ def inspect(
 
     max_seq_len, max_batch_size: of the KV cache.
     dtype: that weights and cache are loaded in; by default the files' own.
-    quantize: of the weights, "int8", "int4" or "fp8"; by default as the files have them.
+    quantize: of the weights, "int8", "int5", "int4" or "fp8"; by default as the files have them.
 
     Raises ArgumentError for other arguments, and what `open_checkpoint` raises.
     """
@@ -68,8 +73,8 @@ def inspect(
     stored = checkpoint.weights.dtype
     loaded = parse_dtype(dtype) if dtype is not None else stored
     args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-    tied = "output.weight" not in checkpoint.weights.shapes
-    sizes = {n: memory(args, n, loaded, tied, quantize) for n in world_sizes(args)}
+    source = checkpoint.weights
+    sizes = {n: memory(args, n, source, loaded, quantize) for n in world_sizes(args)}
     return {
         "family": checkpoint.family,
         "format": checkpoint.kind,
@@ -81,13 +86,14 @@ def inspect(
         "n_kv_heads": args.n_kv_heads,
         "head_dim": args.head_dim,
         "vocab_size": args.vocab_size,
-        "tied_output": tied,
+        "tied_output": is_tied(source.shapes),
         "rope_theta": args.rope_theta,
         "rope_scaling_factor": args.rope_scaling_factor if args.use_scaled_rope else None,
         "files": checkpoint.files,
         "stored": {"dtype": dtype_name(stored), "weights": checkpoint.quantization},
         "tokenizer": describe_tokenizer(checkpoint.tokenizer),
         "chat_format": describe_format(checkpoint.formatter),
+        "tool_format": default_format(checkpoint.family, checkpoint.formatter),
         "context": checkpoint.context,
         "loaded": {
             "dtype": dtype_name(loaded),
@@ -121,6 +127,7 @@ def as_text(found: dict[str, Any]) -> str:
         ("files", f"{found['files']}, {kinds}"),
         ("tokenizer", "{kind}, {tokens:,} tokens, bos {bos}, stops at {stop}".format(**found["tokenizer"])),
         ("chat format", found["chat_format"] or "none (a base model)"),
+        ("tools", TOOLS.get(found["tool_format"], found["tool_format"])),
         ("context", f"{context:,} tokens" if context else "not in the files"),
         ("world sizes", ", ".join(str(row["ranks"]) for row in found["memory"])),
     ]
@@ -146,15 +153,13 @@ def world_sizes(args: ModelArgs) -> list[int]:
 
 
 def memory(
-    args: ModelArgs, size: int, dtype: torch.dtype, tied: bool, quantize: str | None = None
+    args: ModelArgs, size: int, source: TensorSource, dtype: torch.dtype, quantize: str | None = None
 ) -> tuple[int, int]:
-    """Bytes of weights and of KV cache on the first of `size` ranks."""
+    """Bytes of weights and of KV cache on the first of `size` ranks, on this machine's default device."""
     with torch.device("meta"):
         model = Transformer(args, ModelParallel(0, size))
-    weights = weight_bytes(model, dtype, quantize)
-    if tied and not quantize:
-        weights -= model.output.weight.numel() * dtype.itemsize
-    return weights, prod(model.cache_shape()) * dtype.itemsize
+    plan = backends.plan(model, default_device(), dtype, quantize)
+    return weight_bytes(model, source, plan, dtype, quantize), prod(model.cache_shape()) * dtype.itemsize
 
 
 def describe_tokenizer(tokenizer: TextTokenizer) -> dict[str, Any]:

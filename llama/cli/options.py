@@ -32,7 +32,7 @@ class BuildOptions:
     max_batch_size: int = 1
     device: str | None = None
     dtype: str | None = None
-    quantize: Literal["int8", "int4", "fp8"] | None = None
+    quantize: Literal["int8", "int5", "int4", "fp8"] | None = None
     compile: bool | Literal["auto"] = "auto"
     adapter: str | None = None
     batch_invariant: bool = False

@@ -104,8 +104,11 @@ class Engine:
         room = self.model.params.max_seq_len - len(prompt)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         request = Request(list(prompt), params, max_tokens, constraint, tuple(prefix_keys), listener)
-        with self.turns.lock:
-            self.waiting.append(request)
+        if self._force(request):
+            request.finish_reason = "stop"
+        else:
+            with self.turns.lock:
+                self.waiting.append(request)
         return request
 
     def cancel(self, request: Request) -> None:
@@ -264,12 +267,25 @@ class Engine:
             if params.top_logprobs and outcome.top_logprobs is not None:
                 request.top_logprobs[n:] = [outcome.top_logprobs]
             request.tokens[n:] = [token]
-            if request.constraint and request.constraint.finished(request.tokens):
+            if self._force(request):
                 return self._finish(request, "stop")
         if row.stop >= len(request.prompt) and len(request.tokens) == request.max_tokens:
             return self._finish(request, "length")
         if request.listener:
             request.listener()
+
+    def _force(self, request: Request) -> bool:
+        """Append the tokens that a constraint leaves no choice about; whether the answer is complete.
+
+        They cost no sampling, and the next step reads them together. Those whose logprobs are asked for
+        are sampled all the same.
+        """
+        if not request.constraint or not request.max_tokens:
+            return False
+        if not request.params.logprobs:
+            room = max(0, request.max_tokens - 1 - len(request.tokens))
+            request.tokens += request.constraint.forced(request.tokens)[:room]
+        return request.constraint.finished(request.tokens)
 
     def _finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         request.error = error

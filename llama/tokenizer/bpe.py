@@ -20,7 +20,8 @@ from typing import Literal
 
 import tiktoken
 
-from llama.errors import ArgumentError
+from llama.errors import ArgumentError, CheckpointError, shown
+from llama.files import check_kinds, is_kind, no_panic, read_json
 from llama.tokenizer.spm import is_sentencepiece
 
 # tiktoken panics on longer texts, and takes quadratic time on longer runs of spaces or of anything
@@ -90,18 +91,31 @@ class Layout:
 
     @staticmethod
     def read(path: Path, default: Layout) -> Layout:
-        """A layout file; what it leaves out is as in `default`. Raises ValueError for another file."""
-        try:
-            layout = replace(default, **json.loads(path.read_text("utf-8")))
-            named = [layout.eos, layout.pad, *layout.stop, *([layout.bos] if layout.bos else [])]
-            if unknown := [name for name in named if name not in layout.special_tokens]:
-                raise ArgumentError(f"{unknown[0]!r} is not among its special_tokens")
-        except (TypeError, ValueError) as error:
-            raise ArgumentError(f"{path} is not a tokenizer layout: {error}") from None
+        """A layout file; what it leaves out is as in `default`. Raises CheckpointError for another file."""
+        content = read_json(path)
+        check_kinds(path, content, LAYOUT)
+        if unknown := sorted(content.keys() - LAYOUT.keys()):
+            raise CheckpointError(f"{path} has {shown(unknown[0])}, which no tokenizer layout has")
+        if nulls := sorted(key for key in content.keys() - {"bos", "context"} if content[key] is None):
+            raise CheckpointError(f"{path}: {nulls[0]} must not be null")
+        layout = replace(default, **content)
+        if not all(is_kind(i, int) for i in layout.special_tokens.values()):
+            raise CheckpointError(f"{path}: special_tokens must be an object of ids by text")
+        named = [layout.eos, layout.pad, *layout.stop, *layout.added, *([layout.bos] if layout.bos else [])]
+        for name in named:
+            if not isinstance(name, str) or name not in layout.special_tokens:
+                raise CheckpointError(f"{path}: {shown(name)} is not among its special_tokens")
         return layout
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+
+
+# What `format.json` may hold.
+LAYOUT: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("pattern", "bos", "eos", "pad", "chat_format", "default_system"), (str,)),
+    **{"special_tokens": (dict,), "stop": (list,), "added": (list,), "context": (int,)},
+}
 
 
 class Tokenizer:
@@ -123,7 +137,10 @@ class Tokenizer:
         if layout is None:
             layout = Layout.llama3(len(ranks))
             layout = Layout.read(beside, layout) if beside.is_file() else layout
-        self._set(ranks, layout)
+        try:
+            self._set(ranks, layout)
+        except ArgumentError as error:
+            raise CheckpointError(f"{path}: {error}") from None
 
     @classmethod
     def from_ranks(cls, ranks: dict[bytes, int], layout: Layout) -> Tokenizer:
@@ -139,16 +156,23 @@ class Tokenizer:
         self.special_tokens = dict(self.layout.special_tokens)
         self.pat_str = self.layout.pattern
         self.n_words = len(ranks) + len(self.special_tokens)
+        ids = {*ranks.values(), *self.special_tokens.values()}
+        if len(ids) < self.n_words or min(ids) or max(ids) >= self.n_words or b"" in ranks:
+            raise ArgumentError(
+                f"{len(ranks)} ranks and {len(self.special_tokens)} special tokens must have the ids 0 to "
+                f"{self.n_words - 1}, each of them once"
+            )
         # A vocabulary without a token for some byte would make tiktoken panic. Such bytes get a
         # rank behind all others, which no merge uses, and `encode` drops it.
         missing = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
         self._every_byte = not missing
-        self.model = tiktoken.Encoding(
-            "llama",
-            pat_str=self.pat_str,
-            mergeable_ranks=ranks | {byte: self.n_words + i for i, byte in enumerate(missing)},
-            special_tokens=self.special_tokens,
-        )
+        with no_panic("the tokenizer cannot be made"):
+            self.model = tiktoken.Encoding(
+                "llama",
+                pat_str=self.pat_str,
+                mergeable_ranks=ranks | {byte: self.n_words + i for i, byte in enumerate(missing)},
+                special_tokens=self.special_tokens,
+            )
         self.bos_id = self.special_tokens[self.layout.bos] if self.layout.bos else None
         self.eos_id = self.special_tokens[self.layout.eos]
         self.pad_id = self.special_tokens[self.layout.pad]
@@ -175,9 +199,10 @@ class Tokenizer:
         if self.layout.added and allowed_special != "all":
             allowed_special = {*allowed_special, *self.layout.added}
         for piece in _pieces(s):
-            ids += self.model.encode(
-                piece, allowed_special=allowed_special, disallowed_special=disallowed_special
-            )
+            with no_panic("the tokenizer cannot encode this text"):
+                ids += self.model.encode(
+                    piece, allowed_special=allowed_special, disallowed_special=disallowed_special
+                )
         if not self._every_byte:
             ids = [token for token in ids if token < self.n_words]
         return [*ids, self.eos_id] if eos else ids
@@ -197,11 +222,18 @@ class Tokenizer:
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Byte-pair ranks, lines of `base64 rank`. Raises ValueError for a file that is something else."""
     data = path.read_bytes()
-    ranks = {}
-    for number, line in enumerate(data.splitlines(), 1):
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            word, rank = line.split()
+            token = base64.b64decode(word, validate=True)
+            if token in ranks:
+                raise CheckpointError(f"{path}: line {number} has a token that an earlier line has too")
+            ranks[token] = int(rank)
+        except CheckpointError:
+            raise
         except (ValueError, binascii.Error):
             kind = "it is a sentencepiece model" if is_sentencepiece(path) else "is it whole?"
             raise ArgumentError(

@@ -6,29 +6,62 @@ encoded as ordinary text, whatever it looks like.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from llama.errors import ArgumentError
+from llama.errors import ArgumentError, shown
 from llama.tokenizer.interface import Dialog, DialogFormat, Message, TextTokenizer
 
 
-def check_dialog(dialog: Dialog, roles: Sequence[str]) -> None:
-    """Raise ValueError unless every message of a dialog has a known role and text."""
+def check_dialog(dialog: Dialog, roles: Sequence[str], calls: bool = False) -> None:
+    """Raise ArgumentError unless every message of a dialog has a known role and text.
+
+    calls: whether messages may have tool_calls, and then no text.
+    """
     if isinstance(dialog, str | dict) or not isinstance(dialog, Sequence):
         raise ArgumentError(f"a dialog is a list of messages, not a {type(dialog).__name__}")
     if not dialog:
         raise ArgumentError("the dialog is empty: it needs one message at least")
     for message in dialog:
-        check_message(message, roles)
+        check_message(message, roles, calls)
 
 
-def check_message(message: Message, roles: Sequence[str]) -> None:
+def check_message(message: Message, roles: Sequence[str], calls: bool = False) -> None:
+    made = message.get("tool_calls") if isinstance(message, dict) else None
+    if made and not calls:
+        raise ArgumentError("this chat format has no tool calls: leave tool_calls out of the messages")
+    if made and message.get("content") is None and message.get("role") in roles:
+        return
     if not isinstance(message, dict) or "role" not in message or "content" not in message:
         raise ArgumentError(f'a message is {{"role": ..., "content": ...}}, not {message!r}')
     if message["role"] not in roles:
         raise ArgumentError(f"unknown role {message['role']!r}: use one of {', '.join(roles)}")
     if not isinstance(message["content"], str):
         raise ArgumentError(f"a message's content is text, not {type(message['content']).__name__}")
+
+
+def parse_call(call: Any) -> tuple[str, Mapping[str, Any]]:
+    """Name and arguments of {"function": {"name": …, "arguments": JSON text or an object}}.
+
+    Raises ArgumentError for something else.
+    """
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(name := function.get("name"), str):
+        raise ArgumentError(
+            f'a tool call must look like {{"function": {{"name": …, "arguments": …}}}}; got {call!r}'
+        )
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError as error:
+            raise ArgumentError(
+                f"the arguments of a call to {name} are not JSON ({error}): {arguments!r}"
+            ) from None
+    if not isinstance(arguments, Mapping):
+        raise ArgumentError(f"the arguments of a call to {name} must be an object; got {arguments!r}")
+    return name, arguments
 
 
 class ChatFormat:
@@ -184,6 +217,12 @@ class NoChat:
         )
 
 
+NEEDED = {
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+}
+
+
 def chat_format(tokenizer: TextTokenizer, name: str | None = None) -> DialogFormat:
     """A format by its name, by default the one that goes with the tokenizer."""
     formats: dict[str, Callable[[], DialogFormat]] = {
@@ -194,5 +233,7 @@ def chat_format(tokenizer: TextTokenizer, name: str | None = None) -> DialogForm
     }
     name = name or tokenizer.chat_format
     if name not in formats:
-        raise ArgumentError(f"unknown chat format {name!r}: use one of {', '.join(formats)}")
+        raise ArgumentError(f"unknown chat format {shown(name)}: use one of {', '.join(formats)}")
+    if missing := [text for text in NEEDED.get(name, ()) if text not in tokenizer.special_tokens]:
+        raise ArgumentError(f"the tokenizer has no {missing[0]}, which the chat format {name} needs")
     return formats[name]()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from llama.errors import ArgumentError, CheckpointError, MissingPackageError
+from llama.files import check_kinds, id_list, no_panic, read_json
 from llama.tokenizer.bpe import byte_alphabet
 
 TOKENIZER_FILES = (
@@ -20,18 +21,10 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError for something else; a file that lacks is an empty one."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object; download it again")
-    return content
+# Types of what is read of a tokenizer_config.json.
+CONFIG: dict[str, tuple[type, ...]] = {
+    **{"add_bos_token": (bool,), "model_max_length": (float,), "chat_template": (str, list)}
+}
 
 
 class HFTokenizer:
@@ -56,10 +49,12 @@ class HFTokenizer:
             raise MissingPackageError(
                 "tokenizer.json needs the tokenizers package: pip install -e '.[hf]'"
             ) from None
+        read_json(path)  # the package follows JSON as deep as it goes
         try:
-            self.model = Tokenizer.from_file(str(path))
+            with no_panic("it is damaged"):
+                self.model = Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing narrower
-            raise CheckpointError(f"{path} is not a tokenizer: {error}") from None
+            raise CheckpointError(f"{path} is not a tokenizer: {str(error)[:200]}") from None
         self.folder = folder
         self.model.no_truncation()
         self.model.no_padding()
@@ -69,17 +64,15 @@ class HFTokenizer:
         self._added = {i: token.content for i, token in self.model.get_added_tokens_decoder().items()}
         config = read_json(folder / "tokenizer_config.json")
         generation = read_json(folder / "generation_config.json")
-        named = read_json(folder / "special_tokens_map.json") | config
-        bos_token, eos_token, pad = (
-            _token_text(named.get(f"{kind}_token")) for kind in ("bos", "eos", "pad")
-        )
+        check_kinds(folder / "tokenizer_config.json", config, CONFIG)
+        named = named_tokens(folder, config)
+        bos_token, eos_token, pad = named["bos"], named["eos"], named["pad"]
         self.n_words = max(self.model.get_vocab_size(), vocab_size)
         begins = self.model.encode("", add_special_tokens=True).ids
         bos = self.model.token_to_id(bos_token) if bos_token else None
         self.bos_id: int | None = bos if config.get("add_bos_token", bos in begins[:1]) else None
         stops = [self.model.token_to_id(eos_token)] if eos_token else []
-        listed = generation.get("eos_token_id")
-        stops += listed if isinstance(listed, list) else [listed]
+        stops += id_list(folder / "generation_config.json", generation, "eos_token_id")
         # Models that answer in turns may end one by these, whatever their configuration names.
         stops += [*eos_ids, *(self.special_tokens.get(text) for text in ("<|eot_id|>", "<|eom_id|>"))]
         self.stop_tokens: list[int] = list(dict.fromkeys(i for i in stops if i is not None))
@@ -107,7 +100,8 @@ class HFTokenizer:
     def _encode(self, s: str, special: bool) -> list[int]:
         self.model.encode_special_tokens = not special
         valid = s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids: list[int] = self.model.encode(valid, add_special_tokens=False).ids
+        with no_panic("the tokenizer cannot encode this text"):
+            ids: list[int] = self.model.encode(valid, add_special_tokens=False).ids
         return ids
 
     def decode(self, t: Sequence[int]) -> str:
@@ -147,5 +141,23 @@ class HFTokenizer:
         return byte_alphabet() if "ByteLevel" in kinds else {}
 
 
-def _token_text(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+def named_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str | None]:
+    """The texts of the bos, eos and pad token, None for those without, as a folder's files name them.
+
+    config: its tokenizer_config.json, which goes before special_tokens_map.json.
+    Raises CheckpointError if one is neither a text nor an object with one as its content.
+    """
+    found: dict[str, str | None] = {}
+    for kind in ("bos", "eos", "pad"):
+        for name, content in (("tokenizer_config", config), ("special_tokens_map", None)):
+            path, key = folder / f"{name}.json", f"{kind}_token"
+            content = read_json(path) if content is None else content
+            check_kinds(path, content, {key: (str, dict)})
+            token = content.get(key)
+            if isinstance(token, dict):
+                check_kinds(path, token, {"content": (str,)})
+                token = token.get("content")
+            found[kind] = token
+            if key in content:
+                break
+    return found

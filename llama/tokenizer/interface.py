@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypedDict
+from typing import Any, Literal, Protocol, TypedDict
+
+from typing_extensions import NotRequired
 
 Role = Literal["system", "user", "assistant", "tool", "ipython"]
 
 
 class Message(TypedDict):
+    """One message of a dialog.
+
+    content: its text; of the assistant's it may be None where there are tool_calls.
+    tool_calls: of the assistant, each {"id": …, "function": {"name": …, "arguments": JSON text or a dict}}.
+    tool_call_id: of a tool, the call whose result this is.
+    """
+
     role: Role
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
 
 
 Dialog = Sequence[Message]

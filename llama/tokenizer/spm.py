@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama.errors import ArgumentError, MissingPackageError
+from llama.errors import ArgumentError, CheckpointError, MissingPackageError
+from llama.files import check_kinds, read_json
 
 
 class SentencePieceTokenizer:
@@ -31,29 +31,36 @@ class SentencePieceTokenizer:
             raise MissingPackageError(
                 "the tokenizer of LLaMA 1 and 2 needs the sentencepiece package: pip install sentencepiece"
             ) from None
+        where = "the tokenizer"
         if not isinstance(model, bytes):
             path = Path(model)
+            where = str(path)
             if not path.is_file():
                 raise FileNotFoundError(f"no tokenizer at {path}: give the path of a tokenizer.model")
             model = path.read_bytes()
             if (beside := path.with_name("format.json")).is_file():
-                try:
-                    self.chat_format = json.loads(beside.read_text("utf-8"))["chat_format"]
-                except (ValueError, TypeError, KeyError):
-                    raise ArgumentError(f"{beside} does not name a chat_format") from None
+                content = read_json(beside)
+                check_kinds(beside, content, {"chat_format": (str,)})
+                if not content.get("chat_format"):
+                    raise CheckpointError(f"{beside} does not name a chat_format")
+                self.chat_format = content["chat_format"]
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
-            raise ArgumentError("the tokenizer is not a sentencepiece model; is it whole?") from None
+            raise CheckpointError(f"{where} is not a sentencepiece model; is it whole?") from None
         self.proto = model
         self.n_words: int = self.model.vocab_size()
         self.bos_id: int | None = self.model.bos_id() if self.model.bos_id() >= 0 else None
         self.eos_id: int = self.model.eos_id()
+        if self.eos_id < 0:
+            raise CheckpointError(f"{where} has no token for the end of a text; download it again")
         self.pad_id: int = self.model.pad_id()
         self.stop_tokens = [self.eos_id]
-        self.special_tokens = {
-            self.model.id_to_piece(i): i for i in range(self.n_words) if self.model.is_control(i)
-        }
+        try:
+            pieces = [self.model.id_to_piece(i) for i in range(self.n_words)]
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{where} has a piece that is not UTF-8; download it again") from None
+        self.special_tokens = {piece: i for i, piece in enumerate(pieces) if self.model.is_control(i)}
 
     def encode(self, s: str, *, bos: bool, eos: bool) -> list[int]:
         """Ids of a text, which never becomes a control token; bos, eos: put begin and end around it."""

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from llama.errors import ArgumentError, CheckpointError, MissingPackageError
-from llama.tokenizer.chat_format import NoChat, check_dialog
-from llama.tokenizer.huggingface import HFTokenizer, _token_text, read_json
+from llama.errors import ArgumentError, CheckpointError, MissingPackageError, shown
+from llama.files import check_kinds, read_json, read_text
+from llama.tokenizer.chat_format import NoChat, check_dialog, parse_call
+from llama.tokenizer.huggingface import CONFIG, HFTokenizer, named_tokens
 from llama.tokenizer.interface import Dialog, DialogFormat, TextTokenizer
 
 
@@ -25,17 +26,24 @@ def find_template(folder: Path, tokenizer: TextTokenizer) -> DialogFormat:
 
     A template's own file goes before the configuration, which may hold several.
     """
-    config = read_json(folder / "tokenizer_config.json")
+    path = folder / "tokenizer_config.json"
+    config = read_json(path)
+    check_kinds(path, config, CONFIG)
     template = config.get("chat_template")
     if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        for entry in template:
+            if not isinstance(entry, dict):
+                raise CheckpointError(
+                    f"{path}: chat_template must be a list of objects, not of {shown(entry)}"
+                )
+            check_kinds(path, entry, {"name": (str,), "template": (str,)})
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
     if (path := folder / "chat_template.jinja").is_file():
-        template = path.read_text("utf-8")
+        template = read_text(path)
     if not template:
         return NoChat(tokenizer)
-    named = read_json(folder / "special_tokens_map.json") | config
-    bos, eos = (_token_text(named.get(f"{kind}_token")) for kind in ("bos", "eos"))
-    return ChatTemplate(tokenizer, template, folder, bos, eos)
+    named = named_tokens(folder, config)
+    return ChatTemplate(tokenizer, template, folder, named["bos"], named["eos"])
 
 
 class ChatTemplate:
@@ -79,13 +87,27 @@ class ChatTemplate:
                 f"the chat template of {self.origin} is not valid jinja2: {error}"
             ) from None
 
-    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+    @property
+    def knows_tools(self) -> bool:
+        """Whether it does anything with tools."""
+        return bool(re.search(r"\btools\b", self.source))
+
+    def encode_dialog_prompt(
+        self, dialog: Dialog, tools: Sequence[Mapping[str, Any]] = (), builtin_tools: Sequence[str] = ()
+    ) -> list[int]:
         """The rendered dialog with the head of the answer to come.
 
-        Raises ValueError where the template refuses the dialog, or tries to leave its sandbox.
+        tools: OpenAI function objects that the model may call.
+        builtin_tools: names of tools that the model knows by itself.
+
+        Raises ArgumentError if the template refuses the dialog, or tries to leave its sandbox.
         """
-        check_dialog(dialog, self.roles)
-        return self._encode(dialog)
+        check_dialog(dialog, self.roles, calls=True)
+        # A template must be able to tell whether there are any.
+        names = {"tools": list(tools) or None} | (
+            {"builtin_tools": list(builtin_tools)} if builtin_tools else {}
+        )
+        return self._encode([_open_calls(message) for message in dialog], names=names)
 
     def encode_next_turn(self, content: str) -> list[int]:
         """What the template writes between an answer and the answer to the user's next message."""
@@ -97,22 +119,25 @@ class ChatTemplate:
         ]
         return self._encode(dialog, mark)
 
-    def _encode(self, dialog: Dialog, after: str = "") -> list[int]:
-        """Ids of a rendered dialog, or of what stands after a mark in it."""
+    def _encode(
+        self, dialog: Sequence[Mapping[str, Any]], after: str = "", names: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Ids of a rendered dialog, or of what stands after a mark in it. names: what else is rendered."""
         special = self.tokenizer.special_tokens
-        contents = [message["content"] for message in dialog]
-        typed = any(text in content for text in special for content in contents)
-        if isinstance(self.tokenizer, HFTokenizer) and not typed:
-            text = self._render(dialog, contents)
+        names = {"messages": dialog, **(names or {})}
+        texts: list[str] = []
+        _map_texts(names, texts.append)
+        if isinstance(self.tokenizer, HFTokenizer) and not any(s in text for s in special for text in texts):
+            text = self._render(names)
             return self.tokenizer.encode_rendered(text.rpartition(after)[2] if after else text)
         # A private character stands for the first one of each special token that a user typed.
-        used = {*"".join(contents)}
+        used = {*"".join(texts)}
         free = (chr(i) for i in range(0xE000, 0xF8FF) if chr(i) not in used)
         stands_for: dict[str, str] = dict(zip(free, sorted({text[0] for text in special}), strict=False))
         stand_in = {character: private for private, character in stands_for.items()}
         any_special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
-        hidden = [any_special.sub(lambda m: stand_in[m[0][0]] + m[0][1:], text) for text in contents]
-        text, ids, at = self._render(dialog, hidden), [], 0
+        hidden = _map_texts(names, lambda text: any_special.sub(lambda m: stand_in[m[0][0]] + m[0][1:], text))
+        text, ids, at = self._render(hidden), [], 0
         text = text.rpartition(after)[2] if after else text
         for match in [*any_special.finditer(text), None]:
             piece = text[at : match.start()] if match else text[at:]
@@ -123,17 +148,12 @@ class ChatTemplate:
                 at = match.end()
         return ids
 
-    def _render(self, dialog: Dialog, contents: Sequence[str]) -> str:
+    def _render(self, names: Mapping[str, Any]) -> str:
         import jinja2
         from jinja2.exceptions import SecurityError
 
-        messages = [{**message, "content": text} for message, text in zip(dialog, contents, strict=True)]
         try:
-            return self.template.render(
-                messages=messages,
-                add_generation_prompt=True,
-                **self.names,
-            )
+            return self.template.render(add_generation_prompt=True, **self.names, **names)
         except SecurityError as error:
             raise ArgumentError(
                 f"the chat template of {self.origin} tries to leave its sandbox, so it was stopped: {error}"
@@ -146,3 +166,25 @@ def _refuse(message: str) -> NoReturn:
     import jinja2
 
     raise jinja2.TemplateError(message)
+
+
+def _map_texts(value: Any, function: Callable[[str], Any]) -> Any:
+    """Lists and dicts with each text in them replaced by what a function makes of it."""
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {_map_texts(key, function): _map_texts(item, function) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_texts(item, function) for item in value]
+    return value
+
+
+def _open_calls(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates want it: arguments of calls as objects, and nothing where there is none."""
+    opened = {key: value for key, value in message.items() if value is not None and value != []}
+    if "tool_calls" in opened:
+        parsed = [(call, *parse_call(call)) for call in opened["tool_calls"]]
+        opened["tool_calls"] = [
+            {**call, "function": {"name": name, "arguments": arguments}} for call, name, arguments in parsed
+        ]
+    return opened

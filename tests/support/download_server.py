@@ -3,7 +3,8 @@
 As the real one does, it wants the signature of the link in the query, serves ranges, and refuses
 HEAD. `faults` makes the next requests for a path go wrong, one fault each, in order:
 
-- an `int`: answer with that status; `("cut", n)`: break off after n bytes of the body;
+- an `int`: answer with that status; `bytes`: answer with exactly these, headers and all;
+- `("cut", n)`: break off after n bytes of the body;
 - `("slow", seconds)`: wait in the middle of the body; `"flip"`: damage one byte;
 - `"page"`: a login page; `"no-range"`: the whole file whatever range was asked for.
 
@@ -22,7 +23,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
-Fault = int | str | tuple[str, float]
+Fault = int | bytes | str | tuple[str, float]
 SIGNATURE = "Kx7SeCrEt~Q-signature__"
 PAGE = b"\n<!DOCTYPE html><html><body>Log in to continue</body></html>" + b" " * 900
 
@@ -58,13 +59,14 @@ class FakeLlamaServer:
     def origin(self) -> str:
         return f"http://127.0.0.1:{self._httpd.server_port}"
 
-    def link(self, host: str | None = None, expires: int = 4102444800) -> str:
+    def link(self, host: str | None = None, expires: int | str = 4102444800) -> str:
         """A signed link whose terms name `host`, in CloudFront's base64 alphabet."""
-        condition = {"DateLessThan": {"AWS:EpochTime": expires}}
+        condition = {"DateLessThan": {"AWS:EpochTime": "EXPIRES"}}
         resource = f"https://{host or 'elsewhere.example'}/*"
         terms = json.dumps(
             {"Statement": [{"Resource": resource, "Condition": condition}]}, separators=(",", ":")
         )
+        terms = terms.replace('"EXPIRES"', str(expires))  # which need not be a number of JSON
         policy = base64.b64encode(terms.replace("/", "\\/").encode()).decode()
         policy = policy.translate(str.maketrans("+=/", "-_~"))
         return f"{self.origin}/*?Policy={policy}&Signature={SIGNATURE}&Key-Pair-Id=K"
@@ -123,7 +125,10 @@ class FakeLlamaServer:
                 if fault == "flip":
                     data = data[:-2] + bytes([data[-2] ^ 1]) + data[-1:]
                 start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
-                if isinstance(fault, int):
+                if isinstance(fault, bytes):
+                    self.wfile.write(fault)
+                    self.close_connection = True
+                elif isinstance(fault, int):
                     self._send(fault, b"<Error/>", type="application/xml")
                 elif fault == "page":
                     self._send(200, PAGE, type="text/html; charset=utf-8")

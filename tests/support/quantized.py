@@ -2,16 +2,20 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor
 
 from llama import Llama
+from llama.backends import Plan
+from llama.backends.grouped import Grouped
+from llama.backends.onednn import Packed
+from llama.loading import load_weights
+from llama.model import Transformer
+from llama.parallel import Span
 
 TOKENS = torch.arange(3 * 16).view(3, 16)
-x86 = pytest.mark.skipif(
-    "fbgemm" not in torch.backends.quantized.supported_engines, reason="this CPU has no such operators"
-)
+PACKED = Plan(plain=Packed, joins=True, least_rows=4)
+KEPT = Plan(quantized=Grouped, joins=True)  # as a CUDA device does with quantized weights
 
 
 def distance(found: Tensor, exact: Tensor) -> float:
@@ -23,3 +27,25 @@ def build(folder: Path, scheme: str | None = None) -> Llama:
     return Llama.build(
         folder, max_seq_len=32, max_batch_size=3, dtype="float32", device="cpu", quantize=scheme
     )
+
+
+class Held:
+    """The weights of a model in memory, as a `TensorSource`."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.weights, self.dtype = model.state_dict(), model.dtype
+        self.shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
+
+    def read(self, name: str, dim: int = 0, span: Span | None = None) -> Tensor:
+        start, stop = span or (0, self.shapes[name][dim])
+        return self.weights[name].narrow(dim, start, stop - start)
+
+    def release(self) -> None: ...
+
+
+def reloaded(model: Transformer, plan: Plan, scheme: str | None = None) -> Transformer:
+    """The same model as it would be loaded by a plan."""
+    with torch.device("meta"):
+        other = Transformer(model.params)
+    load_weights(other, Held(model), plan, model.device, model.dtype, scheme)
+    return other

@@ -1,0 +1,72 @@
+"""The command that serves a model by HTTP."""
+
+from pathlib import Path
+
+from llama.arguments import whole
+from llama.cli.launch import default_ckpt_dir
+from llama.cli.options import BuildOptions
+from llama.cli.terminal import Terminal
+from llama.errors import ArgumentError, MissingPackageError
+
+try:
+    from llama.server import run
+    from llama.server.service import Limits
+except ModuleNotFoundError as error:  # the packages of an extra
+    run, missing = None, error.name  # type: ignore[assignment]
+
+
+def serve(
+    ckpt_dir: str | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    api_key: tuple[str, ...] = (),
+    api_key_file: str | None = None,
+    cors: tuple[str, ...] = (),
+    queue: int = 256,
+    timeout: float = 600.0,
+    max_body: int = 8 << 20,
+    tool_format: str | None = None,
+    metrics_prefix: str = "llama",
+    ssl_certfile: str | None = None,
+    ssl_keyfile: str | None = None,
+    build: BuildOptions = BuildOptions(max_batch_size=8),
+) -> None:
+    """Serve a model to clients of OpenAI's and Anthropic's interfaces, and on a page to try it.
+
+    Args:
+        ckpt_dir: folder of a checkpoint, a GGUF file, a URL, or a Hugging Face repository; by default
+            the demo model, if it lies in this folder
+        host: address to listen on; 0.0.0.0 for every network
+        port: port to listen on
+        name: of the model, as clients call it; by default the folder's
+        api_key: key that requests must bring; a JSON list for several
+        api_key_file: file with such keys, one a line, which no list of processes shows
+        cors: web sites whose pages may ask, as in https://example.org; a JSON list for several
+        queue: answers that may wait for a slot; beyond, requests are refused with status 429
+        timeout: seconds that a request may take, its wait included
+        max_body: bytes of a request
+        tool_format: how prompts tell of tools; by default as the checkpoint was trained, if it was
+        metrics_prefix: of the names of metrics; with vllm, dashboards for vLLM show them
+        ssl_certfile: certificate, to serve by TLS
+        ssl_keyfile: its key
+    """
+    if run is None:
+        raise MissingPackageError(f"serve needs the package {missing}: pip install -e '.[serve]'")
+    for option, value in {"queue": queue, "max_body": max_body, "port": port}.items():
+        whole(option, value, 0)
+    if timeout <= 0:
+        raise ArgumentError(f"timeout must be more than 0 seconds, not {timeout:g}")
+    if bool(ssl_certfile) != bool(ssl_keyfile):
+        raise ArgumentError("TLS needs both --ssl_certfile and --ssl_keyfile")
+    keys = [*api_key, *(Path(api_key_file).read_text("utf-8").split() if api_key_file else ())]
+    if api_key_file and not keys:
+        raise ArgumentError(f"there is no key in {api_key_file}")
+    ckpt_dir = ckpt_dir or str(default_ckpt_dir())
+    address = run.Address(host, port, keys, cors, ssl_certfile, ssl_keyfile)
+    with build.build(ckpt_dir) as llama:
+        llama.tool_format = tool_format or llama.tool_format
+        once = Terminal(llama.model.parallel).once
+        name = name or Path(ckpt_dir).resolve().stem
+        run.serve(llama, once, name, address, Limits(queue, timeout, max_body), metrics_prefix)

@@ -1,0 +1,177 @@
+"""Llama Guard: is what a user asks, or what an assistant answers, safe?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+from llama.errors import ArgumentError
+from llama.generation import Llama, StrPath
+from llama.guard.prompt import (
+    VERSIONS,
+    GuardVersion,
+    Judged,
+    check_conversation,
+    guard_version,
+    parse_verdict,
+)
+from llama.moderation import Category
+from llama.streaming import collect
+from llama.tokenizer import Dialog, SentencePieceTokenizer
+from llama.tokenizer.template import ChatTemplate
+
+__all__ = ["Category", "Guard", "Verdict", "guard_version"]
+
+# Room for a verdict that names every category.
+MAX_VERDICT = 64
+# Among these the words "safe" and "unsafe" are looked for.
+TOP_WORDS = 20
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a guard says of the last message of a dialog.
+
+    safe: whether its answer begins with "safe".
+    categories: those it names otherwise; none if its answer cannot be read.
+    unsafe_probability: of the word "unsafe" against "safe" at the place where one of them is due.
+    role: whose message was judged.
+    text: its answer.
+    """
+
+    safe: bool
+    categories: tuple[Category, ...]
+    unsafe_probability: float
+    role: Judged
+    text: str
+
+
+class Guard:
+    """A Llama Guard with its prompt.
+
+    version: which one it is.
+    """
+
+    def __init__(self, llama: Llama, version: str | None = None) -> None:
+        """version: one of "1", "2", "3-8b", "3-1b", "4"; by default what the checkpoint's files tell.
+
+        Raises ArgumentError for an unknown version, or if the files do not tell which it is.
+        """
+        self.llama = llama
+        self.version: GuardVersion = guard_version(version) if version is not None else recognize(llama)
+
+    @staticmethod
+    def build(
+        ckpt_dir: StrPath,
+        version: str | None = None,
+        max_seq_len: int = 4096,
+        max_batch_size: int = 4,
+        **options: Any,
+    ) -> Guard:
+        """Load a Llama Guard.
+
+        version: one of "1", "2", "3-8b", "3-1b", "4"; by default what the checkpoint's files tell.
+        options: other arguments of `Llama.build`, which says what they and these mean, and what is raised.
+        """
+        llama = Llama.build(ckpt_dir, max_seq_len=max_seq_len, max_batch_size=max_batch_size, **options)
+        return Guard(llama, version)
+
+    @overload
+    def check(
+        self, dialog: Dialog, *, categories: Mapping[str, str] | None = ..., excluded: Collection[str] = ...
+    ) -> Verdict: ...
+
+    @overload
+    def check(
+        self,
+        dialog: Sequence[Dialog],
+        *,
+        categories: Mapping[str, str] | None = ...,
+        excluded: Collection[str] = ...,
+    ) -> list[Verdict]: ...
+
+    def check(
+        self,
+        dialog: Dialog | Sequence[Dialog],
+        *,
+        categories: Mapping[str, str] | None = None,
+        excluded: Collection[str] = (),
+    ) -> Verdict | list[Verdict]:
+        """Judge the last message of a dialog, or of each of several.
+
+        dialog: messages of user and assistant in turn, or a list of such dialogs, which run together.
+        categories: codes and what they mean, such as {"C1": "Spoilers."}, instead of the model's own.
+        excluded: codes of categories that are allowed.
+
+        Raises ArgumentError for other dialogs and unknown codes, PromptError if a dialog is too long.
+        """
+        if isinstance(dialog, Sequence) and dialog and isinstance(dialog[0], Mapping):
+            return self._check([dialog], categories, excluded)[0]  # type: ignore[list-item]
+        return self._check(dialog, categories, excluded)  # type: ignore[arg-type]
+
+    def _check(
+        self, dialogs: Sequence[Dialog], categories: Mapping[str, str] | None, excluded: Collection[str]
+    ) -> list[Verdict]:
+        tokenizer, version = self.llama.tokenizer, self.version
+        prefix = (
+            tokenizer.encode(version.answer_prefix, bos=False, eos=False) if version.answer_prefix else []
+        )
+        prompts = [version.encode(tokenizer, dialog, categories, excluded) + prefix for dialog in dialogs]
+        events = self.llama.stream_tokens(
+            prompts, temperature=0, max_gen_len=MAX_VERDICT, logprobs=True, top_logprobs=TOP_WORDS
+        )
+        known = version.categories if categories is None else categories
+        safe, unsafe = (tokenizer.encode(word, bos=False, eos=False)[0] for word in ("safe", "unsafe"))
+        verdicts = []
+        for dialog, answer in zip(dialogs, collect(events), strict=True):
+            logprobs = dict(answer.top_logprobs[0]) if answer.top_logprobs else {}
+            odds = logprobs.get(unsafe, -math.inf), logprobs.get(safe, -math.inf)
+            is_safe, named = parse_verdict(answer.text, known)
+            # Neither word is among the likely ones: what the answer is read as decides.
+            probability = (
+                float(not is_safe) if max(odds) == -math.inf else 1 / (1 + math.exp(odds[1] - odds[0]))
+            )
+            verdicts.append(
+                Verdict(is_safe, named, probability, check_conversation(dialog), answer.text.strip())
+            )
+        return verdicts
+
+    def close(self) -> None:
+        """Close the model; see `Llama.close`."""
+        self.llama.close()
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def recognize(llama: Llama) -> GuardVersion:
+    """Which Llama Guard a model is, by its chat template, or its vocabulary and shape."""
+    if isinstance(llama.formatter, ChatTemplate):
+        source = llama.formatter.source
+        tells = {
+            "4": "<|header_start|>",
+            "3-1b": "excluded_category_keys",
+            "3-8b": "S14: ",
+            "2": "S11: ",
+            "1": "O6: ",
+        }
+        for name, text in tells.items():
+            if text in source and "<BEGIN UNSAFE CONTENT CATEGORIES>" in source:
+                return VERSIONS[name]
+        raise ArgumentError(
+            "the chat template of this checkpoint is not that of a Llama Guard; "
+            f"if it is one, pass version= one of {', '.join(VERSIONS)}"
+        )
+    if isinstance(llama.tokenizer, SentencePieceTokenizer):
+        return VERSIONS["1"]
+    if "<|header_start|>" in llama.tokenizer.special_tokens:
+        return VERSIONS["4"]
+    args = llama.model.params
+    if not args.use_scaled_rope:
+        return VERSIONS["2"]
+    return VERSIONS["3-8b" if args.dim >= 4096 else "3-1b"]

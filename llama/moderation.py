@@ -1,0 +1,103 @@
+"""A guard before and behind a chat: what it is shown, and what it does to a stream of events.
+
+The guard itself is anything with `check`; `llama.Guard` is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from llama.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Category:
+    """What a guard objects to.
+
+    code: such as "S1".
+    name: such as "Violent Crimes".
+    """
+
+    code: str
+    name: str
+
+
+class Judgement(Protocol):
+    """What a guard says of the last message of a dialog."""
+
+    @property
+    def safe(self) -> bool: ...
+
+    @property
+    def categories(self) -> Sequence[Category]: ...
+
+
+class Moderator(Protocol):
+    """What judges dialogs."""
+
+    def check(self, dialog: Any, /) -> Any:
+        """A `Judgement` for each of a list of dialogs."""
+
+
+@dataclass(frozen=True)
+class Review:
+    """How one answer is checked.
+
+    guard: who checks it.
+    before: the conversation that it answers.
+    every: tokens after which what there is of it is checked and shown; None: all of it at its end.
+    refused: categories to which the guard objected in the question, so that there is no answer; None: none.
+    """
+
+    guard: Moderator
+    before: Sequence[Mapping[str, Any]]
+    every: int | None = None
+    refused: tuple[Category, ...] | None = None
+
+    def refuses(self, answer: str) -> tuple[Category, ...] | None:
+        """The categories to which the guard objects in an answer, or the beginning of one; None if safe."""
+        if not answer.strip():
+            return None
+        return judge(self.guard, [[*self.before, {"role": "assistant", "content": answer}]])[0]
+
+
+def reviews(
+    guard: Moderator, dialogs: Sequence[Sequence[Mapping[str, Any]]], every: int | None
+) -> list[Review]:
+    """The questions of dialogs, checked together, and how their answers will be."""
+    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+        raise ArgumentError(f"guard_every must be a whole number, 1 or more, or None, not {every!r}")
+    before = [conversation(dialog) for dialog in dialogs]
+    verdicts = judge(guard, before)
+    return [Review(guard, shown, every, verdict) for shown, verdict in zip(before, verdicts, strict=True)]
+
+
+def judge(
+    guard: Moderator, conversations: Sequence[Sequence[Mapping[str, Any]]]
+) -> list[tuple[Category, ...] | None]:
+    """For each conversation the categories to which a guard objects; None if it is safe, or empty."""
+    asked = [shown for shown in conversations if shown]
+    judgements = iter(guard.check(asked) if asked else ())
+    verdicts = [next(judgements) if shown else None for shown in conversations]
+    return [None if verdict is None or verdict.safe else tuple(verdict.categories) for verdict in verdicts]
+
+
+def conversation(dialog: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What a guard is shown of a dialog: texts of user and assistant in turn, beginning with the user's.
+
+    Messages of one role in a row become one; tool calls are shown as the JSON that they are.
+    """
+    shown: list[dict[str, Any]] = []
+    for message in dialog:
+        calls = [call["function"] for call in message.get("tool_calls") or ()]
+        texts = [message.get("content") or "", *(f"{call['name']} {call['arguments']}" for call in calls)]
+        text = "\n".join(text for text in texts if text)
+        if message["role"] not in ("user", "assistant") or not text:
+            continue
+        if shown and shown[-1]["role"] == message["role"]:
+            shown[-1]["content"] += "\n\n" + text
+        elif shown or message["role"] == "user":
+            shown.append({"role": message["role"], "content": text})
+    return shown

@@ -1,0 +1,71 @@
+"""Who may ask, and how much: keys and the size of a body, looked at before any other work."""
+
+import asyncio
+import hmac
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llama.server.errors import AccessError, DeadlineError, TooLargeError
+from llama.server.replies import error_response
+from llama.server.service import Limits
+
+OPEN = ("/", "/health", "/health/live", "/health/ready")  # paths that need no key
+
+
+class Access:
+    """Middleware that refuses requests without one of the keys."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self.app = app
+        self.keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN or self._has_key(Headers(scope=scope)):
+            await self.app(scope, receive, send)
+            return
+        error = AccessError("a valid API key is needed, as Authorization: Bearer KEY or as x-api-key: KEY")
+        await error_response(scope["path"], error)(scope, receive, send)
+
+    def _has_key(self, headers: Headers) -> bool:
+        given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+        # All are compared, each in constant time, so that the time tells nothing.
+        return sum(hmac.compare_digest(given.encode("latin-1"), key) for key in self.keys) > 0
+
+
+class BodyLimit:
+    """Middleware that refuses bodies that are too large or take too long."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self.app = app
+        self.limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            body = await asyncio.wait_for(self._read(receive), self.limits.timeout)
+        except TooLargeError as error:
+            await error_response(scope["path"], error)(scope, receive, send)
+            return
+        except asyncio.TimeoutError:
+            await error_response(scope["path"], DeadlineError("the body took too long"))(scope, receive, send)
+            return
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self.app(scope, replay, send)
+
+    async def _read(self, receive: Receive) -> bytes:
+        body, more = bytearray(), True
+        while more:
+            message = await receive()  # of a client that has gone there is no more body
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self.limits.body:
+                raise TooLargeError(f"the body is larger than {self.limits.body} bytes")
+        return bytes(body)

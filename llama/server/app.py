@@ -1,0 +1,64 @@
+"""The HTTP application: where each path goes, and what surrounds all of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse
+from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
+
+from llama.errors import LlamaError
+from llama.server import chat_completions, completions, messages, responses, utilities
+from llama.server.access import Access, BodyLimit
+from llama.server.errors import OpenAIError
+from llama.server.logs import Logged
+from llama.server.replies import error_response
+from llama.server.service import Service
+
+PAGE = Path(__file__).with_name("page.html")
+ITSELF_ONLY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def create_app(service: Service, keys: Sequence[str] = (), origins: Sequence[str] = ()) -> FastAPI:
+    """The application that serves a model.
+
+    keys: API keys, one of which every request must bring; none: every request is served.
+    origins: web sites whose pages may ask.
+    """
+    app = FastAPI(
+        title="llama",
+        summary="A Llama model behind the interfaces of OpenAI and Anthropic",
+        docs_url=None,  # its page would load scripts from elsewhere
+        redoc_url=None,
+        responses={"4XX": {"model": OpenAIError}, "5XX": {"model": OpenAIError}},
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [],  # to be told of; see Access
+    )
+    app.state.service = service
+    for module in (chat_completions, completions, responses, messages, utilities):
+        app.include_router(module.router)
+    for kind in (LlamaError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _explain)
+
+    @app.get("/", include_in_schema=False)
+    def page() -> HTMLResponse:
+        return HTMLResponse(PAGE.read_text("utf-8"), headers={"Content-Security-Policy": ITSELF_ONLY})
+
+    app.add_middleware(BodyLimit, limits=service.limits)
+    if keys:
+        app.add_middleware(Access, keys=keys)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(Logged, service=service)
+    return app
+
+
+async def _explain(request: Request, error: Exception) -> Response:
+    return error_response(request.url.path, error)

@@ -1,0 +1,140 @@
+"""The one thread that runs the engine, and how other ranks follow it.
+
+Rank 0 speaks HTTP. Before each step it tells every rank what was added and cancelled since the last
+one, so all of them make the same calls of the engine in the same order, whatever arrives when.
+"""
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from llama.arguments import TextRequest
+from llama.engine import Event, Request
+from llama.errors import RankError
+from llama.generation import Llama
+
+Once = Callable[[Callable[[], "Plan"]], "Plan"]  # does something on rank 0, and tells every rank
+
+
+@dataclass
+class Plan:
+    """What changes before a step. Requests go by number.
+
+    closing: no step follows, and the engine is left alone from here on.
+    """
+
+    added: list[tuple[int, TextRequest]] = field(default_factory=list)
+    cancelled: list[int] = field(default_factory=list)
+    closing: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.cancelled or self.closing)
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request that was handed in.
+
+    deliver: takes the engine's request and its events, on the driver's thread: it must return at once.
+    """
+
+    number: int
+    deliver: Callable[[Request, Sequence[Event]], object]
+    told: int = 0  # events so far
+
+
+class Driver:
+    """Runs the engine of a model that nobody else uses, on a thread of its own.
+
+    once: see `Once`.
+    failure: why it could not go on, if it has ended by itself.
+    """
+
+    failure: BaseException | None = None
+
+    def __init__(self, llama: Llama, once: Once) -> None:
+        self.llama = llama
+        self._once = once
+        self._numbers = itertools.count()
+        self._tickets: dict[int, Ticket] = {}  # handed in and not ended
+        self._next = Plan()
+        self._changed = threading.Condition()  # guards the two above
+        self._thread: threading.Thread | None = None
+
+    def start(self, fail: Callable[[], object]) -> None:
+        """Begin. fail: called on the driver's thread when it cannot go on."""
+        self._thread = threading.Thread(target=self._drive, args=(fail,), name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, source: TextRequest, deliver: Callable[[Request, Sequence[Event]], object]) -> Ticket:
+        """Hand in a request, from any thread. Raises RankError if the driver has ended."""
+        with self._changed:
+            if self.failure or self._next.closing:
+                raise RankError("the model no longer runs")
+            ticket = Ticket(next(self._numbers), deliver)
+            self._tickets[ticket.number] = ticket
+            self._next.added.append((ticket.number, source))
+            self._changed.notify()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request before the next step. An ended one stays as it is."""
+        with self._changed:
+            if ticket.number in self._tickets:
+                self._next.cancelled.append(ticket.number)
+                self._changed.notify()
+
+    def unfinished(self) -> int:
+        """How many requests have been handed in and have not ended."""
+        return len(self._tickets)
+
+    def close(self) -> None:
+        """End the thread, on every rank, and wait for it."""
+        with self._changed:
+            self._next.closing = True
+            self._changed.notify()
+        if self._thread:
+            self._thread.join()
+
+    def follow(self) -> None:
+        """Do what rank 0 says, until it closes: the part of the other ranks."""
+        self._run(Plan)
+
+    def _drive(self, fail: Callable[[], object]) -> None:
+        try:
+            self._run(self._take)
+        except BaseException as error:
+            self.failure = error
+            fail()
+
+    def _run(self, take: Callable[[], Plan]) -> None:
+        engine, requests = self.llama.engine, dict[int, Request]()
+        while not (plan := self._once(take)).closing:
+            for number, source in plan.added:
+                requests[number] = engine.add(source.prompt, source.params, constraint=source.constraint)
+            for number in plan.cancelled:
+                if number in requests:
+                    engine.cancel(requests[number])
+            if engine.has_work():
+                engine.step()
+            for number, request in list(requests.items()):
+                self._deliver(number, request)
+                if request.finish_reason:
+                    del requests[number]
+
+    def _take(self) -> Plan:
+        """What has been handed in since the last step; if there is nothing to do, wait for it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._next or self.llama.engine.has_work())
+            plan, self._next = self._next, Plan(closing=self._next.closing)
+        return plan
+
+    def _deliver(self, number: int, request: Request) -> None:
+        """Hand out what the last step brought for a request; other ranks than 0 have nobody to tell."""
+        if (ticket := self._tickets.get(number)) and (events := request.events(ticket.told)):
+            ticket.told += len(events)
+            if events[-1].finish_reason:
+                with self._changed:
+                    del self._tickets[number]
+            ticket.deliver(request, events)

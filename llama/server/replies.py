@@ -1,0 +1,98 @@
+"""Answers as JSON or as server-sent events, for any interface; both end when the client goes away."""
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+from fastapi import Request, Response
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.types import Receive, Scope, Send
+
+from llama.server.errors import openai_error, shape_of
+from llama.server.service import Generation, Service
+from llama.streaming import Answer
+
+SSE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+}
+
+
+def service_of(request: Request) -> Service:
+    """The model that a request is for, as a dependency of FastAPI."""
+    service: Service = request.app.state.service
+    return service
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}{secrets.token_hex(12)}"
+
+
+def to_json(value: Any) -> bytes:
+    """JSON in UTF-8. A text from a client may hold lone surrogates, which UTF-8 has no bytes for."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(to_json(value), status, headers, "application/json")
+
+
+def error_response(path: str, error: Exception) -> Response:
+    """An error as the clients of a path expect it."""
+    status, content = shape_of(path)(error)
+    headers = {401: {"www-authenticate": "Bearer"}, 413: {"connection": "close"}, 429: {"retry-after": "1"}}
+    return json_response(content, status, headers.get(status))
+
+
+def event(value: Any, name: str | None = None) -> ServerSentEvent:
+    """One server-sent event; with a name, as Anthropic's and OpenAI's newer interfaces have it."""
+    return ServerSentEvent(to_json(value).decode(), event=name, sep="\n")
+
+
+async def whole(
+    request: Request, generation: Generation, build: Callable[[Sequence[Answer]], Any]
+) -> Response:
+    """What `build` makes of all answers, as JSON."""
+    async with generation:
+        work = asyncio.ensure_future(generation.answers())
+        gone = asyncio.ensure_future(_disconnect(request))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            return json_response(build(work.result())) if work.done() else Response(status_code=499)
+        finally:
+            work.cancel()
+            gone.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Stream(EventSourceResponse):
+    """Server-sent events. An error after the first of them is an event too."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        events: AsyncIterator[ServerSentEvent],
+        explain: Callable[[Exception], tuple[int, Any]] = openai_error,
+        error_name: str | None = None,
+    ) -> None:
+        """explain: status and body of an error. error_name: of its event."""
+
+        async def guarded() -> AsyncIterator[ServerSentEvent]:
+            try:
+                async for item in events:
+                    yield item
+            except Exception as error:
+                yield event(explain(error)[1], error_name)
+
+        # What runs when the server is told to end is finished; the request's own time limit ends it.
+        super().__init__(guarded(), sep="\n", shutdown_grace_period=generation.limits.timeout)
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._generation:
+            await super().__call__(scope, receive, send)

@@ -1,0 +1,128 @@
+"""The life of a server process: start, serve, drain, end; on one rank or on many."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+
+import uvicorn
+
+from llama.generation import Llama
+from llama.guard import Guard
+from llama.server import logs
+from llama.server.app import create_app
+from llama.server.driver import Driver, Once
+from llama.server.service import Limits, Service
+
+log = logging.getLogger("llama.server")
+LAST_WORDS = 5.0  # seconds for answers to reach their clients after the model has failed
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens, and who may ask. See `create_app` and uvicorn's settings of these names."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys: Sequence[str] = field(default=(), repr=False)
+    origins: Sequence[str] = ()
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+
+
+class Server(uvicorn.Server):
+    """Told to end, it finishes what it has accepted; told again, it ends at once."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+        self.driver = service.driver
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to end. Raises what ended the engine, if that was no wish of anybody's."""
+        self.driver.start(self.fail)
+        try:
+            super().run(sockets)
+        finally:
+            self.driver.close()
+        if self.driver.failure:
+            raise self.driver.failure
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On SIGTERM and SIGINT."""
+        if self.service.draining:
+            self.should_exit = self.force_exit = True
+        else:
+            self.service.draining = True
+            self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drain()))
+
+    async def _drain(self) -> None:
+        log.info("draining")
+        while self.service.generations:
+            await asyncio.sleep(0.02)
+        self.should_exit = True
+
+    def fail(self) -> None:
+        """Tell every client that the model no longer runs, and end. From any thread."""
+
+        def tell() -> None:
+            self.service.fail()
+            self.should_exit = True
+            self._loop.call_later(LAST_WORDS, setattr, self, "force_exit", True)
+
+        self._loop.call_soon_threadsafe(tell)
+
+
+def create_server(
+    llama: Llama,
+    once: Once,
+    name: str,
+    address: Address,
+    limits: Limits,
+    prefix: str = "llama",
+    guard: Guard | None = None,
+) -> Server:
+    """A server on rank 0; its `run` serves until it is told to end. See `serve`."""
+    service = Service(llama, Driver(llama, once), name, limits, prefix, guard)
+    config = uvicorn.Config(
+        create_app(service, address.keys, address.origins),
+        host=address.host,
+        port=address.port,
+        ssl_certfile=address.ssl_certfile,
+        ssl_keyfile=address.ssl_keyfile,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+    )
+    return Server(config, service)
+
+
+def serve(
+    llama: Llama,
+    once: Once,
+    name: str,
+    address: Address,
+    limits: Limits,
+    prefix: str,
+    guard: Guard | None = None,
+) -> None:
+    """Serve a model until the process is told to end. Other ranks than 0 only compute.
+
+    once: does something on rank 0, and tells every rank; see `Driver`.
+    name: of the model, as clients call it.
+    prefix: of the names of metrics.
+    guard: checks what users ask and what the model answers.
+
+    Raises what ended the engine, if that was no wish of anybody's.
+    """
+    if llama.model.parallel.rank > 0:
+        Driver(llama, once).follow()
+    else:
+        logs.configure()
+        create_server(llama, once, name, address, limits, prefix, guard).run()

@@ -1,0 +1,207 @@
+"""The one call behind every interface: accept a request or refuse it, and tell what becomes of it."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Literal
+
+from llama.arguments import ChatOptions, Options, TextRequest
+from llama.engine import Event, Request
+from llama.errors import ArgumentError
+from llama.generation import Llama
+from llama.guard import Guard
+from llama.server.driver import Driver, Ticket
+from llama.server.errors import BusyError, DeadlineError, DrainingError, GenerationError, ModelNameError
+from llama.server.metrics import Metrics
+from llama.streaming import Answer, Reader, Stats, StreamEvent, create_reader, refusals
+from llama.tokenizer import Dialog
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What clients may ask for.
+
+    queue: answers that wait for a slot; when there are as many, new requests are refused.
+    timeout: seconds that a request may take, its wait included.
+    body: bytes of a request.
+    """
+
+    queue: int = 256
+    timeout: float = 600
+    body: int = 8 << 20
+
+
+class Generation:
+    """An accepted request, to be used by `async with`, whose end cancels what has not ended.
+
+    prompt_tokens: of all prompts, each counted once.
+    new_tokens, cached_tokens: generated so far, and of the prompts those that the KV cache held already.
+    """
+
+    def __init__(self, service: "Service", sources: Sequence[TextRequest]) -> None:
+        # The answers to one prompt share its list of ids.
+        firsts = {id(source.prompt): i for i, source in reversed([*enumerate(sources)])}
+        self._firsts = set(firsts.values())
+        self.prompt_tokens = sum(len(sources[i].prompt) for i in self._firsts)
+        self.new_tokens = 0
+        self.cached_tokens = 0
+        self.limits = service.limits
+        self._service = service
+        self._deadline = time.monotonic() + service.limits.timeout
+        self._arrived: asyncio.Queue[tuple[int, Sequence[Event]] | None] = asyncio.Queue()
+        self._sources = sources
+        self._refused = refusals(sources)
+        self._tickets: list[Ticket] = []
+        self._readers: dict[int, Reader] = {}
+        for index, source in enumerate(sources):
+            if source.review and source.review.refused is not None:
+                continue
+            ticket = service.driver.submit(source, partial(self._deliver, asyncio.get_running_loop(), index))
+            cancel = partial(service.driver.cancel, ticket)
+            self._tickets.append(ticket)
+            self._readers[index] = create_reader(service.llama.tokenizer, source, index, cancel)
+
+    async def __aenter__(self) -> "Generation":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        for ticket in self._tickets:
+            self._service.driver.cancel(ticket)
+        self._service.generations.discard(self)
+
+    def fail(self) -> None:
+        """Raise GenerationError in whoever reads the pieces, because the model no longer runs."""
+        self._arrived.put_nowait(None)
+
+    async def events(self) -> AsyncIterator[StreamEvent]:
+        """What happens, until every answer has ended.
+
+        Raises DeadlineError after the time limit, GenerationError if the model fails.
+        """
+        for refused in self._refused:
+            self._service.metrics.ended.labels("content_filter").inc()
+            yield refused
+        left = len(self._tickets)
+        while left:
+            try:
+                arrived = await asyncio.wait_for(self._arrived.get(), self._deadline - time.monotonic())
+            except asyncio.TimeoutError:
+                raise DeadlineError(f"the request took longer than {self.limits.timeout:g} seconds") from None
+            if arrived is None:
+                raise GenerationError("the model no longer runs")
+            index, news = arrived
+            for item in news:
+                for event in await self._read(index, item):
+                    if event.error:
+                        raise GenerationError(event.error)
+                    if event.finish_reason:
+                        left -= 1
+                    if event.stats:
+                        self._count(event, event.stats)
+                    yield event
+
+    async def _read(self, index: int, event: Event) -> list[StreamEvent]:
+        read = self._readers[index].read
+        if self._sources[index].review:  # a guard may run, which takes its time
+            return await asyncio.to_thread(lambda: list(read(event)))
+        return list(read(event))
+
+    async def answers(self) -> list[Answer]:
+        """All answers, once all have ended. Raises what `events` raises."""
+        answers = [Answer() for _ in self._sources]
+        async for event in self.events():
+            answers[event.index].add(event)
+        return answers
+
+    def _deliver(
+        self, loop: asyncio.AbstractEventLoop, index: int, _: Request, events: Sequence[Event]
+    ) -> None:
+        loop.call_soon_threadsafe(self._arrived.put_nowait, (index, events))
+
+    def _count(self, event: StreamEvent, stats: Stats) -> None:
+        self.new_tokens += stats.new_tokens
+        self.cached_tokens += stats.reused_tokens if event.index in self._firsts else 0
+        self._service.metrics.observe(stats, event.finish_reason or "")
+
+
+class Service:
+    """A model behind interfaces.
+
+    name: of the model, as clients call it.
+    guard: checks what users ask and what the model answers, in chats.
+    draining: whether new requests are refused, because the server is to end.
+    """
+
+    draining = False
+
+    def __init__(
+        self, llama: Llama, driver: Driver, name: str, limits: Limits, prefix: str, guard: Guard | None
+    ) -> None:
+        self.llama = llama
+        self.guard = guard
+        self.driver = driver
+        self.name = name
+        self.limits = limits
+        self.created = int(time.time())
+        self.generations: set[Generation] = set()  # that are read by somebody
+        self.slots = llama.model.params.max_batch_size
+        self.metrics = Metrics(
+            prefix,
+            running=lambda: min(driver.unfinished(), self.slots),
+            waiting=lambda: max(driver.unfinished() - self.slots, 0),
+        )
+
+    @property
+    def status(self) -> Literal["ok", "draining", "failed"]:
+        return "failed" if self.driver.failure else "draining" if self.draining else "ok"
+
+    def check_model(self, name: str) -> None:
+        """Raise ModelNameError unless a request is for this model."""
+        if name != self.name:
+            raise ModelNameError(f"the model {name!r} does not exist here; this server has {self.name!r}")
+
+    async def complete(self, prompts: Sequence[str | list[int]], options: Options) -> Generation:
+        """Continue texts or lists of ids. Raises BusyError, or ArgumentError for what cannot be done."""
+
+        def prepare() -> list[TextRequest]:
+            encode = self.llama.tokenizer.encode
+            ids = [encode(p, bos=True, eos=False) if isinstance(p, str) else p for p in prompts]
+            return self.llama.requests(ids, **options)
+
+        return self._accept(await asyncio.to_thread(prepare))
+
+    async def chat(self, dialog: Dialog, options: ChatOptions) -> Generation:
+        """Answer a dialog. Raises BusyError, or ArgumentError for what cannot be done."""
+        if self.guard:
+            options = {**options, "guard": self.guard}
+        return self._accept(await asyncio.to_thread(self.llama.chat_requests, [dialog], **options))
+
+    async def encode(self, dialog: Dialog, options: ChatOptions) -> list[int]:
+        """Ids of the prompt that a dialog makes. Raises ArgumentError as `chat` does."""
+        (request,) = await asyncio.to_thread(self.llama.chat_requests, [dialog], **options)
+        return request.prompt
+
+    def _accept(self, sources: Sequence[TextRequest]) -> Generation:
+        if self.draining:
+            raise DrainingError("this server is about to end; ask another one")
+        capacity, unfinished = self.slots + self.limits.queue, self.driver.unfinished()
+        if len(sources) > capacity:
+            raise ArgumentError(f"{len(sources)} answers are asked for, but this server takes {capacity}")
+        if unfinished + len(sources) > capacity:
+            raise BusyError(f"{unfinished} answers are running or waiting; try again later")
+        generation = Generation(self, sources)
+        self.generations.add(generation)
+        return generation
+
+    def fail(self) -> None:
+        """Tell everybody who waits that the model no longer runs."""
+        for generation in self.generations:
+            generation.fail()

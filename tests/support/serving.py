@@ -1,0 +1,65 @@
+"""A server on loopback, in a thread of the tests' own process."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from llama import Llama
+from llama.server.run import Address, Server, create_server
+from llama.server.service import Limits
+from tests.support.tiny import byte_tokenizer, small_model
+
+NAME = "tiny"
+
+
+@dataclass
+class Served:
+    """url: of the server. thread: ends when the server does."""
+
+    server: Server
+    url: str
+    thread: threading.Thread
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody's request still runs or waits."""
+        return bool(self.server.driver.unfinished()) or self.server.driver.llama.engine.has_work()
+
+
+def tiny_llama(folder: Path, **shape: int) -> Llama:
+    """A model of random weights whose tokens are bytes; it knows tools, if they are given as JSON."""
+    tokenizer = byte_tokenizer(folder)
+    shape = {"max_batch_size": 4, "max_seq_len": 4096, **shape}
+    llama = Llama(small_model(vocab_size=tokenizer.n_words, **shape), tokenizer)
+    llama.tool_format = "json"
+    return llama
+
+
+@contextlib.contextmanager
+def serving(llama: Llama, limits: Limits | None = None, **address: object) -> Iterator[Served]:
+    """A server of a model, on a port of its own; told to end, and waited for, at the end of the block."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(128)
+        server = create_server(llama, lambda act: act(), NAME, Address(**address), limits or Limits())  # type: ignore
+        thread = threading.Thread(target=_run, args=(server, listening), daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        served = Served(server, url, thread)
+        try:
+            assert httpx.get(f"{url}/health", timeout=20).status_code == 200
+            yield served
+        finally:
+            server.should_exit = True
+            thread.join(20)
+        assert not thread.is_alive()
+
+
+def _run(server: Server, listening: socket.socket) -> None:
+    with contextlib.suppress(RuntimeError):  # what a test did to the engine
+        server.run([listening])

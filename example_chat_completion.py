@@ -5,6 +5,12 @@ from typing import Literal
 from llama import Dialog, Llama
 from llama.cli.launch import default_ckpt_dir, launch
 
+# A red square beside a blue one.
+PICTURE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAADAAAAAgAQMAAABuGmlfAAAABlBMVEXcHh4ePMhfedHTAAAAFklEQVR4"
+    "2mNkYGD4z8DAxMDAwDAcKQD4BAE/kZkckwAAAABJRU5ErkJggg=="
+)
+
 
 def main(
     ckpt_dir: str | None = None,
@@ -59,13 +65,18 @@ def main(
         quantize=quantize,
         compile=compile,
     ) as llama:
+        if llama.sees:
+            content = [{"type": "image", "image": PICTURE}, "Which colors are these?"]
+            dialogs.append([{"role": "user", "content": content}])
         results = llama.chat_completion(
             dialogs, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len
         )
 
     for dialog, result in zip(dialogs, results, strict=True):
         for message in [*dialog, result["generation"]]:
-            print(f"{message['role'].capitalize()}: {message['content']}\n")
+            content = message["content"]
+            text = content if isinstance(content, str) else f"[an image] {content[-1]}"
+            print(f"{message['role'].capitalize()}: {text}\n")
         print("==================================\n")
 
 

@@ -19,13 +19,11 @@ import torch
 from models import quantize_gguf, write_gguf
 
 from llama import Llama
-from llama.checkpoint.params import read_params
-from llama.checkpoint.source import read_shard
 from llama.cli.perplexity import negative_log_likelihoods, windows
-from llama.model import ModelArgs, Transformer
-from llama.quantization import weight_bytes
+from llama.model import Transformer
+from llama.parallel import resident_bytes
 
-OURS: tuple[str | None, ...] = (None, "int8", "int4")
+OURS: tuple[str | None, ...] = (None, "int8", "int5", "int4")
 PEERS = ("bf16", "Q8_0", "Q5_0", "Q4_1", "Q4_0")
 
 
@@ -44,8 +42,9 @@ def main() -> None:
         with Llama.build(options.ckpt, None, options.window, 1, quantize=scheme) as llama:
             tokens = llama.tokenizer.encode(text, bos=True, eos=False)
             scores = negative_log_likelihoods(llama, tokens, options.window // 2)
+            bits, size = our_size(llama.model)
         exact = sum(scores) / len(scores) if scheme is None else exact
-        print_row(f"this runtime, {scheme or 'bf16'}", *our_size(options.ckpt, scheme), scores, exact)
+        print_row(f"this runtime, {scheme or 'bf16'}", bits, size, scores, exact)
     if missing := [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]:
         print(f"llama.cpp: left out, for {' and '.join(missing)} is not installed", file=sys.stderr)
         return
@@ -65,15 +64,12 @@ def print_row(name: str, bits: float, size: int, scores: Sequence[float], exact:
     print(f"| {name} | {bits:.2f} | {size / 1e6:.0f} | {nll:.4f} | {nll / exact - 1:+.2%} |", flush=True)
 
 
-def our_size(ckpt: Path, scheme: str | None) -> tuple[float, int]:
-    """Bits per weight of the layers, and bytes of all weights; without scales of rows (0.1 bits at most)."""
+def our_size(model: Transformer) -> tuple[float, int]:
+    """Bits per weight of the layers, and bytes of all weights."""
     with torch.device("meta"):
-        model = Transformer(ModelArgs(**read_params(ckpt)))
-    layers = sum(weight.numel() for weight in model.layers.parameters())
-    bits = weight_bytes(model.layers, torch.bfloat16, scheme) * 8 / layers
-    if scheme is None and "output.weight" not in read_shard(ckpt / "consolidated.00.pth"):
-        model.output.weight = model.tok_embeddings.weight  # as long as both have the same bits
-    return bits, weight_bytes(model, torch.bfloat16, scheme)
+        layers = Transformer(model.params).layers
+    weights = sum(weight.numel() for weight in layers.parameters())
+    return resident_bytes(model.layers) * 8 / weights, resident_bytes(model)
 
 
 def gguf_size(path: Path) -> tuple[float, int]:

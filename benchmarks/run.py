@@ -24,10 +24,12 @@ from engines import ENGINES
 from harness import clock, environment, in_process, machine, markdown, random_prompts, save, weights
 from models import prepare
 
+from llama import backends
+from llama.checkpoint import open_checkpoint
 from llama.checkpoint.params import read_params
 from llama.cli.bench import memory_bandwidth, peak_resident
+from llama.loading import weight_bytes
 from llama.model import ModelArgs, Transformer
-from llama.quantization import weight_bytes
 
 ROOT = Path(__file__).parent.parent
 MIXED = (16, 64, 256, 500)
@@ -194,8 +196,10 @@ def bytes_per_token(folder: Path, quantize: str | None = None, file: str | None 
         sizes = {t.name: int(t.n_bytes) for t in gguf.GGUFReader(folder / f"{file}.gguf").tensors}
         return sum(sizes.values()) - ("output.weight" in sizes and sizes["token_embd.weight"])
     with torch.device("meta"):
-        model = Transformer(ModelArgs(**read_params(folder / "native"))).bfloat16()
-    return weight_bytes(model, torch.bfloat16, quantize) - model.tok_embeddings.weight.nbytes
+        model = Transformer(ModelArgs(**read_params(folder / "native")))
+    source = open_checkpoint(folder / "native").weights
+    plan = backends.plan(model, torch.device("cpu"), torch.bfloat16, quantize)
+    return weight_bytes(model, source, plan, torch.bfloat16, quantize, embeddings=False)
 
 
 def seconds_to_chat(command: list[str], folder: Path) -> float | None:

@@ -15,6 +15,7 @@ from llama.moderation import Moderator, Review
 from llama.noise import derive_seed
 from llama.sampling import Constraint, SamplingParams
 from llama.tools.parser import ToolParser
+from llama.vision import ImageSource, TiledImage
 
 SHAPES = ("schema", "regex", "grammar")
 LIMITS = ("max_gen_len", "max_tokens", "max_new_tokens")  # three names of one limit
@@ -30,6 +31,8 @@ class Sampling(TypedDict, total=False):
         string, so ids include the tokens in which it was found.
     stop_token_ids: end an answer, besides the tokenizer's own.
     max_tokens, max_new_tokens: other names for max_gen_len.
+    images: of each prompt of token ids, one for each image token, whose id is the model's vocab_size.
+        In texts and messages they are parts of the content.
     schema: a JSON Schema (a dict) or a pydantic model that the answer must fit.
     regex: a regular expression that must match the whole answer.
     grammar: a grammar in Lark's syntax that the answer must follow.
@@ -49,6 +52,7 @@ class Sampling(TypedDict, total=False):
     frequency_penalty: float
     logit_bias: Mapping[int, float]
     top_logprobs: int
+    images: Sequence[Sequence[ImageSource]]
     schema: Any
     regex: str
     grammar: str
@@ -107,6 +111,7 @@ class TextRequest:
     """A request to the engine, and what is to be done with its tokens.
 
     prompt: token ids.
+    images: one for each image token of the prompt.
     stop: strings that end the text and are not part of it.
     echo: whether the prompt stands in front of the answer.
     constraint: what its tokens must keep to.
@@ -118,6 +123,7 @@ class TextRequest:
     params: SamplingParams
     stop: Sequence[str] = ()
     echo: bool = False
+    images: Sequence[TiledImage] = ()
     constraint: Constraint | None = None
     tools: ToolParser | None = None
     review: Review | None = None
@@ -127,9 +133,10 @@ def text_requests(
     prompts: Iterable[Iterable[int]],
     options: Mapping[str, Any],
     stop_tokens: Iterable[int],
-    check: Callable[[list[int], SamplingParams], None],
+    check: Callable[[list[int], SamplingParams, Sequence[TiledImage]], None],
     next_seed: Callable[[], int],
     grammars: Callable[[], Grammars],
+    images: Sequence[Sequence[TiledImage]] = (),
 ) -> list[TextRequest]:
     """The `n` requests of each prompt, in order.
 
@@ -138,6 +145,7 @@ def text_requests(
     check: raises ArgumentError for what the engine cannot run.
     next_seed: the seed of an answer that brings none.
     grammars: makes constraints of schema, regex and grammar.
+    images: of each prompt; none by default.
 
     Raises PromptError for a prompt that nothing can follow, ArgumentError for the options.
     """
@@ -163,9 +171,12 @@ def text_requests(
         stop_token_ids=frozenset((*stop_tokens, *token_ids(more, "stop_token_ids"))),
         **values,
     )
+    images = images or [()] * len(ids)
+    if len(images) != len(ids):
+        raise ArgumentError(f"images has {len(images)} entries, but there are {len(ids)} prompts")
     for i, prompt in enumerate(ids):
         try:
-            check(prompt, params)
+            check(prompt, params, images[i])
         except ArgumentError as error:
             raise type(error)(f"prompt {i}: {error}") from None
     seeds = _seeds(seed, len(ids), n, next_seed)
@@ -175,6 +186,7 @@ def text_requests(
             replace(params, seed=seed),
             stop,
             echo,
+            images[i // n],
             constraint=grammar.begin() if grammar else None,
         )
         for i, seed in enumerate(seeds)

@@ -50,7 +50,8 @@ class Grammars:
         """
         if hasattr(schema, "model_json_schema"):
             schema = schema.model_json_schema()
-        if not isinstance(schema, Mapping | bool):
+        schema = {} if schema is True else schema
+        if not isinstance(schema, Mapping):
             raise ArgumentError(f"schema must be a JSON Schema (a dict) or a pydantic model, not {schema!r}")
         try:
             text = json.dumps(schema)

@@ -20,7 +20,6 @@ from llama.arguments import (
     Options,
     Sampling,
     TextRequest,
-    entries,
     flag,
     text_requests,
     whole,
@@ -32,14 +31,16 @@ from llama.engine import Engine
 from llama.engine.static import check_compile
 from llama.errors import ArgumentError
 from llama.loading import check_quantize, load, scheme_of, warm_up
-from llama.model import ModelArgs, Transformer
+from llama.model import Transformer
 from llama.moderation import reviews
 from llama.noise import derive_seed
 from llama.predictions import ChatPrediction, CompletionPrediction, chat_prediction, completion_prediction
+from llama.prompts import encode_dialogs, encode_texts, tiled
 from llama.streaming import StreamEvent, astream, collect, stream
 from llama.tokenizer import Dialog, DialogFormat, Message, TextTokenizer
 from llama.tokenizer.chat_format import chat_format
 from llama.tools.use import ToolUse, default_format
+from llama.vision import VisionTransformer, make_args, text_params
 
 StrPath = str | os.PathLike[str]
 
@@ -72,6 +73,8 @@ class Llama:
         batch_invariant: bool = False,
         quantize: str | None = None,
         compile: bool | str = "auto",
+        vision: bool = True,
+        max_images: int = 1,
     ) -> "Llama":
         """Load a checkpoint.
 
@@ -90,6 +93,8 @@ class Llama:
         quantize: "int8" or "int4" weights on x86 CPUs and CUDA, "fp8" on CUDA; by default as the files are.
         compile: compile the model and decode at fixed shapes, on CUDA as a captured graph; slow to
             build, and not with batch_invariant. "auto": on CUDA.
+        vision: load a vision model so that it sees. Its image encoder loads with the first image.
+        max_images: images of one sequence, for which a vision model allocates a cache of its own.
 
         Raises ArgumentError if arguments do not fit each other or the machine, before any weight is
         read; FileNotFoundError if a file is missing, CheckpointError if files are damaged, and
@@ -97,6 +102,7 @@ class Llama:
         """
         max_seq_len = whole("max_seq_len", max_seq_len, 1)
         max_batch_size = whole("max_batch_size", max_batch_size, 1)
+        max_images, vision = whole("max_images", max_images, 0), flag("vision", vision)
         seed, batch_invariant = whole("seed", seed), flag("batch_invariant", batch_invariant)
         if model_parallel_size is not None:
             model_parallel_size = whole("model_parallel_size", model_parallel_size, 1)
@@ -111,8 +117,8 @@ class Llama:
             with group.together():
                 checkpoint = open_checkpoint(ckpt_dir, tokenizer_path, adapter)
                 scheme = scheme_of(checkpoint, quantize)
-                check_quantize(scheme, device)
-                args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+                params = checkpoint.params if vision else text_params(checkpoint.params)
+                args = make_args(params, max_seq_len, max_batch_size, max_images)
                 model = load(checkpoint, args, group, device, dtype, scheme)
             llama = Llama(
                 model,
@@ -156,6 +162,11 @@ class Llama:
         self._seed = seed
         self._seeds = itertools.count(1)  # of requests without a seed of their own
         self._connected = False
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model takes images."""
+        return isinstance(self.model, VisionTransformer)
 
     def close(self) -> None:
         """Leave the process group that `build` joined; the last to leave takes it down."""
@@ -208,7 +219,7 @@ class Llama:
 
     def text_completion(
         self,
-        prompts: Iterable[str],
+        prompts: Iterable[str | Sequence[Any]],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
@@ -273,7 +284,7 @@ class Llama:
 
     def stream_text(
         self,
-        prompts: Iterable[str],
+        prompts: Iterable[str | Sequence[Any]],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
@@ -288,7 +299,7 @@ class Llama:
         not ended and frees its slots. If one request fails, its end says why and the others go on.
         Raises what `generate` raises, at the call.
         """
-        ids = self._encode_texts(prompts)
+        ids, sampling["images"] = encode_texts(prompts, self.model, self.tokenizer)
         return self.stream_tokens(ids, temperature, top_p, max_gen_len, logprobs, echo, **sampling)
 
     def stream_chat(
@@ -334,10 +345,11 @@ class Llama:
         return stream(self.engine, self.tokenizer, requests)
 
     def astream_text(
-        self, prompts: Iterable[str], **options: Unpack[Options]
+        self, prompts: Iterable[str | Sequence[Any]], **options: Unpack[Options]
     ) -> AsyncGenerator[StreamEvent, None]:
         """`stream_text` for asyncio: `async for event in llama.astream_text([...])`."""
-        return astream(self.engine, self.tokenizer, self.requests(self._encode_texts(prompts), **options))
+        ids, options["images"] = encode_texts(prompts, self.model, self.tokenizer)
+        return astream(self.engine, self.tokenizer, self.requests(ids, **options))
 
     def astream_chat(
         self, dialogs: Iterable[Dialog], **options: Unpack[ChatOptions]
@@ -352,13 +364,10 @@ class Llama:
 
         Raises what `generate` raises.
         """
+        images = [[tiled(image, self.model) for image in prompt] for prompt in options.pop("images", ())]
+        stops, check = self.tokenizer.stop_tokens, self.engine.check
         return text_requests(
-            prompt_tokens,
-            options,
-            self.tokenizer.stop_tokens,
-            self.engine.check,
-            self._next_seed,
-            lambda: self.grammars,
+            prompt_tokens, options, stops, check, self._next_seed, lambda: self.grammars, images
         )
 
     def chat_requests(self, dialogs: Iterable[Dialog], **options: Unpack[ChatOptions]) -> list[TextRequest]:
@@ -375,9 +384,8 @@ class Llama:
             if any(values.get(name) is not None for name in SHAPES):
                 raise ArgumentError("an answer that must be a tool call takes no other shape")
             values["schema"] = use.schema
-        dialogs = entries(dialogs, "dialogs")
-        ids = [use.encode(dialog, self.formatter, self.tokenizer) for dialog in dialogs]
-        requests = self.requests(ids, **values)
+        dialogs, ids, images = encode_dialogs(use, dialogs, self.model, self.tokenizer, self.formatter)
+        requests = self.requests(ids, images=images, **values)
         checks = reviews(guard, dialogs, every) if guard else [None] * len(dialogs)
         n = len(requests) // len(dialogs)
         return [
@@ -389,9 +397,6 @@ class Llama:
     def grammars(self) -> Grammars:
         """Makes constraints for this model's tokenizer."""
         return Grammars(self.tokenizer, self.model.params.vocab_size)
-
-    def _encode_texts(self, prompts: Iterable[str]) -> list[list[int]]:
-        return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in entries(prompts, "prompts")]
 
     def _next_seed(self) -> int:
         return derive_seed(self._seed, next(self._seeds))

@@ -34,6 +34,7 @@ from llama.quantization import (
     quantize,
 )
 from llama.sampling import SamplingParams
+from llama.vision import VisionModel, VisionTransformer, make_model
 
 Applied = Linear | Joined | VocabParallelEmbedding
 
@@ -52,11 +53,14 @@ def load(
     """
     start = time.perf_counter()
     with torch.device("meta"):
-        model = Transformer(args, group)
+        model = make_model(args, group)
     plan = backends.plan(model, device, dtype, scheme)
     resident = weight_bytes(model, checkpoint.weights, plan, dtype, scheme)
     cache = math.prod(model.cache_shape()) * dtype.itemsize
     sequences = f"max_batch_size={args.max_batch_size}, max_seq_len={args.max_seq_len}"
+    if isinstance(model, VisionTransformer):
+        cache += math.prod(model.image_cache_shape()) * dtype.itemsize
+        sequences += f", max_images={model.params.max_images}"
     memory = total_memory(device)
     if memory is not None and resident + cache > memory:
         raise OutOfMemoryError(
@@ -77,6 +81,8 @@ def load(
     number = str(dtype).removeprefix("torch.")
     if scheme not in (None, "fp8") and plan.quantized is None:
         say(f"The {scheme} weights are dequantized to {number}: {plan.missing}")
+    if isinstance(model, VisionTransformer):
+        defer_tower(model, checkpoint.weights, plan, device, dtype, scheme)
     load_weights(model, checkpoint.weights, plan, device, dtype, scheme)
     share = f", {group.size} ranks" if group.size > 1 else ""
     say(
@@ -86,6 +92,27 @@ def load(
     say(f"KV cache: {gigabytes(cache)} for {sequences}")
     model.allocate_cache()
     return model
+
+
+def defer_tower(
+    model: VisionTransformer,
+    source: TensorSource,
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+    scheme: str | None,
+) -> None:
+    """Let a vision model load its image encoder with the first image; arguments as for `load_weights`."""
+    tower = model.vision_model
+    del model.vision_model
+
+    @torch.inference_mode(False)
+    def load_tower() -> None:
+        with model.parallel.together():
+            load_weights(tower, source, plan, device, dtype, scheme, prefix="vision_model.")
+        model.vision_model = tower
+
+    model.load_tower = load_tower
 
 
 def warm_up(engine: Engine, required: bool) -> None:
@@ -140,39 +167,55 @@ def scheme_of(checkpoint: Checkpoint, asked: str | None) -> str | None:
 
 
 def weight_bytes(
-    model: Transformer, source: TensorSource, plan: Plan, dtype: torch.dtype, scheme: str | None
+    model: Transformer,
+    source: TensorSource,
+    plan: Plan,
+    dtype: torch.dtype,
+    scheme: str | None,
+    embeddings: bool = True,
 ) -> int:
-    """Memory that a model's weights take once they are loaded; arguments as for `load_weights`."""
-    total = 0.0
-    for name, weight in model.named_parameters():
-        bits, shared = dtype.itemsize * 8.0, is_tied(source.shapes) and name == OUTPUT
-        if weight.dim() == 2 and weight.shape[1] % GROUP == 0 and (name != EMBEDDINGS or plan.embeddings):
-            few = min(filter(None, (stored_bits(source, name), few_bits(scheme, name))), default=None)
-            few = few if plan.quantized else None
-            bits = STORED_BITS[few] if few else 8 if scheme == "fp8" else bits
-            shared &= plan.embeddings or not (few or plan.plain)
-        total += 0 if shared else weight.numel() * bits / 8
-    return int(total)
+    """Memory that a model's weights take once they are loaded; arguments as for `load_weights`.
+
+    embeddings: False to leave them out, as a step of decoding does; an output layer counts all the same.
+    """
+    plain = dtype.itemsize * 8.0
+
+    def held(name: str, weight: Tensor) -> float:
+        """Bits of each number of a weight."""
+        if weight.dim() == 1 or weight.shape[1] % GROUP or (name == EMBEDDINGS and not plan.embeddings):
+            return plain
+        few = min(filter(None, (stored_bits(source, name), few_bits(scheme, name))), default=None)
+        return STORED_BITS[few] if few and plan.quantized else 8 if scheme == "fp8" else plain
+
+    bits = {name: weight.numel() * held(name, weight) for name, weight in model.named_parameters()}
+    product = plan.plain or bits[OUTPUT] < plain * model.output.weight.numel()
+    if not embeddings or (is_tied(source.shapes) and (plan.embeddings or not product)):
+        del bits[EMBEDDINGS]  # or one tensor is both
+    return int(sum(bits.values()) / 8)
 
 
 def load_weights(
-    model: Transformer,
+    model: Transformer | VisionModel,
     source: TensorSource,
     plan: Plan,
     device: torch.device,
     dtype: torch.dtype,
     scheme: str | None = None,
+    prefix: str = "",
 ) -> None:
     """Fill a model that was built on the meta device, one matrix after the other.
 
     dtype: of all that is not quantized.
     scheme: that matrices are quantized to as they are read; those stored in as few bits already stay.
+    prefix: of the source's names, if `model` is a part of a model.
     """
     kept: dict[str, Tensor] = {}
-    with RankReader(model, source) as reader:
+    text = model if isinstance(model, Transformer) else None
+    with RankReader(model, source, prefix) as reader:
 
         def read(name: str) -> Weight:
-            weight, bits = reader.read(name), few_bits(scheme, name)
+            bits = few_bits(scheme, name)
+            weight = reader.read(name, quantized=bool(plan.quantized or bits))
             if bits:
                 weight = quantize(weight.to(device), bits)
             if isinstance(weight, QuantizedMatrix):
@@ -193,11 +236,11 @@ def load_weights(
                 reader.done(name, copied=name not in kept)
 
         todo: list[tuple[Applied, Mapping[str, Applied]]] = [found[1:] for found in matrices(model)]
-        if plan.embeddings:
-            todo.append((model.tok_embeddings, {EMBEDDINGS: model.tok_embeddings}))
+        if plan.embeddings and text:
+            todo.append((text.tok_embeddings, {EMBEDDINGS: text.tok_embeddings}))
         for module, parts in reversed(todo):  # the largest, which take most memory to make, come first
-            if module is model.output and reader.tied and plan.embeddings:
-                module.backend = model.tok_embeddings.backend
+            if text and module is text.output and reader.tied and plan.embeddings:
+                module.backend = text.tok_embeddings.backend
                 del module.weight
             else:
                 fill(module, parts)
@@ -207,10 +250,11 @@ def load_weights(
             kept[name] = plain(read(name)).to(dtype, copy=bool(plan.plain or plan.quantized))
             reader.done(name, copied=True)
     model.load_state_dict(kept, strict=True, assign=True)
-    if reader.tied and OUTPUT in kept:
-        model.output.weight = model.tok_embeddings.weight
+    if text and reader.tied and OUTPUT in kept:
+        text.output.weight = text.tok_embeddings.weight
     for module, parts in todo:
         if plan.joins and isinstance(module, Joined) and parts.keys() <= kept.keys():
             module.join()
-    model.least_rows = plan.least_rows
+    if text:
+        text.least_rows = plan.least_rows
     source.release()

@@ -92,7 +92,10 @@ def conversation(dialog: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     shown: list[dict[str, Any]] = []
     for message in dialog:
         calls = [call["function"] for call in message.get("tool_calls") or ()]
-        texts = [message.get("content") or "", *(f"{call['name']} {call['arguments']}" for call in calls)]
+        texts = [
+            _text(message.get("content") or ""),
+            *(f"{call['name']} {call['arguments']}" for call in calls),
+        ]
         text = "\n".join(text for text in texts if text)
         if message["role"] not in ("user", "assistant") or not text:
             continue
@@ -101,3 +104,8 @@ def conversation(dialog: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         elif shown or message["role"] == "user":
             shown.append({"role": message["role"], "content": text})
     return shown
+
+
+def _text(content: Any) -> str:
+    """The text of a content, without its images."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)

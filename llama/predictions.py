@@ -48,7 +48,7 @@ def _scored(answer: Answer, tokenizer: TextTokenizer, logprobs: bool) -> Scored:
         return {}
 
     def text(token: int) -> str:
-        return tokenizer.decode([token])
+        return tokenizer.decode([token]) if token < tokenizer.n_words else ""  # an image
 
     scored: Scored = {"tokens": [text(token) for token in answer.tokens], "logprobs": answer.logprobs}
     if answer.top_logprobs:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"  # the weights that always have 8 bits
+LEARNABLE = "learnable_embedding.weight"  # of a vision model: more embeddings
 GROUP = 32  # inputs that share a scale
 BITS = {"int8": 8, "int5": 5, "int4": 4}  # of the matrices of a layer, by the name of a scheme
 QUANTIZATIONS = tuple(BITS)  # that a folder can hold
@@ -98,15 +99,26 @@ class QuantizedMatrix:
         mins = self.with_mins().mins
         if mins is None:
             return scales * self.values
-        values = _spread(self.values[..., -16:], 4, 15).flatten(-2)
+        values = spread(self.values[..., -16:], 4).flatten(-2)
         if self.bits == 5:
-            values = values | _spread(self.values[..., :4], 1, 1).transpose(-1, -2).flatten(-2) << 4
+            values = values | spread(self.values[..., :4], 1).transpose(-1, -2).flatten(-2) << 4
         return scales * values + mins.float()[..., None]
 
 
-def _spread(packed: Tensor, bits: int, mask: int) -> Tensor:
+def spread(packed: Tensor, bits: int) -> Tensor:
     """The parts of bytes (…, n), `bits` wide each, lowest first: (…, 8 / bits, n)."""
-    return packed[..., None, :] >> torch.arange(0, 8, bits, device=packed.device)[:, None] & mask
+    places = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
+    return packed[..., None, :] >> places[:, None] & 2**bits - 1
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    """uint8 values (…, 32) of 5 or 4 bits as a `QuantizedMatrix` has them."""
+    halves = values[..., :16] & 15 | values[..., 16:] << 4
+    if bits == 4:
+        return halves
+    places = torch.arange(8, device=values.device, dtype=torch.uint8)
+    fifths = ((values >> 4).unflatten(-1, (4, 8)) << places).sum(-1, dtype=torch.uint8)
+    return torch.cat((fifths, halves), -1)
 
 
 Weight: TypeAlias = Tensor | QuantizedMatrix  # (out, in)
@@ -133,9 +145,9 @@ def plain(weight: Weight) -> Tensor:
 
 def few_bits(scheme: str | None, name: str) -> int | None:
     """The bits that a scheme gives a weight, by its name; None if it leaves weights as they are."""
-    if scheme not in BITS:
+    if scheme not in BITS or not name.endswith(".weight"):  # others are no matrices: biases, positions
         return None
-    return 8 if name in (EMBEDDINGS, OUTPUT) else BITS[scheme]
+    return 8 if name in (EMBEDDINGS, OUTPUT, LEARNABLE) else BITS[scheme]
 
 
 def quantize(weight: Weight, bits: int | None, importance: Tensor | None = None) -> Weight:
@@ -167,21 +179,11 @@ def quantize(weight: Weight, bits: int | None, importance: Tensor | None = None)
             values[span], scales[span] = q.T.to(torch.int8), scale
         else:
             q, scale, low = _search(part, 2**bits - 1, None if counts is None else counts[span].T)
-            values[span], scales[span], mins[span] = _packed(q.T.to(torch.uint8), bits), scale, low
+            values[span], scales[span], mins[span] = pack(q.T.to(torch.uint8), bits), scale, low
     shaped = (
         tensor.unflatten(0, (-1, per_row)) for tensor in (values, scales, mins)[: 2 if bits == 8 else 3]
     )
     return QuantizedMatrix(*shaped)
-
-
-def _packed(q: Tensor, bits: int) -> Tensor:
-    """Values (n, 32) of 5 or 4 bits, one to a byte, as `QuantizedMatrix` has them."""
-    halves = q[:, :16] & 15 | q[:, 16:] << 4
-    if bits == 4:
-        return halves
-    places = torch.arange(8, device=q.device, dtype=torch.uint8)
-    fifth = (q >> 4).unflatten(1, (4, 8)) << places
-    return torch.cat((fifth.sum(-1, dtype=torch.uint8), halves), 1)
 
 
 def _search(w: Tensor, levels: int, counts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -181,7 +181,7 @@ def adjust(logits: Tensor, request: Sampled) -> None:
     params, prompt, answer = request.params, request.prompt, request.tokens
     exact = logits.double()
     if params.repetition_penalty != 1:
-        ids = to_tensor([*prompt, *answer])
+        ids = to_tensor([token for token in (*prompt, *answer) if token < len(exact)])  # no image token
         seen, penalty = exact[ids], params.repetition_penalty
         exact[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
     if answer and (params.presence_penalty or params.frequency_penalty):

@@ -183,11 +183,12 @@ class Reader:
         return "".join(delta.content for delta in deltas), calls
 
     def _prompt(self, request: Request) -> Iterator[StreamEvent]:
-        scored = request.params.prompt_logprobs
+        scored, images = request.params.prompt_logprobs, {position for position, _ in request.images}
         for n, token in enumerate(request.prompt):
             logprob = request.prompt_logprobs[n] if scored else None
             top = request.prompt_top_logprobs[n] if scored and request.params.top_logprobs else None
-            yield StreamEvent(self._index, self._text.push(token, prompt=True), token, logprob, top)
+            piece = "" if n in images else self._text.push(token, prompt=True)
+            yield StreamEvent(self._index, piece, token, logprob, top)
 
     def _end(self, event: Event) -> StreamEvent:
         (piece, calls), now = self._parse(self._text.flush(), ended=True), time.perf_counter()
@@ -266,7 +267,9 @@ def _queued(
         for index, source in enumerate(sources):
             if source.review and source.review.refused is not None:
                 continue
-            request = engine.add(source.prompt, source.params, constraint=source.constraint)
+            request = engine.add(
+                source.prompt, source.params, constraint=source.constraint, images=source.images
+            )
             cancel = functools.partial(engine.cancel, request)
             readers[request] = create_reader(tokenizer, source, index, cancel)
         yield readers

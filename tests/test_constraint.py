@@ -1,8 +1,8 @@
 """A constraint decides which tokens may come next."""
 
 import math
-import os
 from collections.abc import Sequence
+from itertools import takewhile
 
 import pytest
 import torch
@@ -27,7 +27,8 @@ class OneOf:
 
     def forced(self, answer: Sequence[int]) -> Sequence[int]:
         n = len(answer)
-        return list(os.path.commonprefix([t[n:] for t in self.allowed if t[:n] == list(answer)]))  # noqa: RUF071
+        columns = zip(*(tokens[n:] for tokens in self.allowed if tokens[:n] == list(answer)), strict=False)
+        return [column[0] for column in takewhile(lambda column: len({*column}) == 1, columns)]
 
     def finished(self, answer: Sequence[int]) -> bool:
         return list(answer) in self.allowed

@@ -9,13 +9,16 @@ import gguf
 import pytest
 import torch
 
-from llama import Llama
+from llama import Llama, backends
+from llama.backends import Plan
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.convert import convert
 from llama.checkpoint.gguf import GGUFError
+from llama.checkpoint.source import QuantizedSource
 from llama.errors import CheckpointError
 from llama.tokenizer import SentencePieceTokenizer, Tokenizer
 from tests.support import formats, gguf_files
+from tests.support.quantized import KEPT
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}
 PARAMS |= {"rope_theta": 500000.0}
@@ -45,8 +48,8 @@ def test_logits_are_those_of_transformers(change: dict[str, Any], tied: bool, tm
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
-def test_quantizations(kind: str, tmp_path: Path) -> None:
-    """Logits of what the gguf package makes of the blocks; read whole, by rows, and by columns."""
+def test_quantizations(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of what the gguf package makes of the blocks, kept or dequantized; read whole and in part."""
     weights = formats.random_weights(PARAMS, SIZE)
     path = byte_level(tmp_path / "model.gguf", weights=weights, kind=kind)
     q = gguf.GGMLQuantizationType[kind]
@@ -58,8 +61,19 @@ def test_quantizations(kind: str, tmp_path: Path) -> None:
     }
     tokens = torch.randint(0, SIZE, (1, 32))
     expected = formats.logits_of(formats.oracle(rounded, PARAMS), tokens)
-    torch.testing.assert_close(build(path).model.forward(tokens, 0), expected, atol=1e-4, rtol=0)
+    for plan in (Plan(), KEPT):
+        monkeypatch.setattr(backends, "plan", lambda *_, plan=plan: plan)
+        llama = build(path)
+        torch.testing.assert_close(llama.model.forward(tokens, 0), expected, atol=1e-4, rtol=0)
+        assert llama.quantization == (None if "F" in kind else kind)
     source = open_checkpoint(path).weights
+    assert isinstance(source, QuantizedSource)
+    quantized = [name for name in rounded if source.bits(name)]
+    assert len(quantized) == (0 if "F" in kind else 7 * 2 + 2)
+    for name in quantized:
+        block = gguf.GGML_QUANT_SIZES[q][1]
+        assert source.matrix(name).nbytes == rounded[name].numel() // 32 * block  # no copy, no more memory
+        assert torch.equal(source.matrix(name).dequantize(), rounded[name])
     for name, weight in rounded.items():
         assert torch.equal(source.read(name), weight)
         assert torch.equal(source.read(name, 0, (8, 24)), weight[8:24])
@@ -82,11 +96,19 @@ def test_every_quantization_that_the_package_knows_is_read(kind: Any, tmp_path: 
     raw = np.random.default_rng(0).integers(0, 64, (8, 256 // block * size), np.uint8)
     raw.tofile(tmp_path / "blocks")
     source.path = tmp_path / "blocks"  # type: ignore[attr-defined]
+    name = "output.weight"
     where = source._where  # type: ignore[attr-defined]  # noqa: SLF001
-    where["norm.weight"] = (kind, raw.dtype, 0, raw.shape, (8, 256))
+    where[name] = (kind, raw.dtype, 0, raw.shape, (8, 256))
     expected = torch.from_numpy(gguf.dequantize(raw, kind))
-    torch.testing.assert_close(source.read("norm.weight"), expected, equal_nan=True)
-    torch.testing.assert_close(source.read("norm.weight", 0, (2, 5)), expected[2:5], equal_nan=True)
+    torch.testing.assert_close(source.read(name), expected, equal_nan=True)
+    torch.testing.assert_close(source.read(name, 0, (2, 5)), expected[2:5], equal_nan=True)
+    assert isinstance(source, QuantizedSource)
+    if expected.isfinite().all() and expected.abs().max() < 1e4 and (bits := source.bits(name)):
+        assert bits == {"4": 4, "5": 5}.get(kind.name[1], 8)
+        found = source.matrix(name)
+        assert (found.bits, found.shape) == (bits, (8, 256))
+        error = (found.dequantize() - expected).unflatten(1, (-1, 32)).abs().amax(-1)
+        assert (error <= 0.005 * expected.unflatten(1, (-1, 32)).abs().amax(-1) + 8e-6).all()
 
 
 def test_byte_level_tokenizer(tmp_path: Path) -> None:

@@ -10,15 +10,17 @@ from llama.checkpoint.gguf import open_gguf
 from llama.checkpoint.hub import fetch_repository, is_repository
 from llama.checkpoint.huggingface import open_huggingface
 from llama.checkpoint.lora import Adapted
+from llama.checkpoint.mllama import open_mllama
 from llama.checkpoint.native import open_native
 from llama.checkpoint.params import read_params
 from llama.checkpoint.remote import fetch, is_remote
 from llama.checkpoint.source import Checkpoint, find_tokenizer
 from llama.errors import ArgumentError, CheckpointError
-from llama.model import ModelArgs
+from llama.files import read_json
 from llama.quantization import QUANTIZATIONS
 from llama.tokenizer.huggingface import HFTokenizer
 from llama.tokenizer.template import find_template
+from llama.vision import make_args
 
 StrPath = str | os.PathLike[str]
 
@@ -44,7 +46,7 @@ def open_checkpoint(
                 "give the folder that they were made from, or quantize with the adapter: "
                 "python -m llama convert SOURCE NEW --quantize ... --adapter ..."
             )
-        adapted = Adapted(checkpoint.weights, local_folder(adapter), ModelArgs(**checkpoint.params))
+        adapted = Adapted(checkpoint.weights, local_folder(adapter), make_args(checkpoint.params))
         checkpoint = replace(checkpoint, weights=adapted)
     return checkpoint
 
@@ -64,7 +66,7 @@ def _open(path: Path, tokenizer_path: Path | None) -> Checkpoint:
         raise FileNotFoundError(f"no folder {path}: give the path of a downloaded checkpoint as ckpt_dir")
     if path.is_file():
         return open_gguf(path, tokenizer_path)
-    native = any(path.glob("consolidated.*.pth"))
+    native = any(path.glob("consolidated*.pth"))
     hugging_face = (path / "config.json").is_file() or any(path.glob("*.safetensors"))
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1 and not native:
@@ -79,7 +81,8 @@ def _open(path: Path, tokenizer_path: Path | None) -> Checkpoint:
             "*.safetensors): keep one model, in one format, in a folder"
         )
     if hugging_face:
-        return open_huggingface(path, tokenizer_path)
+        mllama = read_json(path / "config.json").get("model_type") == "mllama"
+        return (open_mllama if mllama else open_huggingface)(path, tokenizer_path)
     params, tokenizer = read_params(path), None
     if (path / "tokenizer_config.json").is_file():
         # A converted folder: the tokenizer and the chat template are those of its origin.

@@ -23,18 +23,20 @@ from tqdm import tqdm
 
 from llama.checkpoint import StrPath, open_checkpoint
 from llama.checkpoint.hf_export import template_of, write_hf_config, write_hf_tokenizer
-from llama.checkpoint.huggingface import hf_name, rotary_heads, to_hf_rows, write_json
+from llama.checkpoint.hf_view import HFView, hf_view
+from llama.checkpoint.huggingface import write_json
+from llama.checkpoint.native import file_name
 from llama.checkpoint.quantized import keys
 from llama.checkpoint.source import Checkpoint, Pages, check_finite, stored_weight, whole_parts
 from llama.device import parse_dtype
 from llama.errors import ArgumentError
-from llama.model import ModelArgs
 from llama.quantization import LAYOUT, QUANTIZATIONS, QuantizedMatrix, few_bits, quantize
 from llama.tokenizer import Layout, SentencePieceTokenizer, TextTokenizer, Tokenizer
 from llama.tokenizer.chat_format import chat_format
 from llama.tokenizer.huggingface import TOKENIZER_FILES, HFTokenizer
 from llama.tokenizer.spm import is_sentencepiece
 from llama.tokenizer.template import ChatTemplate
+from llama.vision import make_args
 
 LARGEST_SHARD = 20e9  # bytes: Meta's released shards are smaller
 LARGEST_FILE = 5e9  # of safetensors, as Hugging Face's own tools cut them
@@ -107,7 +109,7 @@ def convert(
 
 def write_native(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype: torch.dtype) -> None:
     """Native shards, params.json and tokenizer. Raises ValueError where `shards` cannot divide the model."""
-    source, args = checkpoint.weights, ModelArgs(**checkpoint.params)
+    source, args = checkpoint.weights, make_args(checkpoint.params)
     parts = whole_parts(args, source.shapes)
     if has_sentencepiece(checkpoint.tokenizer):  # as LLaMA 1 and 2 are cut
         parts["tok_embeddings.weight"] = replace(parts["tok_embeddings.weight"], dim=1)
@@ -129,7 +131,9 @@ def write_native(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype
                     width = part.shape[part.dim] // count
                     tensor = source.read(name, part.dim, (number * width, (number + 1) * width))
                 # A copy, because what is mapped would be written with all that surrounds it.
-                tensors[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+                tensors[file_name(name, args)] = tensor.to(
+                    dtype, copy=True, memory_format=torch.contiguous_format
+                )
                 bar.update(tensor.numel())
                 # To read some columns is to touch every page of the matrix.
                 touched = tensor.nbytes * (count if part.dim == 1 else 1)
@@ -185,7 +189,7 @@ def native_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """params.json, with the keys that Meta's files have, and others only where the model needs them."""
     out = dict(params)
     factor = out.pop("rope_scaling_factor", None)
-    if factor is not None and ModelArgs(**out).rope_scaling_factor != factor:
+    if factor is not None and make_args(out).rope_scaling_factor != factor:
         out["rope_scaling_factor"] = factor
     return out
 
@@ -195,7 +199,7 @@ def default_shards(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     if checkpoint.kind == "native":
         return checkpoint.files
     size = sum(prod(shape) for shape in checkpoint.weights.shapes.values()) * dtype.itemsize
-    heads, count = ModelArgs(**checkpoint.params).n_kv_heads, 1
+    heads, count = make_args(checkpoint.params).n_kv_heads, 1
     while size / count > LARGEST_SHARD and heads % (2 * count) == 0:
         count *= 2
     return count
@@ -232,19 +236,19 @@ def copy_files(source: Path, folder: Path, names: Iterable[str]) -> None:
 
 def write_hf(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype: torch.dtype) -> None:
     """A folder that `transformers` loads: weights, configurations, tokenizer and chat template."""
-    args = ModelArgs(**checkpoint.params)
-    files = spread(checkpoint.weights.shapes, shards, dtype.itemsize)
+    view = hf_view(checkpoint.weights, make_args(checkpoint.params))
+    files = spread(view.shapes, shards, dtype.itemsize)
     names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
     if len(files) == 1:
         names = ["model.safetensors"]
-    total = sum(prod(shape) for shape in checkpoint.weights.shapes.values())
+    total = sum(map(prod, view.shapes.values()))
     with _progress(total) as bar:
         for name, tensors in zip(names, files, strict=True):
             with (folder / name).open("wb") as file:
-                write_safetensors(file, checkpoint, tensors, args, dtype, bar)
+                write_safetensors(file, view, tensors, dtype, bar)
             checkpoint.weights.release()
     if len(files) > 1:
-        where = {hf_name(tensor): name for name, held in zip(names, files, strict=True) for tensor in held}
+        where = {tensor: name for name, held in zip(names, files, strict=True) for tensor in held}
         write_json(
             folder / "model.safetensors.index.json",
             {"metadata": {"total_size": total * dtype.itemsize}, "weight_map": where},
@@ -285,36 +289,30 @@ def spread(
 
 
 def write_safetensors(
-    file: BinaryIO,
-    checkpoint: Checkpoint,
-    names: Iterable[str],
-    args: ModelArgs,
-    dtype: torch.dtype,
-    bar: tqdm[Any],
+    file: BinaryIO, view: HFView, names: Iterable[str], dtype: torch.dtype, bar: tqdm[Any]
 ) -> None:
     """The named tensors in safetensors' format: length of a header, header, and the bytes of each."""
-    source, header, at = checkpoint.weights, {}, 0
+    header: dict[str, Any] = {}
+    at = 0
     kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
     for name in names:
-        shape = source.shapes[name]
+        shape = view.shapes[name]
         end = at + prod(shape) * dtype.itemsize
-        header[hf_name(name)] = {"dtype": kind, "shape": shape, "data_offsets": [at, end]}
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, end]}
         at = end
     head = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     file.write(len(head).to_bytes(8, "little") + head)
-    pages = Pages(source, READ_AHEAD)
+    pages, head_dim = Pages(view.source, READ_AHEAD), view.args.head_dim
     for name in names:
-        shape = source.shapes[name]
-        rows = max(1, CHUNK // (prod(shape[1:]) * 4) // args.head_dim) * args.head_dim  # whole heads
+        shape = view.shapes[name]
+        rows = max(1, CHUNK // (prod(shape[1:]) * 4) // head_dim) * head_dim  # whole heads
         for start in range(0, shape[0], rows):
-            tensor = source.read(name, 0, (start, min(start + rows, shape[0])))
-            if rotary_heads(name, args) is not None:
-                tensor = to_hf_rows(tensor, args.head_dim)
+            tensor = view.read(name, start, min(start + rows, shape[0]))
             tensor.to(dtype).contiguous().view(torch.uint8).numpy().tofile(file)
             bar.update(tensor.numel())
             del tensor
-        pages.read(prod(shape) * source.dtype.itemsize)
+        pages.read(prod(shape) * view.source.dtype.itemsize)
 
 
 def _progress(total: int) -> tqdm[Any]:

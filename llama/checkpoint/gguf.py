@@ -18,11 +18,12 @@ from torch import Tensor
 
 from llama.checkpoint.gguf_tokenizer import GGUFError, read_formatter, read_tokenizer
 from llama.checkpoint.params import checked, feed_forward
-from llama.checkpoint.source import Checkpoint, check_names, whole_parts
+from llama.checkpoint.source import Checkpoint, check_shapes, whole_parts
 from llama.errors import MissingPackageError, shown
 from llama.files import check_kinds
 from llama.model import ModelArgs, rope_frequencies
 from llama.parallel import Span
+from llama.quantization import GROUP, QuantizedMatrix, pack, quantize, spread
 from llama.tokenizer import load_tokenizer
 
 NAMES = {
@@ -83,6 +84,7 @@ def open_gguf(path: Path, tokenizer_path: Path | None = None) -> Checkpoint:
         formatter=read_formatter(path, fields, tokenizer),
         context=fields.get("llama.context_length"),
         files=1,
+        quantization=weights.kinds,
     )
 
 
@@ -105,9 +107,9 @@ def read(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 class GGUFWeights:
-    """The weights of a GGUF file, as a `TensorSource`; all are read as fp32.
+    """The weights of a GGUF file, as a `QuantizedSource`; plain tensors are read as fp32.
 
-    Raises GGUFError for tensors that Llama has not, lacks, or has in another shape or encoding.
+    Raises GGUFError if a tensor is missing, unknown, or of another shape or encoding.
     """
 
     def __init__(self, path: Path, tensors: Sequence[Any], args: ModelArgs) -> None:
@@ -126,23 +128,43 @@ class GGUFWeights:
             for tensor in tensors
             if tensor.name != "rope_freqs.weight"  # checked with the parameters
         }
-        parts = whole_parts(args)
-        if "output.weight" not in self._where:
-            del parts["output.weight"]
-        check_names(path, self._where, parts, "the file's metadata")
-        for name, part in parts.items():
-            kind, *_, shape = self._where[name]
-            if shape != part.shape:
-                raise GGUFError(
-                    f"{path}: {name} has the shape {shape}, where by the file's metadata {part.shape} belongs"
-                )
+        parts, config = whole_parts(args, self._where), "the file's metadata"
+        self.shapes = {name: shape for name, (*_, shape) in self._where.items()}
+        check_shapes(path, self.shapes, parts, config)
+        for name, (kind, *_) in self._where.items():
             if kind not in DTYPES and kind not in gguf.quants._type_traits:
                 raise GGUFError(f"{path}: {name} is {kind.name}, which the gguf package cannot dequantize")
-        self.shapes = {name: part.shape for name, part in parts.items()}
         # Quantized numbers have no more than bf16's bits.
         kind = Counter(kind for kind, *_ in self._where.values() if kind != gguf.GGMLQuantizationType.F32)
         common = kind.most_common(1)[0][0] if kind else gguf.GGMLQuantizationType.F32
         self.dtype = DTYPES.get(common, torch.bfloat16)
+
+    @property
+    def kinds(self) -> str | None:
+        """What the matrices are quantized to, in words; None if they are plain."""
+        kinds = Counter(kind for kind, *_, shape in self._where.values() if len(shape) == 2)
+        names = [f"{kind.name}{'' if kind in BLOCKS else ' as int8'}" for kind, _ in kinds.most_common()]
+        return ", ".join(names) if any(self.bits(name) for name in self.shapes) else None
+
+    def bits(self, name: str) -> int | None:
+        kind, *_, shape = self._where[name]
+        return None if kind in DTYPES or len(shape) == 1 else BLOCKS.get(kind, INT8_BLOCK)[0]
+
+    def matrix(self, name: str) -> QuantizedMatrix:
+        kind, _, offset, stored_shape, _ = self._where[name]
+        if kind not in BLOCKS:
+            matrix = quantize(self.read(name), 8)
+            assert isinstance(matrix, QuantizedMatrix)
+            return matrix
+        bits, size, numbers = BLOCKS[kind]
+        # Copies on write, of which there are none: PyTorch wants memory that may be written to.
+        data: np.ndarray = np.memmap(self.path, np.uint8, "c", offset, stored_shape)
+        blocks = torch.from_numpy(data).unflatten(1, (-1, size))
+        if size > 2 * GROUP:
+            return from_k_blocks(blocks, bits)
+        values = blocks[..., 2 * numbers :]
+        halves = blocks[..., : 2 * numbers].view(torch.float16).unbind(-1)
+        return QuantizedMatrix(values.view(torch.int8) if bits == 8 else values, *halves)
 
     def read(self, name: str, dim: int = 0, span: Span | None = None) -> Tensor:
         import gguf
@@ -159,6 +181,34 @@ class GGUFWeights:
 
 
 DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # by gguf.GGMLQuantizationType
+# Blocks that are groups of 32, or become some: their bits, bytes, and fp16 numbers in front. All others are
+# read as 8 bits.
+BLOCKS = {
+    8: (8, 34, 1),  # Q8_0
+    2: (4, 18, 1),  # Q4_0
+    3: (4, 20, 2),  # Q4_1
+    6: (5, 22, 1),  # Q5_0
+    7: (5, 24, 2),  # Q5_1
+    12: (4, 144, 2),  # Q4_K
+    13: (5, 176, 2),  # Q5_K
+}
+INT8_BLOCK = BLOCKS[8]
+
+
+def from_k_blocks(blocks: Tensor, bits: int) -> QuantizedMatrix:
+    """Groups of 32 from blocks (rows, n, bytes) of Q4_K or Q5_K: 8 groups with scales and minima of 6 bits,
+    which are multiplied by two numbers of the block's here."""
+    import gguf
+
+    rows = len(blocks)
+    blocks = blocks.flatten(0, 1)
+    scale, least = blocks[:, :4].view(torch.float16).float().split(1, 1)
+    scales, mins = map(torch.from_numpy, gguf.quants.Q4_K.get_scale_min(blocks[:, 4:16].numpy()))
+    values = spread(blocks[:, -128:].unflatten(1, (4, GROUP)), 4).flatten(1, 2)  # (blocks, 8 groups, 32)
+    if bits == 5:
+        values = values | spread(blocks[:, 16:48], 1) << 4
+    tensors = pack(values, bits), (scale * scales).half(), (-least * mins).half()
+    return QuantizedMatrix(*(tensor.unflatten(0, (rows, -1)).flatten(1, 2) for tensor in tensors))
 
 
 def native_name(name: str) -> str:

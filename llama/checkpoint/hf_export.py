@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from llama.checkpoint.huggingface import write_json
+from llama.checkpoint.mllama import mllama_config
 from llama.checkpoint.source import Checkpoint
 from llama.errors import ArgumentError
 from llama.model import ModelArgs
@@ -17,12 +18,17 @@ from llama.tokenizer import DialogFormat, SentencePieceTokenizer, Tokenizer
 from llama.tokenizer.bpe import byte_alphabet
 from llama.tokenizer.chat_format import ChatFormat, ChatML, Llama2Chat
 from llama.tokenizer.template import ChatTemplate
+from llama.vision import VisionArgs, make_args
+from llama.vision.images import MEAN, STD
 
 LLAMA3_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
     "{% set role = 'ipython' if message['role'] == 'tool' else message['role'] %}"
-    "{{ '<|start_header_id|>' + role + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{% set content %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ part['text'] if part['type'] == 'text' else '<|image|>' }}"
+    "{% endfor %}{% endif %}{% endset %}"
+    "{{ '<|start_header_id|>' + role + '<|end_header_id|>\n\n' + content | trim + '<|eot_id|>' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
@@ -55,7 +61,7 @@ CHATML_TEMPLATE = (
 
 def write_hf_config(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
     """config.json and generation_config.json."""
-    args, tokenizer = ModelArgs(**checkpoint.params), checkpoint.tokenizer
+    args, tokenizer = make_args(checkpoint.params), checkpoint.tokenizer
     stops = tokenizer.stop_tokens[0] if len(tokenizer.stop_tokens) == 1 else tokenizer.stop_tokens
     scaling = {
         "rope_type": "llama3",
@@ -91,9 +97,30 @@ def write_hf_config(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) ->
         "torch_dtype": str(dtype).removeprefix("torch."),
         **tokens,
     }
+    if isinstance(args, VisionArgs):
+        write_json(folder / "preprocessor_config.json", preprocessor_config(args))
+        config = mllama_config(args, config)
     write_json(folder / "config.json", config)
     sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
     write_json(folder / "generation_config.json", {**tokens, **sampling})
+
+
+def preprocessor_config(args: VisionArgs) -> dict[str, Any]:
+    """How `transformers` makes pixels of images for a vision model."""
+    return {
+        "image_processor_type": "MllamaImageProcessor",
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+        "max_image_tiles": args.vision_max_num_chunks,
+        "resample": 2,  # bilinear
+        "rescale_factor": 1 / 255,
+        "size": {"height": args.vision_chunk_size, "width": args.vision_chunk_size},
+    }
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
@@ -121,8 +148,9 @@ def write_hf_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
         (folder / "tokenizer.model").write_bytes(tokenizer.proto)
         text = {i: piece for piece, i in tokenizer.special_tokens.items()}
     elif isinstance(tokenizer, Tokenizer):
-        content = tiktoken_json(tokenizer)
-        text = {i: name for name, i in tokenizer.special_tokens.items()}
+        special = hf_special_tokens(tokenizer.special_tokens, make_args(checkpoint.params))
+        content = tiktoken_json(tokenizer, special)
+        text = {i: name for name, i in special.items()}
     else:
         raise ArgumentError(f"a {type(tokenizer).__name__} cannot be written as a tokenizer.json")
     (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), "utf-8")
@@ -153,12 +181,26 @@ def template_of(formatter: DialogFormat) -> str | None:
     return formatter.source if isinstance(formatter, ChatTemplate) else None
 
 
-def tiktoken_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Byte-pair ranks as a `tokenizer.json` with the same ids."""
+def hf_special_tokens(special: Mapping[str, int], args: ModelArgs) -> dict[str, int]:
+    """Special tokens as Hugging Face numbers them: the image token has the id that the model gives it."""
+    if not isinstance(args, VisionArgs):
+        return dict(special)
+    spare = f"<|reserved_special_token_{len(special)}|>"
+    return {spare if text == "<|image|>" else text: i for text, i in special.items()} | {
+        "<|image|>": args.vocab_size
+    }
+
+
+def tiktoken_json(tokenizer: Tokenizer, special: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Byte-pair ranks as a `tokenizer.json` with the same ids.
+
+    special: special tokens, by default the tokenizer's own
+    """
+    special = dict(tokenizer.special_tokens if special is None else special)
     to_character = {byte: character for character, byte in byte_alphabet().items()}
     vocab = {"".join(to_character[byte] for byte in token): i for token, i in tokenizer.ranks.items()}
     return _tokenizer_json(
-        tokenizer.special_tokens,
+        special,
         bos=tokenizer.layout.bos,
         normalizer=None,
         pre_tokenizer={
@@ -175,7 +217,7 @@ def tiktoken_json(tokenizer: Tokenizer) -> dict[str, Any]:
         },
         decoder={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         # tiktoken takes a piece that is a token whole, however it could be merged.
-        model=_bpe(vocab | tokenizer.special_tokens, vocab, ignore_merges=True),
+        model=_bpe(vocab | special, vocab, ignore_merges=True),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from llama.quantization import OUTPUT
 from llama.tokenizer import TextTokenizer
 from llama.tokenizer.huggingface import HFTokenizer
 from llama.tokenizer.template import find_template
+from llama.vision import VisionArgs, make_args
 
 NAMES = {
     "model.embed_tokens": "tok_embeddings",
@@ -53,6 +54,12 @@ HF_NAMES = {native: hf for hf, native in NAMES.items()}
 
 # Model types that are Llama in all but name, where their config says nothing that it lacks.
 MODEL_TYPES = ("llama", "mistral", "Yi", "aquila")
+# Of generation, which older configs repeat.
+GENERATION = {
+    "diversity_penalty", "do_sample", "encoder_no_repeat_ngram_size", "length_penalty", "max_length",
+    "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+    "pruned_heads", "repetition_penalty", "temperature", "top_k", "top_p", "typical_p",
+}  # fmt: skip
 # Keys that a config may leave out for Llama, but not for others, whose own code fills in other values:
 # Mistral's a window of 4096 tokens and 8 key heads, Yi's 4 key heads and a theta of 5,000,000.
 EXPLICIT = ("num_key_value_heads", "rope_theta")
@@ -64,7 +71,7 @@ HARMLESS = {
     "pretraining_tp", "return_dict", "rope_parameters", "rope_scaling", "task_specific_params",
     "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "unsloth_fixed",
     "unsloth_version", "use_cache", "output_attentions", "output_hidden_states", "chunk_size_feed_forward",
-    "is_encoder_decoder", "problem_type",
+    "is_encoder_decoder", "problem_type", *GENERATION,
 }  # fmt: skip
 # What must have this value where it is there at all.
 REQUIRED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "is_llama_config": True, "num_experts": 1}
@@ -104,9 +111,8 @@ def hf_name(name: str) -> str:
 
 def rotary_heads(name: str, args: ModelArgs) -> int | None:
     """How many heads the rows of a query or key matrix belong to; None for other matrices."""
-    if name.endswith("attention.wq.weight"):
-        return args.n_heads
-    return args.n_kv_heads if name.endswith("attention.wk.weight") else None
+    match = re.fullmatch(r"layers\.\d+\.attention\.w([qk])\.weight", name)
+    return {"q": args.n_heads, "k": args.n_kv_heads}[match[1]] if match else None
 
 
 def to_native_rows(weight: Tensor, head_dim: int) -> Tensor:
@@ -119,28 +125,35 @@ def to_hf_rows(weight: Tensor, head_dim: int) -> Tensor:
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def open_huggingface(folder: Path, tokenizer_path: Path | None = None) -> Checkpoint:
+def open_huggingface(
+    folder: Path,
+    tokenizer_path: Path | None = None,
+    read_params: Callable[[Path, Mapping[str, Any]], dict[str, Any]] | None = None,
+    read_weights: type[HFWeights] | None = None,
+) -> Checkpoint:
     """A Hugging Face folder, read in place.
 
     tokenizer_path: of a native tokenizer to use instead of the folder's.
+    read_params, read_weights: of an architecture that is not quite Llama's
     Raises FileNotFoundError where a file lacks, ImportError where a package does, CheckpointError
     where the model is none of this package's, or files do not belong together.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no config.json in {folder}: is the download complete?")
     config = read_json(folder / "config.json")
-    params = read_config(folder / "config.json", config)
-    args = ModelArgs(**params)
-    weights = HFWeights(folder, args, tied=bool(config.get("tie_word_embeddings")))
+    params = (read_params or read_config)(folder / "config.json", config)
+    args = make_args(params)
+    weights = (read_weights or HFWeights)(folder, args, tied=bool(config.get("tie_word_embeddings")))
+    text = config.get("text_config") or config
     tokenizer: TextTokenizer
     if tokenizer_path is None and (folder / "tokenizer.json").is_file():
         tokenizer = HFTokenizer(
-            folder, args.vocab_size, id_list(folder / "config.json", config, "eos_token_id")
+            folder, args.vocab_size, id_list(folder / "config.json", text, "eos_token_id")
         )
     else:
         tokenizer = find_tokenizer(folder, tokenizer_path)
     formatter = find_template(folder, tokenizer)
-    if tokenizer.n_words > args.vocab_size:
+    if tokenizer.n_words > args.vocab_size + isinstance(args, VisionArgs):  # for the image token
         raise CheckpointError(
             f"the tokenizer has {tokenizer.n_words} tokens, but {folder / 'config.json'} says "
             f"vocab_size={args.vocab_size}: is it the tokenizer of this model?"
@@ -153,7 +166,7 @@ def open_huggingface(folder: Path, tokenizer_path: Path | None = None) -> Checkp
         weights=weights,
         tokenizer=tokenizer,
         formatter=formatter,
-        context=config.get("max_position_embeddings"),
+        context=text.get("max_position_embeddings"),
         files=len(weights.paths),
     )
 
@@ -257,22 +270,37 @@ class HFWeights:
         where = find_weights(folder)
         self.paths = sorted({*where.values()})
         self._opened: dict[Path, Any] = {}
-        parts = whole_parts(args, [native_name(name) for name in where] if tied else [OUTPUT])
-        check_names(folder, where, {hf_name(name): part for name, part in parts.items()}, "config.json")
-        self._where = {name: where[hf_name(name)] for name in parts}
+        found = {self.usual_name(name): name for name in where}
+        parts = whole_parts(args, () if tied and self.file_name(OUTPUT) not in found else (OUTPUT,))
+        check_names(folder, found, dict.fromkeys(map(self.file_name, parts)), "config.json")
+        self._names = {name: found[self.file_name(name)] for name in parts}
+        self._where = {name: where[stored] for name, stored in self._names.items()}
         self.shapes = {name: part.shape for name, part in parts.items()}
         for name, part in parts.items():
             shape, dtype = self._describe(name)
-            if shape != part.shape:
+            expected = self.file_shape(name, part.shape)
+            if shape != expected:
                 raise CheckpointError(
-                    f"{self._where[name]}: {hf_name(name)} has the shape {shape}, where by config.json "
-                    f"{part.shape} belongs"
+                    f"{self._where[name]}: {self._names[name]} has shape {shape}, but config.json "
+                    f"implies {expected}"
                 )
             if dtype not in DTYPES:
                 raise CheckpointError(
-                    f"{self._where[name]}: {hf_name(name)} is {dtype}; fp32, fp16 and bf16 can be loaded"
+                    f"{self._where[name]}: {self._names[name]} is {dtype}; fp32, fp16 and bf16 can be loaded"
                 )
         self.dtype = DTYPES[self._describe("tok_embeddings.weight")[1]]
+
+    def usual_name(self, name: str) -> str:
+        """The usual one of several names that files have for a tensor."""
+        return name
+
+    def file_name(self, name: str) -> str:
+        """The name that files usually have for a native one."""
+        return hf_name(name)
+
+    def file_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that a native tensor has in files."""
+        return shape
 
     def read(self, name: str, dim: int = 0, span: Span | None = None) -> Tensor:
         stored = self._stored(name)
@@ -294,7 +322,8 @@ class HFWeights:
         if path not in self._opened:
             self._opened[path] = open_weights(path)
         opened = self._opened[path]
-        return opened[hf_name(name)] if isinstance(opened, dict) else opened.get_slice(hf_name(name))
+        stored = self._names[name]
+        return opened[stored] if isinstance(opened, dict) else opened.get_slice(stored)
 
     def _describe(self, name: str) -> tuple[tuple[int, ...], str]:
         stored = self._stored(name)

@@ -3,6 +3,8 @@
 Each file holds the n-th part of every matrix, cut along the dimension that the parallel layer has too;
 norms lie whole in each file. Where a rank needs exactly what a file holds, the memory-mapped tensor
 becomes the weight itself and nothing is copied.
+
+Vision models have their text tensors under `text_model.`; here they go by the names of other models.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ from llama.model import ModelArgs
 from llama.parallel import Span
 from llama.tokenizer import DialogFormat, SentencePieceTokenizer, TextTokenizer, Tokenizer
 from llama.tokenizer.chat_format import chat_format
+from llama.vision import VisionArgs, make_args
+
+TEXT = "text_model."
 
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
@@ -41,6 +46,8 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
             raise CheckpointError(
                 f"{ckpt_dir} has both {twin.name} and {path.name}: keep one model in a folder"
             )
+    if not found and (single := ckpt_dir / "consolidated.pth").is_file():
+        return [single]  # as Hugging Face's original/ folders have it
     if not found:
         raise FileNotFoundError(f"no consolidated.*.pth in {ckpt_dir}: is this a native Llama checkpoint?")
     if missing := sorted(set(range(max(found) + 1)) - found.keys()):
@@ -70,7 +77,7 @@ def open_native(
         )
     quantization = params.pop("quantization", None)
     read = QuantizedShards if quantization else NativeShards
-    weights: TensorSource = read(shards, ModelArgs(**params))
+    weights: TensorSource = read(shards, make_args(params))
     family, context, chat = recognize(params, weights, tokenizer)
     return Checkpoint(
         path=ckpt_dir,
@@ -112,6 +119,8 @@ def recognize(
     chat = "none" if rows[0] > 1e-6 and rows[1] < 1e-9 else tokenizer.chat_format
     if not params.get("use_scaled_rope"):
         return "Llama 3", tokenizer.layout.context or 8192, chat
+    if "vision_chunk_size" in params:
+        return "Llama 3.2 Vision", tokenizer.layout.context or 131072, chat
     small = ModelArgs(**params).rope_scaling_factor == 32
     return "Llama 3.2" if small else "Llama 3.1 or 3.3", tokenizer.layout.context or 131072, chat
 
@@ -126,7 +135,7 @@ class NativeShards:
     def __init__(self, paths: Sequence[Path], args: ModelArgs) -> None:
         self.paths = paths
         self.head_dim = args.head_dim
-        self._mapped = {path: read_shard(path) for path in paths}
+        self._mapped = {path: read_tensors(path) for path in paths}
         first = self._mapped[paths[0]]
         self.parts = whole_parts(args, first)
         for path, tensors in self._mapped.items():
@@ -207,5 +216,15 @@ class NativeShards:
     def _tensors(self, number: int) -> Mapping[str, Tensor]:
         path = self.paths[number]
         if path not in self._mapped:
-            self._mapped[path] = read_shard(path)
+            self._mapped[path] = read_tensors(path)
         return self._mapped[path]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A file's tensors as `read_shard`, by the names that this package uses."""
+    return {name.removeprefix(TEXT): tensor for name, tensor in read_shard(path).items()}
+
+
+def file_name(name: str, args: ModelArgs) -> str:
+    """A tensor's name in Meta's files."""
+    return TEXT + name if isinstance(args, VisionArgs) and not name.startswith("vision_model.") else name

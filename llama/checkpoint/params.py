@@ -10,6 +10,7 @@ from llama.errors import ArgumentError, CheckpointError, check_number, shown
 from llama.files import check_kinds, read_json
 from llama.model import LARGEST, ModelArgs
 from llama.quantization import LAYOUT, QUANTIZATIONS
+from llama.vision import VisionArgs, make_args
 
 
 def read_params(ckpt_dir: Path) -> dict[str, Any]:
@@ -25,9 +26,12 @@ def read_params(ckpt_dir: Path) -> dict[str, Any]:
             f"no params.json in {ckpt_dir}: is this a folder with a native Llama checkpoint?"
         )
     params = read_json(path)
+    if isinstance(params.get("model"), dict):
+        params = params["model"]  # as some vision models have it
     if not {"dim", "n_layers", "n_heads"} <= params.keys():
         raise CheckpointError(f"{path} lacks dim, n_layers or n_heads; download it again")
-    known = {field.name for field in fields(ModelArgs)}
+    kind = VisionArgs if "vision_chunk_size" in params else ModelArgs
+    known = {field.name for field in fields(kind)} - {"max_images"}
     if unknown := sorted(params.keys() - known - {"quantization"}):
         raise CheckpointError(f"{path} has {shown(unknown[0])}, which this model does not implement")
     if "quantization" in params:
@@ -44,10 +48,10 @@ def read_params(ckpt_dir: Path) -> dict[str, Any]:
 
 
 def checked(path: Path, params: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `ModelArgs` as they are. Raises CheckpointError, naming the file, if they are none."""
+    """The arguments of `make_args` as they are. Raises CheckpointError, naming the file, if they are none."""
     check_kinds(path, params, {"use_scaled_rope": (bool,)})
     try:
-        ModelArgs(**{key: value for key, value in params.items() if key != "quantization"})
+        make_args({key: value for key, value in params.items() if key != "quantization"})
     except ArgumentError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return params

@@ -15,6 +15,7 @@ from llama.checkpoint.source import (
 )
 from llama.model import Transformer
 from llama.quantization import Weight, alike, joined, plain
+from llama.vision import VisionModel
 
 
 class RankReader:
@@ -23,7 +24,9 @@ class RankReader:
     tied: whether the embeddings are read as output layer too.
     """
 
-    def __init__(self, model: Transformer, source: TensorSource) -> None:
+    def __init__(self, model: Transformer | VisionModel, source: TensorSource, prefix: str = "") -> None:
+        """prefix: of the source's names, if `model` is a part of a model."""
+        self.prefix = prefix
         self.parts = {name: Part.of(model, name) for name, _ in model.named_parameters()}
         self.sizes = {name: weight.numel() for name, weight in model.named_parameters()}
         self.tied = is_tied(source.shapes)
@@ -40,16 +43,17 @@ class RankReader:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def read(self, name: str) -> Weight:
-        """A part: quantized if it is stored so and no group is cut; mapped from the file where it can be.
+    def read(self, name: str, quantized: bool = True) -> Weight:
+        """A part; mapped from the file where it can be.
 
-        Raises CheckpointError if a value of it is not finite.
+        quantized: as it is stored, if that is in few bits and no group is cut. Else plain in any case.
+        Raises CheckpointError if a value is not finite.
         """
-        part, source, stored = self.parts[name], self.source, stored_name(self.source, name)
+        part, source, stored = self.parts[name], self.source, stored_name(self.source, self.prefix + name)
         if part.dim is None:
             return check_finite(stored, source.read(stored))
         pieces: list[Weight]
-        if isinstance(source, QuantizedSource) and source.bits(stored):
+        if quantized and isinstance(source, QuantizedSource) and source.bits(stored):
             matrix = source.matrix(stored)
             pieces = [check_finite(stored, matrix.narrow(part.dim, *span)) for span in part.spans]
         else:

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama.errors import CheckpointError, shown
 from llama.files import check_kinds, read_json
-from llama.model import ModelArgs, Transformer
+from llama.model import ModelArgs
 from llama.parallel import ModelParallel, Sharded, Span
 from llama.quantization import EMBEDDINGS, OUTPUT, QuantizedMatrix, Weight
 from llama.tokenizer import DialogFormat, TextTokenizer, load_tokenizer
+from llama.vision import make_model
 
 W = TypeVar("W", Tensor, QuantizedMatrix, Weight)
 # What files of weights are called: bare names, which cannot lead out of their folder.
@@ -127,11 +128,12 @@ class Part:
     spans: list[Span]
 
     @staticmethod
-    def of(model: Transformer, name: str) -> Part:
+    def of(model: nn.Module, name: str) -> Part:
         layer = model.get_submodule(name.rpartition(".")[0])
-        if not isinstance(layer, Sharded):
+        bias = name.endswith(".bias")
+        if not isinstance(layer, Sharded) or (bias and layer.dim == 1):
             return Part(tuple(model.get_parameter(name).shape), None, [])
-        return Part(layer.shape, layer.dim, layer.spans)
+        return Part(layer.shape[:1] if bias else layer.shape, layer.dim, layer.spans)
 
     def resized(self, dim: int, length: int) -> tuple[int, ...]:
         return (*self.shape[:dim], length, *self.shape[dim + 1 :])
@@ -150,7 +152,7 @@ def stored_name(source: TensorSource, name: str) -> str:
 def whole_parts(args: ModelArgs, names: Container[str | None] = (OUTPUT,)) -> dict[str, Part]:
     """Every tensor of a model on one rank, by its native name, if it is tied as these names are."""
     with torch.device("meta"):
-        model = Transformer(args, ModelParallel())
+        model = make_model(args, ModelParallel())
     parts = {name: Part.of(model, name) for name, _ in model.named_parameters()}
     if is_tied(names):
         del parts[OUTPUT]

@@ -16,9 +16,12 @@ from llama.cli.options import BuildOptions, SamplingOptions
 from llama.cli.terminal import Terminal
 from llama.errors import ArgumentError
 from llama.generation import Llama
+from llama.prompts import tiled
+from llama.vision import sighted
 
 HELP = """\
 /system TEXT   set the system prompt; alone, show it; /system - for none
+/image FILE    show the model an image, with the next message
 /reset         forget all turns
 /retry         answer the last message again
 /save FILE     write the conversation;  /load FILE  go on with one
@@ -80,8 +83,10 @@ class Chat:
         self.speed = speed
         self.write = write
         self.left = False
+        self.images: list[bytes] = []  # of the next message
         self.commands: dict[str, Callable[[str], None]] = {
             "/system": self.set_system,
+            "/image": self.add_image,
             "/reset": self.reset,
             "/retry": self.retry,
             "/save": self.save,
@@ -120,11 +125,14 @@ class Chat:
     def answer(self, message: str) -> None:
         """Answer a message, as the conversation's next turn, and print the answer as it comes."""
         prompt = self.fit(message)
+        images = [*self.conversation.images(), *self.images]
         tokens: list[int] = []
         end, screen = None, self.write()
         with (
             self.terminal.watching(),
-            contextlib.closing(self.llama.stream_tokens([prompt], **self.sampling.arguments())) as events,
+            contextlib.closing(
+                self.llama.stream_tokens([prompt], images=[images], **self.sampling.arguments())
+            ) as events,
         ):
             for event in events:
                 screen.write(event.text)
@@ -137,7 +145,8 @@ class Chat:
         screen.close()
         if end and end.error:
             raise ArgumentError(end.error)
-        self.conversation.turns.append(Turn(message, tokens))
+        self.conversation.turns.append(Turn(message, tokens, tuple(self.images)))
+        self.images = []
         if end is None:
             print("[stopped]")
         elif end.finish_reason == "length":
@@ -168,8 +177,9 @@ class Chat:
         turns = self.conversation.turns
         room = max(1, min(self.sampling.max_gen_len or self.context, self.context // 4))
         for skip in range(len(turns) + 1):
-            ids = self.conversation.prompt(self.llama, message, skip)
-            if len(ids) + room <= self.context:
+            ids = self.conversation.prompt(self.llama, message, skip, self.images)
+            images = len(self.images) + len(self.conversation.images(skip))
+            if len(ids) + room <= self.context and images <= self.max_images:
                 break
         if len(ids) >= self.context:
             raise ArgumentError(
@@ -179,7 +189,10 @@ class Chat:
         if skip:
             dropped = ", ".join(json.dumps(_short(turn.message), ensure_ascii=False) for turn in turns[:skip])
             which = "turn" if skip == 1 else f"{skip} turns"
-            print(f"[The context of {self.context} tokens is full. Dropped the oldest {which}: {dropped}]")
+            full = f"context of {self.context} tokens"
+            if len(self.images) + len(self.conversation.images()) > self.max_images:
+                full = f"room for {self.max_images} image(s)"
+            print(f"[The {full} is full. Dropped the oldest {which}: {dropped}]")
             del turns[:skip]
         return ids
 
@@ -188,7 +201,24 @@ class Chat:
             self.conversation.system = "" if text == "-" else text
         print(f"[system: {self.conversation.system or 'none of its own'}]")
 
+    def add_image(self, name: str) -> None:
+        sighted(self.llama.model)
+        if len(self.images) >= self.max_images:
+            raise ArgumentError(
+                f"a chat has room for {self.max_images} image(s): start with a larger --max_images"
+            )
+        path = _path(name)
+        data = self.terminal.once(path.read_bytes)
+        tiled(data, self.llama.model)  # a bad file is refused here
+        self.images.append(data)
+        print(f"[{path.name} goes with your next message]")
+
+    @property
+    def max_images(self) -> int:
+        return getattr(self.llama.model.params, "max_images", 0)
+
     def reset(self, _: str) -> None:
+        self.images = []
         self.conversation.turns.clear()
         print("[all turns forgotten]")
 
@@ -196,10 +226,12 @@ class Chat:
         if not self.conversation.turns:
             raise ArgumentError("there is no message to answer again")
         last = self.conversation.turns.pop()
+        self.images = list(last.images)
         try:
             self.answer(last.message)
         except BaseException:
             self.conversation.turns.append(last)
+            self.images = []
             raise
 
     def save(self, name: str) -> None:

@@ -1,19 +1,26 @@
 """A conversation's turns, and the ids they make: answers as they were generated, never encoded anew."""
 
 import json
+from base64 import b64decode, b64encode
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llama.errors import ArgumentError
 from llama.generation import Llama
+from llama.prompts import with_image_token
 from llama.tokenizer import Message
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A message, and the ids of the answer as they were generated."""
+    """A message, and the ids of the answer as they were generated.
+
+    images: of the message, files' bytes; they stand before its text
+    """
 
     message: str
     answer: list[int]
+    images: tuple[bytes, ...] = ()
 
 
 @dataclass
@@ -21,21 +28,36 @@ class Conversation:
     system: str = ""
     turns: list[Turn] = field(default_factory=list)
 
-    def prompt(self, llama: Llama, message: str, skip: int = 0) -> list[int]:
-        """The ids that ask for the answer to a message that follows all turns but the first `skip`."""
+    def prompt(self, llama: Llama, message: str, skip: int = 0, images: Sequence[bytes] = ()) -> list[int]:
+        """The ids that ask for the answer to a message that follows all turns but the first `skip`.
+
+        images: of the message
+        """
         turns = self.turns[skip:]
-        messages = [*(turn.message for turn in turns), message]
+        messages = [
+            _content(turn.message, turn.images) for turn in [*turns, Turn(message, [], tuple(images))]
+        ]
         opening: list[Message] = [{"role": "user", "content": messages[0]}]
         if self.system:
             opening.insert(0, {"role": "system", "content": self.system})
         ids = llama.formatter.encode_dialog_prompt(opening)
         for turn, following in zip(turns, messages[1:], strict=True):
             ids += [*turn.answer, *llama.formatter.encode_next_turn(following)]
-        return ids
+        seen = self.images(skip) or images
+        return with_image_token(ids, llama.model, llama.tokenizer) if seen else ids
+
+    def images(self, skip: int = 0) -> list[bytes]:
+        """Those of all turns but the first `skip`."""
+        return [image for turn in self.turns[skip:] for image in turn.images]
 
     def dump(self, llama: Llama) -> str:
         turns = [
-            {"user": turn.message, "assistant": llama.tokenizer.decode(turn.answer), "ids": turn.answer}
+            {
+                "user": turn.message,
+                "assistant": llama.tokenizer.decode(turn.answer),
+                "ids": turn.answer,
+                **({"images": [b64encode(image).decode() for image in turn.images]} if turn.images else {}),
+            }
             for turn in self.turns
         ]
         return json.dumps({"system": self.system, "turns": turns}, indent=1, ensure_ascii=False) + "\n"
@@ -48,12 +70,22 @@ class Conversation:
         """
         try:
             data = json.loads(text)
-            saved = [(turn["user"] + "", turn["assistant"] + "", turn["ids"]) for turn in data["turns"]]
-            return Conversation(
-                data["system"] + "", [Turn(user, _answer_ids(llama, *answer)) for user, *answer in saved]
-            )
+            turns = [
+                Turn(
+                    turn["user"] + "",
+                    _answer_ids(llama, turn["assistant"] + "", turn["ids"]),
+                    tuple(b64decode(image, validate=True) for image in turn.get("images", ())),
+                )
+                for turn in data["turns"]
+            ]
+            return Conversation(data["system"] + "", turns)
         except (ValueError, KeyError, TypeError):
             raise ArgumentError("this is not a conversation that /save wrote") from None
+
+
+def _content(message: str, images: Sequence[bytes]) -> str | list[dict[str, str]]:
+    """A message as chat formats take it."""
+    return [*({"type": "image"} for _ in images), {"type": "text", "text": message}] if images else message
 
 
 def _answer_ids(llama: Llama, text: str, ids: list[int]) -> list[int]:

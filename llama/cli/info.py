@@ -12,12 +12,13 @@ from llama.checkpoint.source import TensorSource, is_tied
 from llama.device import default_device, gigabytes, parse_dtype
 from llama.errors import ArgumentError
 from llama.loading import scheme_of, weight_bytes
-from llama.model import ModelArgs, Transformer
+from llama.model import ModelArgs
 from llama.parallel import ModelParallel
 from llama.quantization import SCHEMES
 from llama.tokenizer import DialogFormat, SentencePieceTokenizer, TextTokenizer, Tokenizer
 from llama.tokenizer.chat_format import ChatFormat, ChatML, Llama2Chat, NoChat
 from llama.tools.use import default_format
+from llama.vision import VisionArgs, VisionTransformer, make_args, make_model
 
 TOOLS = {None: "not trained to call any", "template": "as its own template has them"}
 
@@ -31,6 +32,7 @@ def info(
     quantize: Literal["int8", "int5", "int4", "fp8"] | None = None,
     tokenizer_path: str | None = None,
     adapter: str | None = None,
+    max_images: int = 1,
     json: bool = False,
 ) -> None:
     """Tell what a checkpoint is, and what memory it takes to run it.
@@ -43,9 +45,11 @@ def info(
         quantize: of the weights; by default that of the files
         tokenizer_path: a tokenizer other than the checkpoint's own
         adapter: folder of a LoRA adapter in PEFT's format
+        max_images: images of one sequence that the cache of a vision model has room for
         json: print one JSON object; memory in bytes
     """
-    found = inspect(ckpt_dir, max_seq_len, max_batch_size, dtype, quantize, tokenizer_path, adapter)
+    cache = max_seq_len, max_batch_size
+    found = inspect(ckpt_dir, *cache, dtype, quantize, tokenizer_path, adapter, max_images)
     print(dumps(found, ensure_ascii=False) if json else as_text(found))
 
 
@@ -57,10 +61,11 @@ def inspect(
     quantize: str | None = None,
     tokenizer_path: StrPath | None = None,
     adapter: StrPath | None = None,
+    max_images: int = 1,
 ) -> dict[str, Any]:
     """A checkpoint's family, shapes, files and tokenizer, and the memory it takes, as JSON has them.
 
-    max_seq_len, max_batch_size: of the KV cache.
+    max_seq_len, max_batch_size, max_images: of the KV cache.
     dtype: that weights and cache are loaded in; by default the files' own.
     quantize: of the weights, "int8", "int5", "int4" or "fp8"; by default as the files have them.
 
@@ -72,7 +77,7 @@ def inspect(
     quantize = scheme_of(checkpoint, quantize)
     stored = checkpoint.weights.dtype
     loaded = parse_dtype(dtype) if dtype is not None else stored
-    args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    args = make_args(checkpoint.params, max_seq_len, max_batch_size, max_images)
     source = checkpoint.weights
     sizes = {n: memory(args, n, source, loaded, quantize) for n in world_sizes(args)}
     return {
@@ -95,6 +100,7 @@ def inspect(
         "chat_format": describe_format(checkpoint.formatter),
         "tool_format": default_format(checkpoint.family, checkpoint.formatter),
         "context": checkpoint.context,
+        "vision": describe_vision(args) if isinstance(args, VisionArgs) else None,
         "loaded": {
             "dtype": dtype_name(loaded),
             "weights": quantize,
@@ -131,12 +137,18 @@ def as_text(found: dict[str, Any]) -> str:
         ("context", f"{context:,} tokens" if context else "not in the files"),
         ("world sizes", ", ".join(str(row["ranks"]) for row in found["memory"])),
     ]
+    kept = ""
+    if vision := found["vision"]:
+        images = "up to {max_tiles} tiles of {tile_size} × {tile_size}, encoder dim {dim}, {layers} layers"
+        before = ", ".join(map(str, vision["before_layers"]))
+        rows[6:6] = [("images", images.format(**vision)), ("cross-attn", f"before layers {before}")]
+        kept = f", max_images {vision['max_images']}"
     how = loaded["dtype"] + (f", weights {loaded['weights']}" if loaded["weights"] else "")
     return "\n".join(
         [
             *(f"{name:<12} {value}" for name, value in rows),
             f"\nMemory per rank in {how}, at max_seq_len {loaded['max_seq_len']}, "
-            f"max_batch_size {loaded['max_batch_size']}:",
+            f"max_batch_size {loaded['max_batch_size']}{kept}:",
             f"{'ranks':>7} {'weights':>12} {'KV cache':>12} {'together':>12}",
             *(_memory_row(**row) for row in found["memory"]),
         ]
@@ -157,9 +169,23 @@ def memory(
 ) -> tuple[int, int]:
     """Bytes of weights and of KV cache on the first of `size` ranks, on this machine's default device."""
     with torch.device("meta"):
-        model = Transformer(args, ModelParallel(0, size))
+        model = make_model(args, ModelParallel(0, size))
     plan = backends.plan(model, default_device(), dtype, quantize)
-    return weight_bytes(model, source, plan, dtype, quantize), prod(model.cache_shape()) * dtype.itemsize
+    cache = prod(model.cache_shape())
+    if isinstance(model, VisionTransformer):
+        cache += prod(model.image_cache_shape())
+    return weight_bytes(model, source, plan, dtype, quantize), cache * dtype.itemsize
+
+
+def describe_vision(args: VisionArgs) -> dict[str, Any]:
+    return {
+        "tile_size": args.vision_chunk_size,
+        "max_tiles": args.vision_max_num_chunks,
+        "dim": args.vision_dim,
+        "layers": args.vision_layers + args.vision_global_layers,
+        "before_layers": args.fusion,
+        "max_images": args.max_images,
+    }
 
 
 def describe_tokenizer(tokenizer: TextTokenizer) -> dict[str, Any]:

@@ -25,6 +25,8 @@ class BuildOptions:
         compile: compile the model; auto does on CUDA only
         adapter: folder of a LoRA adapter in PEFT's format, merged into the weights
         batch_invariant: make logprobs bitwise independent of what else runs, for some speed
+        vision: load a vision model so that it sees
+        max_images: images of one chat or prompt that a vision model's cache has room for
     """
 
     tokenizer_path: str | None = None
@@ -36,6 +38,8 @@ class BuildOptions:
     compile: bool | Literal["auto"] = "auto"
     adapter: str | None = None
     batch_invariant: bool = False
+    vision: bool = True
+    max_images: int = 1
 
     def build(self, ckpt_dir: str) -> Llama:
         """Load a checkpoint as these options say. Raises what `Llama.build` raises."""

@@ -13,6 +13,7 @@ in the same order, so there one thread a rank calls.
 import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from operator import itemgetter
 
 from llama.engine.invariance import InvariantRunner
 from llama.engine.request import Event, FinishReason, Outcome, Request, Work
@@ -23,6 +24,7 @@ from llama.engine.turns import Turns
 from llama.errors import ArgumentError, PromptError
 from llama.model import Row, Transformer
 from llama.sampling import BROKEN, FORBIDDEN, Constraint, SamplingParams
+from llama.vision import PlacedImage, TiledImage, sighted
 
 ERRORS = {
     BROKEN: "the model's logits are not finite; is the checkpoint damaged?",
@@ -64,13 +66,16 @@ class Engine:
         self.steps = 0
         self.turns = Turns()
 
-    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+    def check(self, prompt: Sequence[int], params: SamplingParams, images: Sequence[TiledImage] = ()) -> None:
         """Raise what `add` raises."""
         vocab_size, max_seq_len = self.model.params.vocab_size, self.model.params.max_seq_len
+        known = vocab_size + bool(images)
+        if images:
+            sighted(self.model).check_images(prompt, images)
         if not len(prompt):
             raise PromptError("the prompt is empty: it needs at least one token")
         for token in prompt:
-            if not (isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocab_size):
+            if not (isinstance(token, int) and not isinstance(token, bool) and 0 <= token < known):
                 raise PromptError(f"{token!r} is not a token id: the vocabulary has 0 to {vocab_size - 1}")
         if max_seq_len - len(prompt) < (params.max_tokens != 0):
             raise PromptError(
@@ -91,19 +96,26 @@ class Engine:
         params: SamplingParams,
         *,
         constraint: Constraint | None = None,
+        images: Sequence[TiledImage] = (),
         prefix_keys: Sequence[tuple[int, Hashable]] = (),
         listener: Callable[[], object] | None = None,
     ) -> Request:
         """Queue a prompt of token ids. For the other arguments see `Request`.
 
+        images: one for each image token of the prompt, whose id is the model's vocab_size.
+
         Raises PromptError if nothing can be generated from it, ArgumentError for parameters that do not
         fit the model.
         """
-        self.check(prompt, params)
+        self.check(prompt, params, images)
         self.turns.check_process()
         room = self.model.params.max_seq_len - len(prompt)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        request = Request(list(prompt), params, max_tokens, constraint, tuple(prefix_keys), listener)
+        at = [i for i, token in enumerate(prompt) if token == self.model.params.vocab_size]
+        placed = [PlacedImage(*pair) for pair in zip(at, images, strict=True)]
+        own = [(position, image.key) for position, image in placed]
+        keys = sorted((*prefix_keys, *own), key=itemgetter(0))
+        request = Request(list(prompt), params, max_tokens, constraint, placed, keys, listener)
         if self._force(request):
             request.finish_reason = "stop"
         else:

@@ -50,6 +50,7 @@ def score_prompt(model: Transformer, item: Work, states: Tensor) -> tuple[list[f
     for first in range(0, len(following), LOGPROB_ROWS):
         targets = torch.tensor(following[first : first + LOGPROB_ROWS], device=states.device)
         logits = model.logits(states[first : first + len(targets)])
-        logprobs += token_logprobs(logits, targets).tolist()
+        given = targets == logits.shape[-1]  # the image token has no logit, for nobody generates it
+        logprobs += token_logprobs(logits, targets.masked_fill(given, 0)).masked_fill(given, 0).tolist()
         top += top_logprobs(logits, params.top_logprobs) if params.top_logprobs else []
     return logprobs, top if params.top_logprobs else []

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from llama.model import Row
 from llama.sampling import Constraint, SamplingParams
+from llama.vision import PlacedImage
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 TopLogprobs = list[tuple[int, float]]  # ids and log-probabilities, most likely first
@@ -18,6 +19,7 @@ class Request:
     `logprobs` and `top_logprobs` run parallel to `tokens`, and `prompt_…` to `prompt`; they are
     empty unless the parameters ask for them.
 
+    images: at the positions of the prompt's image tokens, in order.
     prefix_keys: what else the cache depends on besides the ids, as (position, key) in order: from that
       position on, keys and values are shared only with requests that have the same key there.
     listener: called after every change, on the thread that runs the model: it must return at once.
@@ -27,6 +29,7 @@ class Request:
     params: SamplingParams
     max_tokens: int
     constraint: Constraint | None = None
+    images: Sequence[PlacedImage] = ()
     prefix_keys: Sequence[tuple[int, Hashable]] = ()
     listener: Callable[[], object] | None = None
     tokens: list[int] = field(default_factory=list)  # generated, without the stop token

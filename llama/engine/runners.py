@@ -11,6 +11,7 @@ from llama.engine.outcomes import choose_next, score_prompt
 from llama.engine.request import Outcome, Request, Work
 from llama.model import Transformer
 from llama.ranks import lost_rank_as_error
+from llama.vision import VisionTransformer
 
 
 class Pending(Protocol):
@@ -77,6 +78,9 @@ class RaggedRunner:
         with lost_rank_as_error(model.parallel):
             new = [token for item in work for token in item.tokens]
             tokens = torch.tensor(new + [0] * (width - len(new)), device=model.device)
+            if isinstance(model, VisionTransformer):
+                for item in work:
+                    model.place(item.row.slot, item.request.images)
             hidden = model.hidden(tokens, [item.row for item in work])  # (N, dim)
             ends = list(accumulate(item.row.length for item in work))
             scores = [

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from llama.engine.request import Request
 from llama.model import Transformer
+from llama.vision import VisionTransformer
 
 
 @dataclass
@@ -60,6 +61,8 @@ class Slots:
             return False
         for slot in self.all:
             slot.committed, slot.reach, slot.tokens = 0, 0, []
+        if isinstance(self.model, VisionTransformer) and (self.epoch is None or self.weights != weights):
+            self.model.forget_images()
         with self.writing():
             if self.clears:
                 self.model.cache.data.zero_()
@@ -115,5 +118,9 @@ def _common(a: Sequence[object], b: Sequence[object]) -> int:
 
 
 def weights_version(model: Transformer) -> int:
-    """A number that changes when weights are replaced or edited in place, but for edits through `.data`."""
-    return hash(tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in model.parameters()))
+    """A number that changes when weights are replaced or edited in place, but for edits through `.data`.
+
+    An image encoder counts for nothing: it may load at any time.
+    """
+    weights = (w for name, w in model.named_parameters() if not name.startswith("vision_model."))
+    return hash(tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights))

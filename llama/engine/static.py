@@ -120,7 +120,9 @@ class StaticRunner:
             self.graphs.clear()
 
     def takes(self, work: Sequence[Work]) -> bool:
-        return all(item.row.length == 1 and not item.reads_prompt for item in work)
+        return all(
+            item.row.length == 1 and not item.reads_prompt and not item.request.images for item in work
+        )
 
     def start(self, work: Sequence[Work], after: Pending | None) -> Pending:
         model, requests = self.model, {item.row.slot: item.request for item in work}

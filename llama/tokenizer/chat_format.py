@@ -11,23 +11,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llama.errors import ArgumentError, shown
+from llama.tokenizer.content import IMAGE, is_parts, stripped
 from llama.tokenizer.interface import Dialog, DialogFormat, Message, TextTokenizer
 
 
-def check_dialog(dialog: Dialog, roles: Sequence[str], calls: bool = False) -> None:
+def check_dialog(dialog: Dialog, roles: Sequence[str], calls: bool = False, images: bool = False) -> None:
     """Raise ArgumentError unless every message of a dialog has a known role and text.
 
     calls: whether messages may have tool_calls, and then no text.
+    images: whether messages may have images between their text.
     """
     if isinstance(dialog, str | dict) or not isinstance(dialog, Sequence):
         raise ArgumentError(f"a dialog is a list of messages, not a {type(dialog).__name__}")
     if not dialog:
         raise ArgumentError("the dialog is empty: it needs one message at least")
     for message in dialog:
-        check_message(message, roles, calls)
+        check_message(message, roles, calls, images)
 
 
-def check_message(message: Message, roles: Sequence[str], calls: bool = False) -> None:
+def check_message(message: Message, roles: Sequence[str], calls: bool = False, images: bool = False) -> None:
     made = message.get("tool_calls") if isinstance(message, dict) else None
     if made and not calls:
         raise ArgumentError("this chat format has no tool calls: leave tool_calls out of the messages")
@@ -37,8 +39,11 @@ def check_message(message: Message, roles: Sequence[str], calls: bool = False) -
         raise ArgumentError(f'a message is {{"role": ..., "content": ...}}, not {message!r}')
     if message["role"] not in roles:
         raise ArgumentError(f"unknown role {message['role']!r}: use one of {', '.join(roles)}")
-    if not isinstance(message["content"], str):
-        raise ArgumentError(f"a message's content is text, not {type(message['content']).__name__}")
+    if is_parts(content := message["content"]) and not isinstance(content, str):
+        if not images:
+            raise ArgumentError("this chat format has no images: leave them out of the messages")
+    elif not isinstance(content, str):
+        raise ArgumentError(f"a message's content is text, not {type(content).__name__}")
 
 
 def parse_call(call: Any) -> tuple[str, Mapping[str, Any]]:
@@ -64,6 +69,19 @@ def parse_call(call: Any) -> tuple[str, Mapping[str, Any]]:
     return name, arguments
 
 
+def encode_parts(tokenizer: TextTokenizer, parts: Sequence[Mapping[str, str]]) -> list[int]:
+    """Ids of text and images as `split_content` gives them. Raises ArgumentError if no token is an image."""
+    ids: list[int] = []
+    for part in parts:
+        if "text" in part:
+            ids += tokenizer.encode(part["text"], bos=False, eos=False)
+        elif IMAGE in tokenizer.special_tokens:
+            ids.append(tokenizer.special_tokens[IMAGE])
+        else:
+            raise ArgumentError(f"this model's tokenizer has no {IMAGE} token: leave the images out")
+    return ids
+
+
 class ChatFormat:
     """Llama 3: a header of role, two newlines, the stripped content, <|eot_id|>."""
 
@@ -73,8 +91,8 @@ class ChatFormat:
         self.tokenizer = tokenizer
 
     def encode_header(self, message: Message) -> list[int]:
-        """<|start_header_id|>role<|end_header_id|>, two newlines. Raises ValueError for an unknown role."""
-        check_message(message, self.roles)
+        """<|start_header_id|>role<|end_header_id|>, two newlines. Raises ArgumentError for unknown roles."""
+        check_message(message, self.roles, images=True)
         role = "ipython" if message["role"] == "tool" else message["role"]
         special = self.tokenizer.special_tokens
         return [
@@ -87,18 +105,20 @@ class ChatFormat:
     def encode_message(self, message: Message) -> list[int]:
         """A header, the content without space around it, and <|eot_id|>."""
         header = self.encode_header(message)
-        content = self.tokenizer.encode(message["content"].strip(), bos=False, eos=False)
-        return [*header, *content, self.tokenizer.special_tokens["<|eot_id|>"]]
+        content = message["content"]
+        parts = stripped([{"type": "text", "text": content}] if isinstance(content, str) else content)
+        ids = encode_parts(self.tokenizer, parts)
+        return [*header, *ids, self.tokenizer.special_tokens["<|eot_id|>"]]
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
         """<|begin_of_text|>, every message, and the header of the answer to come."""
-        check_dialog(dialog, self.roles)
+        check_dialog(dialog, self.roles, images=True)
         ids = [self.tokenizer.special_tokens["<|begin_of_text|>"]]
         for message in dialog:
             ids += self.encode_message(message)
         return ids + self.encode_header({"role": "assistant", "content": ""})
 
-    def encode_next_turn(self, content: str) -> list[int]:
+    def encode_next_turn(self, content: Any) -> list[int]:
         """<|eot_id|>, the user's message, and the header of the answer to come."""
         return [
             self.tokenizer.special_tokens["<|eot_id|>"],
@@ -140,7 +160,7 @@ class ChatML:
         ids = [token for message in dialog for token in self.encode_message(message)]
         return ids + self.encode_header({"role": "assistant", "content": ""})
 
-    def encode_next_turn(self, content: str) -> list[int]:
+    def encode_next_turn(self, content: Any) -> list[int]:
         """<|im_end|> and a newline, the user's message, and the answer's header."""
         return [
             self.tokenizer.special_tokens["<|im_end|>"],
@@ -192,7 +212,7 @@ class Llama2Chat:
             ids += self.tokenizer.encode(pair, bos=True, eos=True)
         return ids + self.tokenizer.encode(f"[INST] {texts[-1].strip()} [/INST]", bos=True, eos=False)
 
-    def encode_next_turn(self, content: str) -> list[int]:
+    def encode_next_turn(self, content: Any) -> list[int]:
         """The space and EOS after an answer, and the user's message between BOS and [/INST]."""
         answer, spaced = (self.tokenizer.encode(text, bos=False, eos=True) for text in ("x", "x "))
         message: Message = {"role": "user", "content": content}
@@ -209,7 +229,7 @@ class NoChat:
         """Raises ValueError, with what to use instead."""
         return self.encode_next_turn("")
 
-    def encode_next_turn(self, content: str) -> list[int]:
+    def encode_next_turn(self, content: Any) -> list[int]:
         """Raises ValueError, with what to use instead."""
         raise ArgumentError(
             "this is a base model, which was not trained to chat: use text_completion with a text for it to "

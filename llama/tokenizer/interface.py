@@ -13,13 +13,14 @@ Role = Literal["system", "user", "assistant", "tool", "ipython"]
 class Message(TypedDict):
     """One message of a dialog.
 
-    content: its text; of the assistant's it may be None where there are tool_calls.
+    content: its text, or parts with images as `tokenizer.content` has them; of the assistant's it may be
+        None where there are tool_calls.
     tool_calls: of the assistant, each {"id": …, "function": {"name": …, "arguments": JSON text or a dict}}.
     tool_call_id: of a tool, the call whose result this is.
     """
 
     role: Role
-    content: str
+    content: Any
     tool_calls: NotRequired[list[dict[str, Any]]]
     tool_call_id: NotRequired[str]
 
@@ -57,7 +58,7 @@ class DialogFormat(Protocol):
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
         """The ids that ask for the assistant's next message. Raises ValueError for other dialogs."""
 
-    def encode_next_turn(self, content: str) -> list[int]:
+    def encode_next_turn(self, content: Any) -> list[int]:
         """The ids between an answer, as it was generated, and the answer to the user's next message.
 
         That is the end of the answer (the stop token is not part of it), the message, and the header of

@@ -102,16 +102,16 @@ class ChatTemplate:
 
         Raises ArgumentError if the template refuses the dialog, or tries to leave its sandbox.
         """
-        check_dialog(dialog, self.roles, calls=True)
+        check_dialog(dialog, self.roles, calls=True, images=True)
         # A template must be able to tell whether there are any.
         names = {"tools": list(tools) or None} | (
             {"builtin_tools": list(builtin_tools)} if builtin_tools else {}
         )
         return self._encode([_open_calls(message) for message in dialog], names=names)
 
-    def encode_next_turn(self, content: str) -> list[int]:
+    def encode_next_turn(self, content: Any) -> list[int]:
         """What the template writes between an answer and the answer to the user's next message."""
-        mark = next(chr(i) for i in range(0xF8FF, 0xE000, -1) if chr(i) not in content)
+        mark = next(chr(i) for i in range(0xF8FF, 0xE000, -1) if chr(i) not in str(content))
         dialog: Dialog = [
             {"role": "user", "content": "."},
             {"role": "assistant", "content": mark},

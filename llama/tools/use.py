@@ -18,7 +18,7 @@ from llama.tools.render import LLAMA_3, LLAMA_4, encode_turns, one_call_each, or
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 # What Meta's families were trained with, by the names that checkpoints have here.
-FAMILIES = {"Llama 3.1 or 3.3": "json", "Llama 3.2": "pythonic"}
+FAMILIES = {"Llama 3.1 or 3.3": "json", "Llama 3.2": "pythonic", "Llama 3.2 Vision": "json"}
 
 
 def default_format(family: str, formatter: DialogFormat) -> str | None:
@@ -110,13 +110,15 @@ class ToolUse:
 
         Raises ArgumentError for a dialog that the model's chat format cannot hold.
         """
-        check_dialog(dialog, ROLES, calls=True)
+        check_dialog(dialog, ROLES, calls=True, images=True)
         last = dialog[-1]
         if len(dialog) > 1 and last["role"] == "assistant" and not last.get("tool_calls"):
             begun = tokenizer.encode(last["content"], bos=False, eos=False)
             return self.encode(dialog[:-1], formatter, tokenizer) + begun
         if not self.offered and not any(message.get("tool_calls") for message in dialog):
             return formatter.encode_dialog_prompt(dialog)
+        if self.form and any(not isinstance(message.get("content") or "", str) for message in dialog):
+            raise ArgumentError(f"tool_format={self.form.name!r} has no images: leave out images or tools")
         if self.form:
             return self._encode_by_form(dialog, self.form, formatter, tokenizer)
         if isinstance(formatter, ChatTemplate) and formatter.knows_tools:

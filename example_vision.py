@@ -1,0 +1,44 @@
+"""Ask about an image: torchrun --nproc_per_node 1 example_vision.py --ckpt_dir DIR --image FILE"""
+
+from llama import Llama
+from llama.cli.launch import launch
+
+
+def main(
+    ckpt_dir: str,
+    image: str,
+    *,
+    question: str = "What is in this image?",
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_seq_len: int = 512,
+    max_gen_len: int | None = None,
+    quantize: str | None = None,
+) -> None:
+    """Ask a vision model about an image.
+
+    Args:
+        ckpt_dir: folder of a Llama 3.2 Vision checkpoint.
+        image: file of a picture.
+        question: what to ask about it.
+        temperature: divides the logits; 0 always takes the most likely token.
+        top_p: keep the most likely tokens that together have this probability.
+        max_seq_len: tokens of question and answer together; an image counts as one.
+        max_gen_len: new tokens at most; by default as many as fit.
+        quantize: int8 or int4 weights, or fp8 on CUDA; by default they stay as they are.
+    """
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    with Llama.build(ckpt_dir, max_seq_len=max_seq_len, max_batch_size=1, quantize=quantize) as llama:
+        events = llama.stream_chat(
+            [[{"role": "user", "content": content}]],
+            temperature=temperature,
+            top_p=top_p,
+            max_gen_len=max_gen_len,
+        )
+        for event in events:
+            print(event.text, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    launch(main)

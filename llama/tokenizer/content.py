@@ -1,0 +1,99 @@
+"""The content of a message or prompt: text, or parts, some of which are images.
+
+Parts may have the form of this package, of OpenAI's API or of `transformers`:
+{"type": "text", "text": …}, {"type": "image", "image": path, bytes, Pillow image or data URL},
+{"type": "image_url", "image_url": {"url": data URL}}, {"type": "image", "path" or "url" or "base64": …}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llama.errors import ArgumentError, PromptError
+
+IMAGE = "<|image|>"  # the name of the token that stands for an image
+FORMS = (
+    'a part of a content is text, {"type": "text", "text": …}, {"type": "image", "image": …} or '
+    '{"type": "image_url", "image_url": {"url": …}}'
+)
+
+
+def split_content(content: Any) -> tuple[Any, list[Any]]:
+    """A content without its images, and the images as they were given.
+
+    Returns text if there are no images, else parts {"type": "text", "text": …} and {"type": "image"}.
+    Raises ArgumentError for anything else than text or parts.
+    """
+    if not isinstance(content, list | tuple):
+        return content, []
+    parts: list[dict[str, str]] = []
+    images: list[Any] = []
+    for part in content:
+        found = _parse(part)
+        if not isinstance(found, str):
+            images.append(found[0])
+            parts.append({"type": "image"})
+        elif parts and parts[-1]["type"] == "text":
+            parts[-1]["text"] += found
+        else:
+            parts.append({"type": "text", "text": found})
+    if not images:
+        return "".join(part["text"] for part in parts), []
+    return parts, images
+
+
+def split_dialog(dialog: Any) -> tuple[Any, list[Any]]:
+    """A dialog whose messages' contents are what `split_content` makes of them, and all its images."""
+    if not isinstance(dialog, Sequence) or isinstance(dialog, str):
+        return dialog, []  # which the chat format refuses
+    messages, images = [], []
+    for message in dialog:
+        if isinstance(message, Mapping) and isinstance(message.get("content"), list | tuple):
+            content, found = split_content(message["content"])
+            message = {**message, "content": content}
+            images += found
+        messages.append(message)
+    return messages, images
+
+
+def _parse(part: Any) -> str | tuple[Any]:
+    """The text of a part, or its image in a tuple."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise ArgumentError(f"{FORMS}; not a {type(part).__name__}")
+    kind = part.get("type")
+    if kind == "text" and isinstance(text := part.get("text"), str):
+        return text
+    if kind == "image_url":
+        url = part.get("image_url")
+        url = url.get("url") if isinstance(url, Mapping) else url
+        # Never a path: these parts may come from someone else's program.
+        if not isinstance(url, str) or not url.startswith("data:"):
+            raise PromptError("an image_url must be a data URL (data:image/png;base64,…)")
+        return (url,)
+    if kind == "image":
+        for key in ("image", "path", "url"):
+            if part.get(key) is not None:
+                return (part[key],)
+        if isinstance(data := part.get("base64"), str):
+            return (f"data:image/png;base64,{data}",)
+    raise ArgumentError(f"{FORMS}; got one with type {kind!r} and {', '.join(map(str, part)) or 'no keys'}")
+
+
+def is_parts(content: Any) -> bool:
+    """Whether a content is what `split_content` returns if there are images."""
+    return isinstance(content, Sequence) and all(
+        isinstance(part, Mapping) and part.get("type") in ("text", "image") for part in content
+    )
+
+
+def stripped(parts: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Parts without space before the first and after the last text."""
+    out = [dict(part) for part in parts]
+    if out and "text" in out[0]:
+        out[0]["text"] = out[0]["text"].lstrip()
+    if out and "text" in out[-1]:
+        out[-1]["text"] = out[-1]["text"].rstrip()
+    return out

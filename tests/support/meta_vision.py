@@ -1,0 +1,171 @@
+"""Meta's own multimodal model on a tiny random checkpoint, to compare with.
+
+Its code wants torchvision for four things that Pillow and torch do as well; a stand-in offers those.
+"""
+
+import enum
+import functools
+import json
+import math
+import sys
+import types
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+# Before the stand-in exists, or transformers would take it for torchvision.
+import transformers.models.mllama.image_processing_pil_mllama
+import transformers.models.mllama.modeling_mllama  # noqa: F401
+from PIL import Image
+from torch import Tensor
+
+from llama.vision import VisionArgs, VisionTransformer
+from tests.support import tiny
+
+PARAMS = {
+    "dim": 128,
+    "n_layers": 8,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "vocab_size": tiny.VOCAB,
+    "multiple_of": 32,
+    "ffn_dim_multiplier": 1.3,
+    "norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "use_scaled_rope": True,
+    "vision_chunk_size": 56,
+    "vision_max_num_chunks": 4,
+    "vision_num_cross_attention_layers": 2,
+}
+# Of the encoder, whose real shape Meta's code fixes.
+ENCODER = {"vision_dim": 64, "vision_heads": 4}
+IMAGE = PARAMS["vocab_size"]  # the image token
+
+
+def _stand_in() -> dict[str, types.ModuleType]:
+    transforms = types.ModuleType("torchvision.transforms")
+    functional = types.ModuleType("torchvision.transforms.functional")
+
+    class Normalize:
+        def __init__(self, mean, std, inplace):
+            self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return x.sub_(self.mean).div_(self.std)
+
+    transforms.ToTensor = lambda: (
+        lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
+    )
+    transforms.Normalize = Normalize
+    transforms.InterpolationMode = enum.Enum("InterpolationMode", {"BILINEAR": "bilinear"})
+    functional.resize = lambda image, size, interpolation: image.resize(size[::-1], Image.BILINEAR)
+    transforms.functional = functional
+    package = types.ModuleType("torchvision")
+    package.transforms = transforms
+    return {
+        "torchvision": package,
+        "torchvision.transforms": transforms,
+        "torchvision.transforms.functional": functional,
+    }
+
+
+sys.modules.update(stand_in := _stand_in())
+from llama_models.llama3.args import ModelArgs  # noqa: E402
+from llama_models.llama3.multimodal import model  # noqa: E402
+
+for name in stand_in:
+    del sys.modules[name]
+
+
+def build(seed: int = 0, max_seq_len: int = 64, max_batch_size: int = 4, **changes):
+    """Meta's model with random weights, in fp32. Wants fairscale's model-parallel group."""
+    args = ModelArgs(**{**PARAMS, **changes}, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    small = functools.partial(model.VisionEncoder, width=ENCODER["vision_dim"], heads=ENCODER["vision_heads"])
+    with mock.patch.object(model, "VisionEncoder", small):
+        meta = model.CrossAttentionTransformer(args)
+    width = 6 * ENCODER["vision_dim"]
+    meta.vision_model.vision_projection = model.ColumnParallelLinear(
+        width, args.dim, bias=True, init_method=lambda x: x
+    )
+    generator = torch.Generator().manual_seed(seed)
+    meta.load_state_dict({name: draw(name, p, generator) for name, p in meta.state_dict().items()})
+    meta.eval()
+    meta.setup_cache(max_batch_size, torch.device("cpu"), torch.float32)
+    return meta
+
+
+def draw(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
+    """A random weight of a size at which every part of the model matters."""
+    x = torch.randn(like.shape, generator=generator)
+    if "norm" in name or "ln_" in name:
+        return 1 + 0.1 * x if name.endswith("weight") else 0.1 * x
+    if "gate" in name and like.numel() == 1:
+        return 0.5 + 0.3 * x
+    if name.endswith("bias"):
+        return 0.1 * x
+    return 0.5 * x if "embed" in name else x / math.sqrt(like.shape[-1])
+
+
+def random_vision(seed: int = 0, **changes: object) -> VisionTransformer:
+    """A model of this package with weights as `build`'s, though not the same."""
+    args = {**PARAMS, **ENCODER, "max_seq_len": 64, "max_batch_size": 4, "max_images": 4, **changes}
+    with torch.device("meta"):
+        vision = VisionTransformer(VisionArgs(**args))
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: draw(name, w, generator) for name, w in vision.state_dict().items()}
+    vision.load_state_dict(weights, strict=True, assign=True)
+    return vision
+
+
+def cut_along(name: str) -> int | None:
+    """The dimension that Meta's files cut a tensor along."""
+    kind, _, last = name.rpartition(".")
+    kind = kind.rpartition(".")[2]
+    if kind in ("wo", "w2", "c_proj"):
+        return 1 if last == "weight" else None
+    columns = ("_linear", "c_fc", "vision_projection", "learnable_embedding", "tok_embeddings", "output")
+    return 0 if kind in columns or kind in ("wq", "wk", "wv", "w1", "w3") else None
+
+
+def write_checkpoint(folder: Path, vision: VisionTransformer, count: int = 1) -> Path:
+    """A model in the form of Meta's files, with a tokenizer."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        file = {}
+        for name, weight in vision.state_dict().items():
+            prefix = "" if name.startswith("vision_model.") else "text_model."
+            dim = cut_along(name)
+            file[prefix + name] = (weight if dim is None else weight.chunk(count, dim)[i]).clone()
+        torch.save(file, folder / f"consolidated.{i:02d}.pth")
+    args = vision.params
+    (folder / "params.json").write_text(json.dumps({name: getattr(args, name) for name in PARAMS | ENCODER}))
+    tiny.write_tokenizer(folder / "tokenizer.model")
+    return folder
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Noise over a ramp: every resampling mistake shows."""
+    random = np.random.default_rng(seed)
+    ramp = np.linspace(0, 128, width)[None, :, None] + np.linspace(0, 64, height)[:, None, None]
+    return Image.fromarray((ramp + random.integers(0, 64, (height, width, 3))).astype(np.uint8))
+
+
+def spans(tokens: list[int]) -> list[list[int]]:
+    """From where to where each image of a prompt is seen, as Meta's code finds it."""
+    at = [i for i, token in enumerate(tokens) if token == IMAGE]
+    if len(at) == 1:
+        return [[at[0], -1]]
+    ends = [[a, b] for a, b in zip(at, [*at[1:], len(tokens)], strict=False)]
+    for before, after in zip(ends[-2::-1], ends[:0:-1], strict=True):
+        if before[0] + 1 == before[1]:
+            before[1] = after[1]
+    return ends
+
+
+def logits(meta, prompts: list[list[int]], images: list[list[Image.Image]], total: int) -> Tensor:
+    """fp32 (batch, total, vocab_size) for tokens (batch, total), in one pass."""
+    masks = [spans(prompt) for prompt in prompts]
+    caches, mask, rows = meta.compute_vision_tokens_masks(images, masks, total, torch.device("cpu"))
+    return meta(torch.arange(total), torch.tensor(prompts), mask, rows, caches, not any(images))

@@ -1,0 +1,138 @@
+"""Pictures of every kind to tiles, and what is refused."""
+
+import base64
+import io
+import random
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llama.errors import PromptError
+from llama.vision import images
+from llama.vision.images import best_canvas, fitted_size, open_image, tile_image
+from tests.support import meta_vision
+from tests.support.meta_vision import picture
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    image.save(out := io.BytesIO(), form, **options)
+    return out.getvalue()
+
+
+meta = meta_vision.model.VariableSizeImageTransform(560)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [(560, 560), (561, 561), (1, 1), (3000, 2), (2, 3000), (640, 480), (480, 640), (1121, 1120), (200, 900)],
+)
+def test_pixels_are_metas_to_the_bit(size):
+    if size in {(3000, 2), (2, 3000)}:  # which Meta's code makes 0 pixels wide, and fails
+        assert min(fitted_size(*size, 2240, 560, 560)) == 1
+    image = picture(*size)
+    pixels, (rows, columns) = meta(image, 4)
+    tiled = tile_image(image)
+    assert (tiled.rows, tiled.columns) == (rows, columns)
+    assert torch.equal(tiled.normalized(), pixels)
+
+
+@pytest.mark.parametrize("tile", [448, 560])
+def test_canvases_and_sizes_are_metas(tile):
+    draw = random.Random(0)
+    transform = meta_vision.model.VariableSizeImageTransform(tile)
+    resolutions = torch.tensor(transform.find_supported_resolutions(4, tile))
+    for _ in range(2000):
+        size = draw.randint(1, 3000), draw.randint(1, 3000)
+        expected = transform.get_best_fit(size, resolutions)
+        rows, columns = best_canvas(*size, tile, 4)
+        assert (columns * tile, rows * tile) == expected, size
+        limits = [min(max(side, tile), most) for side, most in zip(size, expected, strict=True)]
+        fitted = transform.get_max_res_without_distortion(size, limits)
+        assert fitted_size(*size, *expected, tile) == tuple(max(1, side) for side in fitted), size
+
+
+def test_a_picture_may_come_in_many_forms(tmp_path):
+    image = picture(60, 40)
+    data = encoded(image)
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    keys = {tile_image(source, 56).key for source in (image, data, path, str(path), url)}
+    assert len(keys) == 1
+    assert tile_image(picture(60, 40, seed=1), 56).key not in keys
+
+
+def test_a_photograph_is_turned_upright():
+    image, exif = picture(60, 40), Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90°
+    turned = encoded(image.transpose(Image.Transpose.ROTATE_90), exif=exif)
+    assert tile_image(turned, 56).key == tile_image(image, 56).key
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "LA", "PA", "RGBA"])
+def test_all_usual_kinds_become_rgb(mode):
+    assert open_image(picture(60, 40).convert("RGBA").convert(mode)).mode == "RGB"
+
+
+def test_transparent_parts_are_white():
+    clear = Image.new("RGBA", (8, 8), (200, 0, 0, 0))
+    half = Image.new("RGBA", (8, 8), (0, 0, 0, 128))
+    assert open_image(clear).getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(half).getpixel((0, 0)) == (127, 127, 127)
+    assert open_image(encoded(Image.new("L", (8, 8)), transparency=0)).getpixel((0, 0)) == (255,) * 3
+
+
+def bomb() -> bytes:
+    """A PNG of 100,000 × 100,000 pixels, of which only the header is there."""
+    small = bytearray(encoded(Image.new("L", (8, 8))))
+    small[16:24] = (100_000).to_bytes(4, "big") * 2
+    small[29:33] = zlib.crc32(small[12:29]).to_bytes(4, "big")
+    return bytes(small)
+
+
+REFUSED = {
+    "no image": (b"hello", "cannot be opened, it is not one of PNG"),
+    "empty": (b"", "cannot be opened"),
+    "truncated": (encoded(picture(60, 40))[:2000], "cannot be decoded, it may be damaged"),
+    "truncated JPEG": (encoded(picture(60, 40), "JPEG")[:-500], "cannot be decoded, it may be damaged"),
+    "a bomb": (bomb(), "pixels; scale it down"),
+    "another format": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is not one of PNG"),
+    "16 bits": (Image.fromarray(np.zeros((8, 8), np.uint16)), "mode 'I;16'; convert it to 8-bit RGB"),
+    "floats": (Image.new("F", (8, 8)), "mode 'F'; convert"),
+    "a web page": ("https://example.com/a.png", "images are not downloaded"),
+    "a list": ([1, 2], "not a list"),
+    "None": (None, "not None"),
+    "text URL": ("data:text/html;base64,AAAA", "begins with data:image/TYPE;base64"),
+    "not base64": ("data:image/png;base64,A*A", "not valid base64"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_anything_else_is_refused_with_a_sentence(kind):
+    source, sentence = REFUSED[kind]
+    with pytest.raises(PromptError, match=sentence):
+        open_image(source)
+
+
+def test_a_missing_file_is_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no image file .*a\.png"):
+        open_image(tmp_path / "a.png")
+
+
+def test_bytes_are_counted_before_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_BYTES", 1000)
+    data = encoded(picture(60, 40))
+    (tmp_path / "a.png").write_bytes(data)
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    for source in (data, tmp_path / "a.png", url):
+        with pytest.raises(PromptError, match=r"bytes; 1,000 at most are accepted"):
+            open_image(source)
+
+
+def test_pixels_are_counted_before_they_are_decoded(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
+    with pytest.raises(PromptError, match="60 × 40 pixels; scale it down to 1,000 at most"):
+        open_image(encoded(picture(60, 40)))

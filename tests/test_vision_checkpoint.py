@@ -1,0 +1,233 @@
+"""Vision checkpoints: Meta's files and Hugging Face's, on any number of ranks."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama import Llama
+from llama.checkpoint import open_checkpoint
+from llama.checkpoint.convert import convert
+from llama.checkpoint.mllama import canvases
+from llama.cli.info import as_text, inspect
+from llama.errors import CheckpointError
+from llama.model import Transformer
+from llama.vision import PlacedImage, VisionTransformer, tile_image
+from tests.support.meta_vision import IMAGE, picture, random_vision, write_checkpoint
+from tests.support.quantized import distance
+
+TOKENS = torch.tensor([[9, 30, IMAGE, 400, 519, IMAGE, IMAGE, 7, 12, 99]])
+IMAGES = [
+    PlacedImage(position, tile_image(picture(*size), 56))
+    for position, size in ((2, (100, 110)), (5, (40, 40)), (6, (56, 150)))
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> VisionTransformer:
+    return random_vision()
+
+
+@pytest.fixture(scope="module")
+def native(model, tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("vision") / "native", model)
+
+
+@pytest.fixture(scope="module")
+def hugging_face(native) -> Path:
+    return convert(native, native.parent / "hf", "hf")
+
+
+def logits(folder: Path, **options) -> Tensor:
+    options = {"max_seq_len": 32, "max_batch_size": 2, "max_images": 3, "dtype": "float32", **options}
+    with Llama.build(folder, **options) as llama:
+        return llama.model(TOKENS, 0, [IMAGES])
+
+
+def close(found: Tensor, model: VisionTransformer) -> None:
+    torch.testing.assert_close(found, model(TOKENS, 0, [IMAGES]), atol=1e-4, rtol=1e-4)
+
+
+def test_one_file(native, model, tmp_path):
+    close(logits(native), model)
+    # As in the original/ folder of a Hugging Face repository.
+    for name in ("params.json", "tokenizer.model"):
+        (tmp_path / name).write_bytes((native / name).read_bytes())
+    (tmp_path / "consolidated.pth").symlink_to(native / "consolidated.00.pth")
+    close(logits(tmp_path), model)
+
+
+def test_eight_files(tmp_path):
+    model = random_vision(n_heads=8, n_kv_heads=8)
+    folder = write_checkpoint(tmp_path / "eight", model, 8)
+    close(logits(folder), model)
+    torch.testing.assert_close(
+        open_checkpoint(folder).weights.read("learnable_embedding.weight"), model.learnable_embedding.weight
+    )
+    # Both ways, with another number of files.
+    assert torch.equal(logits(convert(folder, tmp_path / "two", shards=2)), logits(folder))
+
+
+def test_a_file_that_lost_its_part_of_a_tensor_is_refused(tmp_path):
+    folder = write_checkpoint(tmp_path / "eight", random_vision(n_heads=8, n_kv_heads=8), 8)
+    tensors = torch.load(folder / "consolidated.03.pth")
+    del tensors["vision_model.vision_projection.bias"]
+    torch.save(tensors, folder / "consolidated.03.pth")
+    with pytest.raises(CheckpointError, match=r"vision_projection\.bias"):
+        open_checkpoint(folder)
+
+
+def test_hugging_face_and_back(hugging_face, native, model, tmp_path):
+    close(logits(hugging_face), model)
+    back = convert(hugging_face, tmp_path / "back")
+    assert (
+        json.loads((back / "params.json").read_text()).items()
+        >= {
+            name: value
+            for name, value in json.loads((native / "params.json").read_text()).items()
+            if name not in ("multiple_of", "ffn_dim_multiplier")
+        }.items()
+    )
+    seen = torch.zeros(4, 4, dtype=torch.bool)
+    for rows, columns in canvases(4):
+        seen[:rows, :columns] = True
+    before, after = (torch.load(folder / "consolidated.00.pth") for folder in (native, back))
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        table = weight.shape[:2] == (4, 4)
+        assert torch.equal(after[name][seen] if table else after[name], weight[seen] if table else weight)
+
+
+def reference(folder: Path):
+    """transformers' model, corrected where it differs from Meta's.
+
+    Its encoder hands out the features of five layers as they are one layer later, so those before are
+    asked for. Tokens before an image see it there, and should not, so the image comes first.
+    """
+    from transformers import MllamaForConditionalGeneration
+
+    reference = MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    reference.model.vision_model.intermediate_layers_indices = [2, 6, 14, 22, 29]
+    return reference
+
+
+def test_transformers_loads_it_and_agrees(hugging_face, model):
+    hf = reference(hugging_face)
+    tokens = torch.tensor([[IMAGE, 9, 30, 400, 519]])
+    image = tile_image(picture(100, 50), 56)
+    n = image.rows * image.columns
+    pixels = torch.zeros(1, 1, 4, 3, 56, 56)
+    pixels[0, 0, :n] = image.normalized()
+    expected = hf(
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        pixel_values=pixels,
+        aspect_ratio_ids=torch.tensor([[1 + canvases(4).index((image.rows, image.columns))]]),
+        aspect_ratio_mask=torch.tensor([[[1] * n + [0] * (4 - n)]]),
+        cross_attention_mask=torch.tensor([1] * n + [0] * (4 - n)).expand(1, 5, 1, 4),
+    ).logits
+    found = model(tokens, 0, [[PlacedImage(0, image)]])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_folders_that_transformers_writes_load(hugging_face, model, tmp_path):
+    reference(hugging_face).save_pretrained(tmp_path / "saved")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "saved" / name).write_bytes((hugging_face / name).read_bytes())
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    config["vision_config"]["intermediate_layers_indices"] = [3, 7, 15, 23, 30]
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+    close(logits(tmp_path / "saved"), model)
+
+
+def test_tables_that_differ_between_canvases_are_refused(hugging_face, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(hugging_face / "model.safetensors")
+    tensors["vision_model.gated_positional_embedding.tile_embedding.weight"][3] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    for path in hugging_face.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(CheckpointError, match="differ from canvas to canvas"):
+        logits(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"), [("vision_config", "hidden_act", "relu"), ("text_config", "hidden_act", "gelu")]
+)
+def test_a_config_of_another_model_is_refused(hugging_face, tmp_path, part, key, value):
+    for path in hugging_face.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).symlink_to(path)
+    config = json.loads((hugging_face / "config.json").read_text())
+    config[part][key] = value
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"{key}='{value}'"):
+        open_checkpoint(tmp_path)
+
+
+def test_the_encoder_loads_with_the_first_image(native):
+    with Llama.build(native, max_seq_len=32, max_batch_size=2, max_images=3, dtype="float32") as llama:
+        llama.generate([[1, 2, 3]], 2)
+        assert not hasattr(llama.model, "vision_model")
+        llama.model(TOKENS, 0, [IMAGES])
+        assert not llama.model.vision_model.vision_projection.weight.is_meta
+
+
+def test_without_vision_it_is_a_text_model(native, model):
+    with Llama.build(native, max_seq_len=32, max_batch_size=2, dtype="float32", vision=False) as llama:
+        assert type(llama.model) is Transformer
+        text = TOKENS.masked_fill(TOKENS == IMAGE, 5)
+        torch.testing.assert_close(llama.model(text, 0), model(text, 0))
+
+
+@pytest.mark.parametrize(("scheme", "worst"), [("int8", 0.1), ("int4", 0.4)])
+def test_fewer_bits(native, model, scheme, worst, tmp_path):
+    exact = model(TOKENS, 0, [IMAGES])
+    found = logits(native, quantize=scheme)
+    assert distance(found, exact) < worst
+    folder = convert(native, tmp_path / scheme, quantize=scheme)
+    torch.testing.assert_close(logits(folder), found, atol=0.02, rtol=0.02)
+
+
+def test_packed_weights(native, model):
+    assert distance(logits(native, dtype="bfloat16"), model(TOKENS, 0, [IMAGES])) < 0.1
+
+
+def test_info_tells_what_images_take(native, model):
+    lines = as_text(inspect(native, max_images=2, dtype="float32"))
+    assert "Llama 3.2 Vision" in lines
+    assert f"{sum(weight.numel() for weight in model.parameters()):,}" in lines
+    assert "up to 4 tiles of 56 × 56, encoder dim 64, 40 layers" in lines
+    assert "max_images 2" in lines
+
+
+SCRIPT = """
+import sys
+import torch
+from llama import Llama
+
+torch.set_num_threads(1)
+tokens, images = torch.load(sys.argv[1], weights_only=False)
+found = []
+for folder in sys.argv[3:]:
+    with Llama.build(folder, max_seq_len=32, max_batch_size=2, max_images=3, dtype="float32") as llama:
+        found.append(llama.model(tokens, 0, [images]))
+torch.save(found, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks(native, hugging_face, model, torchrun, tmp_path, size):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    torch.save((TOKENS, IMAGES), tmp_path / "in")
+    files = [tmp_path / name for name in ("script.py", "in", "out")]
+    done = torchrun(size, *files, native, hugging_face, env={"PYTHONPATH": os.getcwd()})
+    assert done.returncode == 0, done.stderr
+    for found in torch.load(tmp_path / "out"):
+        close(found, model)

@@ -75,6 +75,8 @@ class Llama:
         compile: bool | str = "auto",
         vision: bool = True,
         max_images: int = 1,
+        mmap: bool = False,
+        threads: int | None = None,
     ) -> "Llama":
         """Load a checkpoint.
 
@@ -95,6 +97,9 @@ class Llama:
             build, and not with batch_invariant. "auto": on CUDA.
         vision: load a vision model so that it sees. Its image encoder loads with the first image.
         max_images: images of one sequence, for which a vision model allocates a cache of its own.
+        mmap: read the weights from their files in every step, at the speed of the disk: for models that
+            are larger than the memory, on a CPU, in the dtype of their files.
+        threads: of the compiled step on a CPU; by default as many as PyTorch uses.
 
         Raises ArgumentError if arguments do not fit each other or the machine, before any weight is
         read; FileNotFoundError if a file is missing, CheckpointError if files are damaged, and
@@ -119,7 +124,17 @@ class Llama:
                 scheme = scheme_of(checkpoint, quantize)
                 params = checkpoint.params if vision else text_params(checkpoint.params)
                 args = make_args(params, max_seq_len, max_batch_size, max_images)
-                model = load(checkpoint, args, group, device, dtype, scheme)
+                model = load(
+                    checkpoint,
+                    args,
+                    group,
+                    device,
+                    dtype,
+                    scheme,
+                    whole_steps=not compiles,
+                    mapped=mmap,
+                    threads=threads,
+                )
             llama = Llama(
                 model,
                 checkpoint.tokenizer,

@@ -93,7 +93,8 @@ class ModelParallel:
 class Product(Protocol):
     """x Wᵀ, (…, in) to (…, out), by a weight in whatever form; nbytes: what the weight takes."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int: ...
 
     def __call__(self, x: Tensor) -> Tensor: ...
 

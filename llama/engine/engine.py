@@ -57,7 +57,8 @@ class Engine:
             raise ArgumentError(f"prefill_chunk must be 1 or more, not {prefill_chunk}")
         self.model = model
         self.prefill_chunk = prefill_chunk
-        self.ragged = (InvariantRunner if batch_invariant else RaggedRunner)(model, prefill_chunk)
+        fixed_shapes = batch_invariant and not model.step_backend  # which is invariant by itself
+        self.ragged = (InvariantRunner if fixed_shapes else RaggedRunner)(model, prefill_chunk)
         self.static = StaticRunner(model) if static and not batch_invariant else None
         self.runners: list[Runner] = [self.static, self.ragged] if self.static else [self.ragged]
         self.slots = Slots(model, self.ragged.reusable, any(runner.clears for runner in self.runners))

@@ -58,6 +58,8 @@ class RaggedRunner:
 
     def __init__(self, model: Transformer, reread: int) -> None:
         self.model, self.reread = model, reread
+        # The results of a whole step never depend on other rows, so the draws' must not either.
+        self.draw = 1 if model.step_backend else 0
 
     def reusable(self, request: Request, n: int) -> int:
         """How many of the first n positions of a request any other request may reuse."""
@@ -67,7 +69,7 @@ class RaggedRunner:
         return True
 
     def start(self, work: Sequence[Work], after: Pending | None = None) -> Pending:
-        return Done(work, self.run(work))
+        return Done(work, self.run(work, draw=self.draw))
 
     def run(self, work: Sequence[Work], width: int = 0, draw: int = 0) -> list[Outcome]:
         """Run the model over some work.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
-from llama import parallel
+from llama import ranks
 from llama.agent import ToolLoop
 from llama.arguments import (
     SHAPES,
@@ -34,9 +34,9 @@ from llama.errors import ArgumentError
 from llama.loading import check_quantize, load, scheme_of, warm_up
 from llama.model import Transformer
 from llama.moderation import reviews
+from llama.noise import derive_seed
 from llama.predictions import ChatPrediction, CompletionPrediction, chat_prediction, completion_prediction
 from llama.prompts import encode_dialogs, encode_texts, tiled
-from llama.sampling import derive_seed
 from llama.streaming import StreamEvent, astream, collect, stream
 from llama.tokenizer import Dialog, DialogFormat, TextTokenizer
 from llama.tokenizer.chat_format import chat_format
@@ -118,7 +118,7 @@ class Llama(Embeddings, ToolLoop):
         if compile is True and batch_invariant:
             raise ArgumentError("compile=True and batch_invariant=True exclude each other: choose one")
         compiles = check_compile(compile, device) and not batch_invariant
-        group = parallel.connect(model_parallel_size, device)
+        group = ranks.connect(model_parallel_size, device)
         try:
             with group.together():
                 checkpoint = open_checkpoint(ckpt_dir, tokenizer_path, adapter)
@@ -147,7 +147,7 @@ class Llama(Embeddings, ToolLoop):
             if compiles and max_seq_len > 1:
                 warm_up(llama.engine, required=compile is True)
         except BaseException:
-            parallel.disconnect()
+            ranks.disconnect()
             raise
         llama._connected = True
         llama.quantization = scheme
@@ -190,7 +190,7 @@ class Llama(Embeddings, ToolLoop):
         if self._connected:
             self._connected = False
             self.engine.close()
-            parallel.disconnect()
+            ranks.disconnect()
 
     def forget(self) -> None:
         """Reuse nothing of the KV cache, because weights were edited in a way that PyTorch does not record.

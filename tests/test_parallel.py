@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.parallel import ModelParallel, merged
+from llama.parallel import Joined, ModelParallel, merged
 from tests.support import ROOT, ranks, tiny
+from tests.support.tiny import small_model
 
 MODULE = ["-m", "tests.support.ranks"]
 
@@ -141,6 +142,28 @@ def test_two_nodes(tmp_path: Path, torchrun) -> None:
     expected = ranks.observe(alone)
     for rank in range(4):
         assert torch.load(tmp_path / f"{rank}.pt")["a"]["greedy"] == expected["greedy"]
+
+
+def test_joined_matrices_compute_the_same_and_stay_views_of_one() -> None:
+    """What CUDA does with wq, wk and wv, and with w1 and w3."""
+    model = small_model()
+    tokens = torch.randint(64, (2, 9))
+    before, state = model(tokens, 0), {name: w.clone() for name, w in model.state_dict().items()}
+    joined = [module for module in model.modules() if isinstance(module, Joined)]
+    for module in joined:
+        module.join()
+    torch.testing.assert_close(model(tokens, 0), before, atol=1e-5, rtol=1e-5)
+    assert model.state_dict().keys() == state.keys()
+    assert all(weight.equal(state[name]) for name, weight in model.state_dict().items())
+    for module in joined:
+        assert module.weight is not None
+        assert {part.weight.untyped_storage().data_ptr() for part in module.parts} == {
+            module.weight.untyped_storage().data_ptr()
+        }
+    model.layers[0].attention.wk.weight.mul_(2)  # an edit of a part is one of the whole
+    other = small_model()
+    other.layers[0].attention.wk.weight.mul_(2)
+    torch.testing.assert_close(model(tokens, 0), other(tokens, 0), atol=1e-5, rtol=1e-5)
 
 
 def test_spans_cover_everything_once() -> None:

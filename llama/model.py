@@ -25,9 +25,9 @@ from llama.parallel import (
     ModelParallel,
     RowParallelLinear,
     VocabParallelEmbedding,
-    current,
     merged,
 )
+from llama.ranks import current
 
 # The most that each may be. No Llama comes near; more is damage, refused before anything is made of it.
 LARGEST = {

@@ -89,7 +89,7 @@ def check(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
     if model.parallel.size > 1:
         raise UnavailableError(f"it runs on one rank, and this model has {model.parallel.size}")
     if type(model) is not Transformer:
-        raise UnavailableError(f"it knows self-attention only, and this is a {type(model).__name__}")
+        raise UnavailableError("it has no cross-attention, which a vision model needs")
     if dtype not in PLAIN_KINDS:
         raise UnavailableError(f"it computes in bfloat16 and float32, not {str(dtype)[6:]}")
     args, lanes = model.params, library().llama_lanes()

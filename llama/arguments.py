@@ -12,7 +12,8 @@ from typing import Any, TypedDict
 from llama.constraints import Grammar, Grammars
 from llama.errors import ArgumentError, PromptError
 from llama.moderation import Moderator, Review
-from llama.sampling import Constraint, SamplingParams, derive_seed
+from llama.noise import derive_seed
+from llama.sampling import Constraint, SamplingParams
 from llama.tools.parser import ToolParser
 from llama.vision import ImageSource, TiledImage
 

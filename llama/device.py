@@ -1,6 +1,7 @@
 """Which device, which dtype, and whether a model fits."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,6 +94,11 @@ def total_memory(device: torch.device) -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def cache_folder() -> Path:
+    """Where this package keeps files between runs: $LLAMA_CACHE, else ~/.cache/llama."""
+    return Path(os.environ.get("LLAMA_CACHE") or Path.home() / ".cache" / "llama")
 
 
 def gigabytes(n: float) -> str:

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
-from llama import parallel
-from llama.agent import run_tools
+from llama import ranks
+from llama.agent import ToolLoop
 from llama.arguments import (
     SHAPES,
     ChatOptions,
@@ -27,17 +27,18 @@ from llama.arguments import (
 from llama.checkpoint import open_checkpoint
 from llama.constraints import Grammars
 from llama.device import default_device, default_dtype, parse_device, parse_dtype
+from llama.embeddings import Embeddings
 from llama.engine import Engine
 from llama.engine.static import check_compile
 from llama.errors import ArgumentError
 from llama.loading import check_quantize, load, scheme_of, warm_up
 from llama.model import Transformer
 from llama.moderation import reviews
+from llama.noise import derive_seed
 from llama.predictions import ChatPrediction, CompletionPrediction, chat_prediction, completion_prediction
 from llama.prompts import encode_dialogs, encode_texts, tiled
-from llama.sampling import derive_seed
 from llama.streaming import StreamEvent, astream, collect, stream
-from llama.tokenizer import Dialog, DialogFormat, Message, TextTokenizer
+from llama.tokenizer import Dialog, DialogFormat, TextTokenizer
 from llama.tokenizer.chat_format import chat_format
 from llama.tools.use import ToolUse, default_format
 from llama.vision import VisionTransformer, make_args, text_params
@@ -45,7 +46,7 @@ from llama.vision import VisionTransformer, make_args, text_params
 StrPath = str | os.PathLike[str]
 
 
-class Llama:
+class Llama(Embeddings, ToolLoop):
     """A model with its tokenizer, ready to generate.
 
     Use it as a context manager, or `close()` it, to take down what `build` set up between ranks;
@@ -75,6 +76,8 @@ class Llama:
         compile: bool | str = "auto",
         vision: bool = True,
         max_images: int = 1,
+        mmap: bool = False,
+        threads: int | None = None,
     ) -> "Llama":
         """Load a checkpoint.
 
@@ -95,6 +98,9 @@ class Llama:
             build, and not with batch_invariant. "auto": on CUDA.
         vision: load a vision model so that it sees. Its image encoder loads with the first image.
         max_images: images of one sequence, for which a vision model allocates a cache of its own.
+        mmap: read the weights from their files in every step, at the speed of the disk: for models that
+            are larger than the memory, on a CPU, in the dtype of their files.
+        threads: of the compiled step on a CPU; by default as many as PyTorch uses.
 
         Raises ArgumentError if arguments do not fit each other or the machine, before any weight is
         read; FileNotFoundError if a file is missing, CheckpointError if files are damaged, and
@@ -112,14 +118,24 @@ class Llama:
         if compile is True and batch_invariant:
             raise ArgumentError("compile=True and batch_invariant=True exclude each other: choose one")
         compiles = check_compile(compile, device) and not batch_invariant
-        group = parallel.connect(model_parallel_size, device)
+        group = ranks.connect(model_parallel_size, device)
         try:
             with group.together():
                 checkpoint = open_checkpoint(ckpt_dir, tokenizer_path, adapter)
                 scheme = scheme_of(checkpoint, quantize)
                 params = checkpoint.params if vision else text_params(checkpoint.params)
                 args = make_args(params, max_seq_len, max_batch_size, max_images)
-                model = load(checkpoint, args, group, device, dtype, scheme)
+                model = load(
+                    checkpoint,
+                    args,
+                    group,
+                    device,
+                    dtype,
+                    scheme,
+                    whole_steps=not compiles,
+                    mapped=mmap,
+                    threads=threads,
+                )
             llama = Llama(
                 model,
                 checkpoint.tokenizer,
@@ -131,10 +147,11 @@ class Llama:
             if compiles and max_seq_len > 1:
                 warm_up(llama.engine, required=compile is True)
         except BaseException:
-            parallel.disconnect()
+            ranks.disconnect()
             raise
         llama._connected = True
         llama.quantization = scheme
+        llama.classifier = checkpoint.classifier
         llama.tool_format = default_format(checkpoint.family, checkpoint.formatter)
         return llama
 
@@ -173,7 +190,7 @@ class Llama:
         if self._connected:
             self._connected = False
             self.engine.close()
-            parallel.disconnect()
+            ranks.disconnect()
 
     def forget(self) -> None:
         """Reuse nothing of the KV cache, because weights were edited in a way that PyTorch does not record.
@@ -255,32 +272,6 @@ class Llama:
         """
         events = self.stream_chat(dialogs, temperature, top_p, max_gen_len, logprobs, **options)
         return [chat_prediction(answer, self.tokenizer, logprobs) for answer in collect(events)]
-
-    def run_tools(
-        self,
-        dialog: Dialog,
-        functions: Sequence[Any],
-        max_turns: int = 10,
-        *,
-        builtin_tools: Mapping[str, Callable[[str], Any]] | None = None,
-        **options: Unpack[ChatOptions],
-    ) -> list[Message]:
-        """Answer a dialog, calling functions as often as the model asks for it.
-
-        functions: Python functions that the model may call; what they return becomes text, or JSON.
-        max_turns: answers with calls at most; then the model must answer in words.
-        builtin_tools: functions of one text for Meta's built-in tools, such as a search, or
-            "code_interpreter" with a sandbox of your own: nothing here runs a model's code.
-        options: of `chat_completion`.
-
-        Returns the dialog with calls, results and the answer. Arguments that do not fit a function are
-        told to the model; what a function raises is raised.
-        """
-
-        def chat(messages: Dialog, **chosen: Any) -> ChatPrediction:
-            return self.chat_completion([messages], **chosen)[0]
-
-        return run_tools(chat, dialog, functions, builtin_tools or {}, max_turns, options)
 
     def stream_text(
         self,

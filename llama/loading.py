@@ -46,15 +46,22 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     scheme: str | None = None,
+    *,
+    whole_steps: bool = True,
+    mapped: bool = False,
+    threads: int | None = None,
 ) -> Transformer:
     """This rank's part of a checkpoint's model, cache allocated.
 
-    scheme: of `scheme_of`. Tells on stderr of rank 0 what it does. Raises what `Llama.build` raises.
+    scheme: of `scheme_of`. whole_steps, mapped, threads: see `backends.plan`.
+    Tells on stderr of rank 0 what it does. Raises what `Llama.build` raises.
     """
     start = time.perf_counter()
     with torch.device("meta"):
         model = make_model(args, group)
-    plan = backends.plan(model, device, dtype, scheme)
+    plan = backends.plan(
+        model, device, dtype, scheme, whole_steps=whole_steps, mapped=mapped, threads=threads
+    )
     resident = weight_bytes(model, checkpoint.weights, plan, dtype, scheme)
     cache = math.prod(model.cache_shape()) * dtype.itemsize
     sequences = f"max_batch_size={args.max_batch_size}, max_seq_len={args.max_seq_len}"
@@ -62,7 +69,7 @@ def load(
         cache += math.prod(model.image_cache_shape()) * dtype.itemsize
         sequences += f", max_images={model.params.max_images}"
     memory = total_memory(device)
-    if memory is not None and resident + cache > memory:
+    if memory is not None and cache + (0 if mapped else resident) > memory:
         raise OutOfMemoryError(
             f"weights of {gigabytes(resident)} and a KV cache of {gigabytes(cache)} ({sequences}) do not "
             f"fit into the {gigabytes(memory)} of {device}: lower max_seq_len or max_batch_size, "
@@ -78,9 +85,11 @@ def load(
             f"warning: max_seq_len={args.max_seq_len} is more than the {checkpoint.context} tokens that this "
             f"{checkpoint.family} model was trained for; answers beyond them degrade"
         )
+    if whole_steps and plan.missing:
+        say(f"PyTorch's operators compute each step; the compiled step is missing: {plan.missing}")
     number = str(dtype).removeprefix("torch.")
     if scheme not in (None, "fp8") and plan.quantized is None:
-        say(f"The {scheme} weights are dequantized to {number}: {plan.missing}")
+        say(f"The {scheme} weights are dequantized to {number}, for PyTorch's operators")
     if isinstance(model, VisionTransformer):
         defer_tower(model, checkpoint.weights, plan, device, dtype, scheme)
     load_weights(model, checkpoint.weights, plan, device, dtype, scheme)
@@ -224,6 +233,9 @@ def load_weights(
 
         def fill(module: Applied, parts: Mapping[str, Applied]) -> None:
             weights = {name: read(name) for name in parts}
+            if plan.step and not alike([*weights.values()]):  # what reads the same input, in the same form
+                same = 8 if all(isinstance(weight, QuantizedMatrix) for weight in weights.values()) else None
+                weights = {name: quantize(plain(weight).to(dtype), same) for name, weight in weights.items()}
             if plan.joins and alike([*weights.values()]):
                 module.backend = plan.product(*weights.values())
             for name, part in parts.items():
@@ -257,4 +269,6 @@ def load_weights(
             module.join()
     if text:
         text.least_rows = plan.least_rows
+        if plan.step:
+            text.step_backend = plan.step(text)
     source.release()

@@ -25,9 +25,9 @@ from llama.parallel import (
     ModelParallel,
     RowParallelLinear,
     VocabParallelEmbedding,
-    current,
     merged,
 )
+from llama.ranks import current
 
 # The most that each may be. No Llama comes near; more is damage, refused before anything is made of it.
 LARGEST = {
@@ -315,6 +315,17 @@ class TransformerBlock(nn.Module):
         return x
 
 
+class StepBackend(Protocol):
+    """Computes whole steps in place of the layers; the methods are those of `Transformer`.
+
+    cache and rotations: those of the model.
+    """
+
+    def hidden(self, tokens: Tensor, rows: Sequence[Row], cache: Tensor, rotations: Tensor) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
 class Transformer(nn.Module):
     """A Llama model, or one rank's part of it.
 
@@ -323,6 +334,7 @@ class Transformer(nn.Module):
     """
 
     rotations: Tensor  # (max_seq_len, 1, head_dim / 2, 2), fp32: cosines and sines
+    step_backend: StepBackend | None = None
     least_rows = 1  # that the linear layers get; a backend may be faster with a few more than there are
     _cache: KVCache | None = None
 
@@ -398,6 +410,8 @@ class Transformer(nn.Module):
                     f"slot {row.slot}, positions {row.start} to {row.stop} do not fit into a cache of "
                     f"max_batch_size={slots}, max_seq_len={length}"
                 )
+        if self.step_backend:
+            return self.step_backend.hidden(tokens, rows, self.cache.data, self.rotations)
         n = len(tokens)
         tokens = F.pad(tokens, (0, max(0, self.least_rows - n)))
         padding = len(tokens) - sum(row.length for row in rows)
@@ -415,6 +429,8 @@ class Transformer(nn.Module):
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed hidden states (N, dim) to fp32 logits (N, vocab_size), the same on every rank."""
+        if self.step_backend:
+            return self.step_backend.logits(hidden)
         n = len(hidden)
         hidden = F.pad(hidden, (0, 0, 0, max(0, self.least_rows - n)))
         return self.parallel.all_gather(self.output(hidden)[:n], self.params.vocab_size).float()

@@ -1,15 +1,11 @@
-"""Model parallelism: the process group, and linear layers cut across its ranks.
+"""Linear layers cut across ranks, and the collectives between them.
 
 The layers know the shape of a matrix and which part of it is theirs, nothing about Llama. Each is
 the tensor-parallel layer of Megatron-LM (Shoeybi et al. 2019, section 3) in a few lines: columns of
-one matrix, then rows of the next, then one all-reduce. fairscale owns the topology, because code
-around this package asks fairscale for it.
+one matrix, then rows of the next, then one all-reduce.
 """
 
-import atexit
 import contextlib
-import io
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,9 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
-
-from llama.errors import ArgumentError, RankError
 
 Span = tuple[int, int]
 
@@ -97,117 +90,11 @@ class ModelParallel:
             raise first
 
 
-# How many live `Llama`s use the process group that `connect` made. It goes down with the last one.
-_users = 0
-_groups = 0  # that `connect` has made so far
-_owner = False
-
-
-def connect(model_parallel_size: int | None, device: torch.device) -> ModelParallel:
-    """Join this process to its model-parallel group, as `torchrun` describes it.
-
-    Without `torchrun` (no RANK in the environment) and without a process group made by the caller,
-    this is a world of one, with no rendezvous. Every `connect` wants one `disconnect`.
-
-    Raises ValueError where `model_parallel_size` does not fit the number of processes.
-    """
-    global _users, _groups, _owner
-    if not dist.is_initialized():
-        if "RANK" not in os.environ:
-            if model_parallel_size not in (None, 1):
-                raise ArgumentError(
-                    f"model_parallel_size={model_parallel_size} needs that many processes: "
-                    f"start with `torchrun --nproc_per_node {model_parallel_size} ...`"
-                )
-            _users += 1
-            return ModelParallel()
-        # A prefix of its own for each group: torchrun's store outlives them, and a second group of the
-        # same process would find the addresses of the first.
-        store, rank, size = next(rendezvous("env://"))
-        _groups += 1
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=PrefixStore(f"llama/{_groups}", store),
-            rank=rank,
-            world_size=size,
-            device_id=device if device.type == "cuda" else None,
-        )
-        if device.type == "cuda":  # or all ranks would allocate and capture on the first one's
-            torch.cuda.set_device(device)
-        _owner = True
-        atexit.register(_shut_down)
-
-    from fairscale.nn.model_parallel import initialize as topology
-
-    world = dist.get_world_size()
-    if not topology.model_parallel_is_initialized():
-        size = model_parallel_size or world
-        if size < 1 or world % size:
-            raise ArgumentError(f"model_parallel_size={size} does not divide the {world} processes")
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints three lines of its own
-            topology.initialize_model_parallel(size)
-    size = topology.get_model_parallel_world_size()
-    if model_parallel_size not in (None, size):
-        raise ArgumentError(
-            f"model_parallel_size={model_parallel_size}, but this process already belongs to a "
-            f"model-parallel group of {size}"
-        )
-    _users += 1
-    return current()
-
-
-def current() -> ModelParallel:
-    """The model-parallel group that fairscale knows, or a world of one."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return ModelParallel()
-    from fairscale.nn.model_parallel import initialize as topology
-
-    if not topology.model_parallel_is_initialized():
-        return ModelParallel()
-    return ModelParallel(
-        rank=topology.get_model_parallel_rank(),
-        size=topology.get_model_parallel_world_size(),
-        group=topology.get_model_parallel_group(),
-        source=topology.get_model_parallel_src_rank(),
-    )
-
-
-def disconnect() -> None:
-    """Give back one `connect`; the last one takes down the process group if `connect` made it."""
-    global _users
-    _users -= 1
-    if _users == 0:
-        _shut_down()
-
-
-def _shut_down() -> None:
-    global _owner
-    if _owner and dist.is_initialized():
-        from fairscale.nn.model_parallel import initialize as topology
-
-        topology.destroy_model_parallel()
-        dist.destroy_process_group()
-    _owner = False
-
-
-@contextlib.contextmanager
-def lost_rank_as_error(parallel: ModelParallel) -> Iterator[None]:
-    """Say in one sentence what a broken connection means, where torch gives an address and a stack."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        raise RankError(
-            f"rank {parallel.rank} of {parallel.size} lost another rank in the middle of its work; "
-            "the first failure is the one to look at"
-        ) from None
-
-
 class Product(Protocol):
     """x Wᵀ, (…, in) to (…, out), by a weight in whatever form; nbytes: what the weight takes."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int: ...
 
     def __call__(self, x: Tensor) -> Tensor: ...
 

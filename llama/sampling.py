@@ -7,6 +7,7 @@ a restart and on any number of ranks: rounding can change a draw only if two sum
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from llama.device import to_device
 from llama.errors import ArgumentError
+from llama.noise import gumbel, key_of
 
 # A nucleus is looked for among this many most likely tokens first: to sort a whole vocabulary of
 # 128,256 costs 20 times as much. If it does not fit, all are sorted.
 NUCLEUS_SHORTCUT = 1024
-LARGEST = 1e30  # penalty or bias: fp32 has room above it
+LARGEST = 1e9  # penalty or bias: fp64 still tells apart logits that they are added to
 
 BROKEN = -1  # in place of a token: the logits are not finite
 FORBIDDEN = -2  # in place of a token: biases or a constraint allow none
@@ -71,7 +73,7 @@ class SamplingParams:
                 raise ArgumentError(f"{name} must be {kind}, not {getattr(self, name)!r}")
 
         bias = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(-1, 0)]
-        check("temperature", "0 (greedy) or more", _number(self.temperature, 0, math.inf))
+        check("temperature", "0 (greedy) or more", _number(self.temperature, 0, sys.float_info.max))
         check("top_p", "a number from 0 to 1", _number(self.top_p, 0, 1))
         check("top_k", "a whole number, 1 or more, or None", self.top_k is None or _whole(self.top_k, 1))
         check("min_p", "a number from 0 to 1", _number(self.min_p, 0, 1))
@@ -103,8 +105,7 @@ class SamplingParams:
 
 
 def _number(value: object, low: float = -LARGEST, high: float = LARGEST) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and low <= value <= high  # type: ignore[arg-type,operator]
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
 def _whole(value: object, low: float = -math.inf) -> bool:
@@ -221,7 +222,7 @@ def columns(
     found = []
     for look, rows in groups.items():
         some = [draws[row] for row in rows]
-        keys = [_signed(_mix(_mix(params.seed) + (n + 1) * GOLDEN)) for params, n in some]
+        keys = [key_of(params.seed, n) for params, n in some]
         # Temperatures beyond these would be 0 or infinite in fp32.
         numbers = [
             (min(max(p.temperature, 1e-30), 1e30), p.top_p, p.top_k or vocab_size, p.min_p) for p, _ in some
@@ -240,14 +241,15 @@ def choose(logits: Tensor, columns: Sequence[Columns]) -> tuple[Tensor, Tensor]:
     Returns the tokens, int64 (N), or BROKEN or FORBIDDEN; and bool (N), whether more tokens are kept
     than were looked at, so that the row must be looked at again.
     """
-    tokens, best = logits.argmax(-1), logits.amax(-1)
-    again = torch.zeros_like(tokens, dtype=torch.bool)
+    best = logits.amax(-1)
+    again = torch.zeros_like(best, dtype=torch.bool)
+    all_draw = sum(len(group.rows) for group in columns) == len(logits)
+    tokens = again.long() if all_draw else logits.argmax(-1)
     for group in columns:
         rows = logits if len(group.rows) == len(logits) else logits[group.rows]
         tokens[group.rows], again[group.rows] = _draw(rows, group)
-    tokens = torch.where(best == -math.inf, FORBIDDEN, tokens)
-    tokens = torch.where(best.isnan() | (best == math.inf), BROKEN, tokens)
-    return tokens, again & (tokens >= 0)
+    finite = best.isfinite()
+    return torch.where(finite, tokens, torch.where(best == -math.inf, FORBIDDEN, BROKEN)), again & finite
 
 
 def _draw(logits: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
@@ -278,44 +280,6 @@ def _draw(logits: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
     scores = (top - best).double() / temperature + gumbel(key, ids)
     chosen = scores.masked_fill(dropped, -math.inf).argmax(-1, keepdim=True)
     return ids.expand_as(top).gather(-1, chosen)[:, 0], again
-
-
-# splitmix64 (Steele et al. 2014, figure 16): a generator whose n-th number is a hash of state + n · GOLDEN.
-GOLDEN = 0x9E3779B97F4A7C15
-MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)
-
-
-def _mix(x: int) -> int:
-    for shift, factor in MIX:
-        x &= (1 << 64) - 1
-        x = (x ^ (x >> shift)) * factor
-    x &= (1 << 64) - 1
-    return x ^ (x >> 31)
-
-
-def _signed(x: int) -> int:
-    """The int64 with the same bits as a number below 2⁶⁴."""
-    return x - (x >> 63 << 64)
-
-
-def derive_seed(seed: int, n: int) -> int:
-    """The seed of the n-th request of a program whose own seed is `seed`."""
-    return _mix(_mix(seed + MIX[1][1]) + n)
-
-
-def gumbel(key: Tensor, ids: Tensor) -> Tensor:
-    """Standard Gumbel noise, fp64, of keys and token ids, both int64 and broadcast against each other."""
-    x = key + (ids + 1) * _signed(GOLDEN)
-    for shift, factor in MIX:
-        x = (x ^ _shifted(x, shift)) * _signed(factor)
-    x = x ^ _shifted(x, 31)
-    uniform = (_shifted(x, 12).double() + 0.5) * 2.0**-52  # neither 0 nor 1
-    return -(-uniform.log()).log()
-
-
-def _shifted(x: Tensor, n: int) -> Tensor:
-    """The bits of int64 shifted to the right, with zeros from the left."""
-    return (x >> n) & ((1 << (64 - n)) - 1)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from llama import Llama
 from llama.errors import ArgumentError, PromptError
-from llama.sampling import derive_seed
+from llama.noise import derive_seed
 from tests.support.tiny import byte_tokenizer, small_model
 
 DRAWN = {"temperature": 1.5, "top_p": 1.0, "max_gen_len": 12}

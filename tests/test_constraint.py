@@ -66,7 +66,7 @@ def test_only_what_is_allowed_is_generated_and_others_go_on(static: bool, temper
 
 def test_it_comes_after_penalties_and_biases() -> None:
     engine = Engine(small_model())
-    biased = SamplingParams(temperature=0, logit_bias={20: 1e30, 60: -1e30, 7: -1e30, 9: 5})
+    biased = SamplingParams(temperature=0, logit_bias={20: 1e9, 60: -1e9, 7: -1e9, 9: 5})
     request = engine.add([1, 2], biased, constraint=OneOf([60, 3], [9, 9]))
     run(engine, request)
     assert request.tokens == [9, 9]

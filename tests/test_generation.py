@@ -122,7 +122,7 @@ def test_scoring_a_long_prompt_projects_it_in_pieces(llama: Llama, monkeypatch: 
     """The whole prompt's logits at once would take gigabytes with a real vocabulary."""
     prompt = torch.randint(0, 256, (50,)).tolist()
     expected = llama.generate([prompt], 0, logprobs=True, echo=True)
-    monkeypatch.setattr("llama.engine.runners.LOGPROB_ROWS", 7)
+    monkeypatch.setattr("llama.engine.outcomes.LOGPROB_ROWS", 7)
     llama.engine.prefill_chunk = 15
     again = llama.generate([prompt], 0, logprobs=True, echo=True)
     assert again[1] == [pytest.approx(expected[1][0], abs=1e-4)]  # type: ignore[index]

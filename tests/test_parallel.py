@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.parallel import ModelParallel, merged
+from llama.parallel import Joined, ModelParallel, merged
 from tests.support import ROOT, ranks, tiny
+from tests.support.tiny import small_model
 
 MODULE = ["-m", "tests.support.ranks"]
 
@@ -29,6 +30,19 @@ def checkpoints(folder: Path) -> Path:
         folder / "uneven", multiple_of=1, ffn_dim_multiplier=0.99
     )  # 168 features on 4 ranks
     return folder
+
+
+@pytest.mark.slow
+def test_answers_in_a_shape_are_the_same_on_two_ranks(ckpt: Path, tmp_path: Path, torchrun) -> None:
+    done = torchrun(2, *MODULE, "shapes", ckpt, tmp_path / "seen")
+    assert done.returncode == 0, done.stderr
+    expected = ranks.in_shape(Llama.build(ckpt, max_seq_len=1024, max_batch_size=3, dtype="float32"))
+    for rank in range(2):
+        seen = torch.load(tmp_path / f"seen.{rank}")
+        assert seen["schema"] == expected["schema"] and seen["call"] == expected["call"]
+        torch.testing.assert_close(seen["vectors"], expected["vectors"], atol=1e-5, rtol=1e-5)
+    (answer,) = expected["call"]
+    assert answer["finish_reason"] == "tool_calls"
 
 
 @pytest.mark.slow
@@ -128,6 +142,28 @@ def test_two_nodes(tmp_path: Path, torchrun) -> None:
     expected = ranks.observe(alone)
     for rank in range(4):
         assert torch.load(tmp_path / f"{rank}.pt")["a"]["greedy"] == expected["greedy"]
+
+
+def test_joined_matrices_compute_the_same_and_stay_views_of_one() -> None:
+    """What CUDA does with wq, wk and wv, and with w1 and w3."""
+    model = small_model()
+    tokens = torch.randint(64, (2, 9))
+    before, state = model(tokens, 0), {name: w.clone() for name, w in model.state_dict().items()}
+    joined = [module for module in model.modules() if isinstance(module, Joined)]
+    for module in joined:
+        module.join()
+    torch.testing.assert_close(model(tokens, 0), before, atol=1e-5, rtol=1e-5)
+    assert model.state_dict().keys() == state.keys()
+    assert all(weight.equal(state[name]) for name, weight in model.state_dict().items())
+    for module in joined:
+        assert module.weight is not None
+        assert {part.weight.untyped_storage().data_ptr() for part in module.parts} == {
+            module.weight.untyped_storage().data_ptr()
+        }
+    model.layers[0].attention.wk.weight.mul_(2)  # an edit of a part is one of the whole
+    other = small_model()
+    other.layers[0].attention.wk.weight.mul_(2)
+    torch.testing.assert_close(model(tokens, 0), other(tokens, 0), atol=1e-5, rtol=1e-5)
 
 
 def test_spans_cover_everything_once() -> None:

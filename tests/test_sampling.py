@@ -1,11 +1,13 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from llama import sampling
 from llama.engine import Request
-from llama.sampling import SamplingParams, adjust, gumbel, token_logprobs, top_logprobs
+from llama.noise import gumbel
+from llama.sampling import SamplingParams, adjust, choose, columns, token_logprobs, top_logprobs
 
 VOCAB = 40
 
@@ -20,9 +22,13 @@ def sample(logits, params, prompts, answers) -> torch.Tensor:
 
 
 def draws(logits: torch.Tensor, n: int, **params) -> torch.Tensor:
-    """How often each token comes among n draws from one distribution, as shares of n."""
-    rows = [SamplingParams(seed=seed, **params) for seed in range(n)]
-    tokens = sample(logits.expand(n, -1), rows, [[1]] * n, [[]] * n)
+    """How often each token comes among n draws from one distribution, as shares of n.
+
+    Half of them are draws of one request, the others are the first of many.
+    """
+    rows = [(SamplingParams(seed=max(0, i - n // 2), **params), min(i, n // 2)) for i in range(n)]
+    tokens, again = choose(logits.expand(n, -1), columns(rows, logits.shape[-1], logits.device))
+    assert not again.any()
     return torch.bincount(tokens, minlength=logits.shape[-1]) / n
 
 
@@ -55,6 +61,8 @@ def kept(logits: torch.Tensor, *, temperature=1.0, top_k=None, top_p=1.0, min_p=
         {"top_k": VOCAB + 5},
         {"min_p": 0.2},
         {"top_k": 12, "top_p": 0.9, "min_p": 0.1, "temperature": 1.5},
+        {"top_p": 0.8, "min_p": 0.05, "temperature": 2.5},
+        {"top_k": 25, "min_p": 0.02, "temperature": 0.8},
     ],
     ids=str,
 )
@@ -157,13 +165,57 @@ def test_a_strong_frequency_penalty_never_repeats():
     assert sorted(answer) == list(range(VOCAB))
 
 
-@pytest.mark.parametrize("temperature", [1e-320, 1e-45, 1e-20, 1e-6, 1e30])
+@pytest.mark.parametrize("temperature", [1e-320, 1e-45, 1e-20, 1e-6, 1e30, 1e300])
 def test_absurd_temperatures_still_draw_tokens_that_exist(temperature):
     logits = logits_of(20) * 1000
     token = sample(logits, [SamplingParams(temperature=temperature, top_p=1.0)] * 20, [[1]] * 20, [[]] * 20)
     assert (token < VOCAB).all()
     if temperature < 1:
         assert token.equal(logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0, 1e300])
+@pytest.mark.parametrize("options", [{}, {"top_p": 1.0}, {"top_k": 39}, {"min_p": 0.01}], ids=str)
+def test_a_forbidden_token_is_never_drawn(temperature, options):
+    """Whatever else is asked for, and however far other numbers push it."""
+    logits = logits_of(300)
+    allowed = [3, 8, 21]
+    bias = {token: -math.inf for token in range(VOCAB) if token not in allowed}
+    for penalties in ({}, {"presence_penalty": -1e9}, {"repetition_penalty": 1e-9}):
+        params = [
+            SamplingParams(temperature=temperature, seed=i, logit_bias=bias, **options, **penalties)
+            for i in range(300)
+        ]
+        tokens = sample(logits, params, [[0, 1]] * 300, [[5, 8, 3]] * 300)
+        assert set(tokens.tolist()) <= set(allowed)
+        assert len(set(tokens.tolist())) > 1
+
+
+def test_penalties_and_biases_of_any_size_keep_the_order_of_what_they_leave_alike():
+    logits = logits_of()
+    everything = list(range(VOCAB))
+    order = logits[0].argsort(descending=True).tolist()
+    for penalty in (-1e9, 1e9):
+        for params in (
+            SamplingParams(temperature=0, presence_penalty=penalty),
+            SamplingParams(temperature=0, frequency_penalty=penalty),
+            SamplingParams(temperature=0, logit_bias=dict.fromkeys(everything, penalty)),
+        ):
+            assert sample(logits, [params], [[1]], [everything]).item() == order[0]
+    some = order[5:9]
+    params = SamplingParams(temperature=0, logit_bias=dict.fromkeys(some, 1e6))
+    assert sample(logits, [params], [[1]], [[]]).item() == some[0]
+
+
+def test_no_token_at_all_is_said():
+    nothing = SamplingParams(logit_bias=dict.fromkeys(range(VOCAB), -math.inf))
+    for params in (nothing, replace(nothing, temperature=0)):
+        assert sample(logits_of(), [params], [[1]], [[]]).tolist() == [sampling.FORBIDDEN]
+    for broken in (math.nan, math.inf):
+        logits = logits_of(2)
+        logits[0, 7] = broken
+        params = SamplingParams(logit_bias={7: -math.inf})
+        assert sample(logits, [params] * 2, [[1]] * 2, [[]] * 2)[0] == sampling.BROKEN
 
 
 def test_nothing_global_is_touched():
@@ -196,7 +248,25 @@ def test_logprobs():
         ("top_k", 0),
         ("top_k", 2.5),
         ("min_p", 2),
+        ("temperature", True),
+        ("temperature", 10**309),
+        ("top_p", False),
+        ("min_p", True),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-300),
+        ("repetition_penalty", True),
+        ("presence_penalty", -1e90),
+        ("presence_penalty", True),
+        ("frequency_penalty", 1.1e9),
+        ("logit_bias", {3: True}),
+        ("logit_bias", {True: 1.0}),
+        ("logit_bias", {3: 1e39}),
+        ("seed", True),
+        ("seed", "1"),
+        ("seed", None),
+        ("logprobs", 1),
+        ("prompt_logprobs", "yes"),
+        ("stop_token_ids", frozenset({"a"})),
         ("repetition_penalty", math.inf),
         ("presence_penalty", math.nan),
         ("frequency_penalty", None),

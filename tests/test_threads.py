@@ -1,9 +1,11 @@
 """Any number of threads call one engine, and each gets what it would get alone."""
 
+import contextlib
 import os
 import random
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -112,6 +114,62 @@ def test_an_error_is_told_to_the_thread_that_was_at_the_step_and_no_other() -> N
 
     in_threads(4, work)
     assert sorted(map(str, ends.values())) == ["True", "True", "cancelled", "cancelled"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("static", [False, True], ids=["ragged", "static"])
+def test_eight_threads_with_cancels_and_exceptions(static: bool) -> None:
+    """Each thread runs several requests at a time; some it cancels, some it leaves by an exception."""
+    model = small_model(std=0.5, max_batch_size=5)
+    engine = Engine(model, prefill_chunk=7, static=static)
+    single = Engine(small_model(std=0.5, max_batch_size=1))
+    hidden, failing = model.hidden, random.Random(0)
+    ended: list[Request] = []
+    outcomes: Counter[str] = Counter()
+
+    def sometimes_fails(*args: object) -> torch.Tensor:
+        if failing.random() < 0.005:
+            raise MemoryError("for once")
+        return hidden(*args)
+
+    model.hidden = sometimes_fails
+
+    def work(i: int) -> None:
+        generator = random.Random(i)
+        for _ in range(12):
+            requests = []
+            for _ in range(generator.randint(1, 3)):
+                beginning = [generator.randrange(14, 17)] * generator.choice((0, 9))
+                prompt = [*beginning, *(generator.randrange(64) for _ in range(generator.randint(1, 20)))]
+                temperature, penalty = generator.choice((0, 0.7)), generator.choice((0, 0, 0.5))
+                params = SamplingParams(
+                    temperature=temperature,
+                    top_k=3,
+                    presence_penalty=penalty,
+                    seed=generator.randrange(99),
+                    max_tokens=generator.randint(1, 20),
+                )
+                requests.append(engine.add(prompt, params))
+            leave = generator.randint(1, 60)
+            with contextlib.suppress(MemoryError, KeyError):
+                for n, _ in enumerate(engine.run(requests)):
+                    if n == leave:
+                        raise KeyError("in the consumer")
+                    if n == 5 and generator.random() < 0.3:
+                        engine.cancel(requests[0])
+            ended.extend(requests)
+
+    in_threads(8, work)
+    assert not engine.has_work()
+    for request in ended:
+        tokens = finish(single, single.add(request.prompt, request.params))
+        assert request.finish_reason
+        outcomes[request.finish_reason] += 1
+        if request.finish_reason == "cancelled":
+            tokens = tokens[: len(request.tokens)]
+        assert request.tokens == tokens
+    assert outcomes["length"] > 50
+    assert outcomes["cancelled"] > 20
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["ragged", "static"])

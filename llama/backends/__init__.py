@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llama.backends import native
 from llama.backends.grouped import Grouped
 from llama.backends.onednn import Packed, can_pack
 from llama.backends.torchao import Float8
-from llama.model import Transformer
+from llama.model import StepBackend, Transformer
 from llama.parallel import Product
 from llama.quantization import QuantizedMatrix, Weight, joined
 
@@ -24,8 +26,8 @@ class Plan:
     joins: whether matrices that read the same input are applied as one.
     embeddings: whether the embeddings are a product too; if they serve as output layer, the same one.
     least_rows: the fewest rows that are worth giving to a product.
-    step: makes what computes a whole step of a model, once that has its weights and its cache.
-    missing: what would be needed to keep quantized weights as they are, if they are not.
+    step: makes what computes whole steps of a model, once that has its weights.
+    missing: why there is no such step.
     """
 
     plain: Callable[[Tensor], Product] | None = None
@@ -33,7 +35,7 @@ class Plan:
     joins: bool = False
     embeddings: bool = False
     least_rows: int = 1
-    step: Callable[[Transformer], Any] | None = None
+    step: Callable[[Transformer], StepBackend] | None = None
     missing: str = ""
 
     def product(self, *weights: Weight) -> Product | None:
@@ -42,17 +44,40 @@ class Plan:
         return make(joined(weights)) if make else None
 
 
-def plan(model: Transformer, device: torch.device, dtype: torch.dtype, scheme: str | None = None) -> Plan:
+def plan(
+    model: Transformer,
+    device: torch.device,
+    dtype: torch.dtype,
+    scheme: str | None = None,
+    *,
+    whole_steps: bool = True,
+    mapped: bool = False,
+    threads: int | None = None,
+) -> Plan:
     """The best plan for a model (which may be on the meta device still) on a device, in a dtype.
 
     scheme: "fp8" if its plain weights are to be computed with as such.
+    whole_steps: whether the model's layers may be replaced by one call, which compilers cannot look into.
+    mapped: leave plain weights where they are mapped from their files.
+    threads: of a whole step; by default as many as PyTorch uses.
     """
     if scheme == "fp8":
         return Plan(plain=Float8, joins=True)
     if device.type == "cuda":
-        return Plan(quantized=Grouped, joins=True)
-    missing = f"there is no kernel for quantized weights on {device.type}"
-    if can_pack(device, dtype):
+        return Plan(quantized=Grouped, joins=True, missing="it is for CPUs, and this model is on cuda")
+    missing = "a compiler is to see each layer"
+    if whole_steps:
+        try:
+            native.check(model, device, dtype)
+            return Plan(
+                plain=partial(native.pack, in_place=mapped),
+                quantized=native.pack_quantized,
+                embeddings=True,
+                step=partial(native.NativeStep, threads=threads),
+            )
+        except native.UnavailableError as error:
+            missing = str(error)
+    if can_pack(device, dtype) and not mapped:
         # oneDNN 3.12 takes 1.3 times as long for one to three rows as for four.
         return Plan(plain=Packed, joins=True, least_rows=4, missing=missing)
     return Plan(joins=device.type != "cpu", missing=missing)

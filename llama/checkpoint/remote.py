@@ -29,6 +29,7 @@ from urllib.parse import urlsplit, urlunsplit
 from tqdm import tqdm
 
 from llama.checkpoint.source import WEIGHTS, listed_weights
+from llama.device import cache_folder
 from llama.errors import ArgumentError, CheckpointError
 from llama.files import LARGEST
 
@@ -67,11 +68,6 @@ def check_url(url: str) -> None:
         whole = False
     if not whole:
         raise ArgumentError(f"the {scheme}:// URL has no valid host and port: copy it once more")
-
-
-def cache_folder() -> Path:
-    """Where copies are kept: $LLAMA_CACHE, else ~/.cache/llama."""
-    return Path(os.environ.get("LLAMA_CACHE") or Path.home() / ".cache" / "llama")
 
 
 def fetch(url: str) -> Path:

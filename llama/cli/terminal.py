@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from llama.errors import ArgumentError
-from llama.parallel import ModelParallel, lost_rank_as_error
+from llama.parallel import ModelParallel
+from llama.ranks import lost_rank_as_error
 
 try:
     import readline

@@ -10,11 +10,9 @@ requests of all; the others wait for its news. With several ranks, every rank mu
 in the same order, so there one thread a rank calls.
 """
 
-import os
-import threading
+import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from math import isnan
 from operator import itemgetter
 
 from llama.engine.invariance import InvariantRunner
@@ -22,7 +20,8 @@ from llama.engine.request import Event, FinishReason, Outcome, Request, Work
 from llama.engine.runners import Pending, RaggedRunner, Runner
 from llama.engine.slots import Slot, Slots
 from llama.engine.static import StaticRunner
-from llama.errors import ArgumentError, LlamaError, PromptError
+from llama.engine.turns import Turns
+from llama.errors import ArgumentError, PromptError
 from llama.model import Row, Transformer
 from llama.sampling import BROKEN, FORBIDDEN, Constraint, SamplingParams
 from llama.vision import PlacedImage, TiledImage, sighted
@@ -58,15 +57,15 @@ class Engine:
             raise ArgumentError(f"prefill_chunk must be 1 or more, not {prefill_chunk}")
         self.model = model
         self.prefill_chunk = prefill_chunk
-        self.ragged = (InvariantRunner if batch_invariant else RaggedRunner)(model, prefill_chunk)
+        fixed_shapes = batch_invariant and not model.step_backend  # which is invariant by itself
+        self.ragged = (InvariantRunner if fixed_shapes else RaggedRunner)(model, prefill_chunk)
         self.static = StaticRunner(model) if static and not batch_invariant else None
-        self.slots = Slots(model, self.ragged.reusable, clears=self.static is not None)
+        self.runners: list[Runner] = [self.static, self.ragged] if self.static else [self.ragged]
+        self.slots = Slots(model, self.ragged.reusable, any(runner.clears for runner in self.runners))
         self.waiting: deque[Request] = deque()
         self.pending: list[Pending] = []  # steps that have been started and not settled, at most two
         self.steps = 0
-        self._news = threading.Condition()  # guards all of this, but not the model; notified by every step
-        self._leader: int | None = None  # the thread that runs the model
-        self._process: int | None = None  # the one that has done so
+        self.turns = Turns()
 
     def check(self, prompt: Sequence[int], params: SamplingParams, images: Sequence[TiledImage] = ()) -> None:
         """Raise what `add` raises."""
@@ -89,6 +88,8 @@ class Engine:
                 f"logit_bias names {unknown[0]}, which is not a token id: the vocabulary has 0 to "
                 f"{vocab_size - 1}"
             )
+        if list(params.logit_bias.values()).count(-math.inf) == vocab_size:
+            raise ArgumentError("logit_bias forbids every token: leave at least one without -inf")
 
     def add(
         self,
@@ -108,7 +109,7 @@ class Engine:
         fit the model.
         """
         self.check(prompt, params, images)
-        self._check_process()
+        self.turns.check_process()
         room = self.model.params.max_seq_len - len(prompt)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         at = [i for i, token in enumerate(prompt) if token == self.model.params.vocab_size]
@@ -119,18 +120,18 @@ class Engine:
         if self._force(request):
             request.finish_reason = "stop"
         else:
-            with self._news:
+            with self.turns.lock:
                 self.waiting.append(request)
         return request
 
     def cancel(self, request: Request) -> None:
         """End a request where it is; its slot is free at once. An ended one stays as it is."""
-        with self._news:
+        with self.turns.lock:
             if request.finish_reason is None:
                 if request in self.waiting:
                     self.waiting.remove(request)
                 self._finish(request, "cancelled")
-                if self._leader is None and not self.slots.running():
+                if self.turns.leader is None and not self.slots.running():
                     self.pending = []
 
     def has_work(self) -> bool:
@@ -150,8 +151,7 @@ class Engine:
                     if event.finish_reason:
                         del told[event.request]
                     yield event
-                if told:
-                    self._lead(until=lambda: any(request.changed(n) for request, n in told.items()))
+                self._step(until=lambda: not told or any(r.changed(n) for r, n in told.items()))
         finally:
             for request in requests:
                 self.cancel(request)
@@ -161,7 +161,7 @@ class Engine:
 
         An exception, KeyboardInterrupt included, leaves every request as it was before the step or after it.
         """
-        self._lead(until=lambda: False)
+        self._step(until=lambda: False)
 
     def forget(self) -> None:
         """Reuse nothing that the cache holds, because weights were edited in a way that cannot be seen."""
@@ -171,58 +171,36 @@ class Engine:
         """Decode by ragged steps from now on, and let go of what static ones hold."""
         if self.static:
             self.static.close()
-            self.static = None
+            self.static, self.runners = None, [self.ragged]
 
-    def _check_process(self) -> None:
-        if self._process not in (None, os.getpid()):
-            raise LlamaError(
-                "this process was forked from one that has generated, and threads do not survive a fork: "
-                'build the model in the child, or start it by the "spawn" method of multiprocessing'
-            )
-
-    def _lead(self, until: Callable[[], bool]) -> None:
-        """Make a step, as soon as no other thread is at one, unless `until` holds by then."""
-        self._check_process()
-        me = threading.get_ident()
-        try:
-            with self._news:
-                while not until():
-                    if self._leader in (None, me):
-                        self._leader, self._process = me, os.getpid()
-                        break
-                    self._news.wait(1)  # an interrupted thread may have notified nobody
-            if self._leader == me:
-                self._step()
-        finally:
-            if self._leader == me:
-                self._leader = None
-                with self._news:
-                    self._news.notify_all()
-
-    def _step(self) -> None:
-        with self._news:
-            if self.slots.reclaim(look_at_weights=bool(self.waiting)):
-                self.pending = []
-        while len(self.pending) > 1 or (self.pending and not self._may_run_ahead()):
-            self._settle()
-        with self._news:
-            self._admit()
-            work = self._schedule()
-        if work:
-            runners: list[Runner] = [self.static, self.ragged] if self.static else [self.ragged]
-            runner = next(runner for runner in runners if runner.takes(work))
-            with self.slots.writing():
-                started = runner.start(work, after=self.pending[-1] if self.pending else None)
-            self.pending = [*self.pending, started]
-        while len(self.pending) > 1 or (self.pending and not self.pending[0].ahead):
-            self._settle()
+    def _step(self, until: Callable[[], bool]) -> None:
+        """Make a step when it is this thread's turn, unless `until` holds by then."""
+        with self.turns.turn(until) as mine:
+            if not mine:
+                return
+            with self.turns.lock:
+                if self.slots.reclaim(look_at_weights=bool(self.waiting)):
+                    self.pending = []
+            while self.pending and not self._may_run_ahead():
+                self._settle()
+            with self.turns.lock:
+                self._admit()
+                work = self._schedule()
+            if work:
+                runner = next(runner for runner in self.runners if runner.takes(work))
+                with self.slots.writing():
+                    started = runner.start(work, after=self.pending[-1] if self.pending else None)
+                self.pending = [*self.pending, started]
+            while self.pending and (len(self.pending) > 1 or not self.pending[0].ahead):
+                self._settle()
 
     def _may_run_ahead(self) -> bool:
         """Whether the next step is one more token for the same requests, whatever the pending one brings."""
-        with self._news:
+        with self.turns.lock:
             running = self.slots.running()
             return (
-                self.pending[-1].ahead
+                len(self.pending) == 1
+                and self.pending[-1].ahead
                 and running == [item.request for item in self.pending[-1].work]
                 and not (self.waiting and len(running) < len(self.slots.all))
                 and all(len(request.tokens) + 1 < request.max_tokens for request in running)
@@ -273,7 +251,7 @@ class Engine:
         """
         pending = self.pending[0]
         outcomes = pending.wait()
-        with self._news:
+        with self.turns.lock:
             pending.ahead = False  # from here on, nothing else may come first
             for item, outcome in zip(pending.work, outcomes, strict=True):
                 if item.request.finish_reason is None:
@@ -288,7 +266,7 @@ class Engine:
         n = row.start + bool(row.start)  # the first token of a chunk was scored with the chunk before
         request.prompt_logprobs[n : n + len(outcome.prompt_logprobs)] = outcome.prompt_logprobs
         request.prompt_top_logprobs[n : n + len(outcome.prompt_top_logprobs)] = outcome.prompt_top_logprobs
-        token = BROKEN if any(map(isnan, outcome.prompt_logprobs)) else outcome.token
+        token = BROKEN if any(map(math.isnan, outcome.prompt_logprobs)) else outcome.token
         if token in ERRORS:
             return self._finish(request, "error", ERRORS[token])
         if token is not None:

@@ -8,7 +8,7 @@ from llama.engine.request import Request, Work
 from llama.engine.runners import Done, Pending, RaggedRunner
 from llama.errors import ArgumentError
 from llama.model import Row, Transformer
-from llama.parallel import lost_rank_as_error
+from llama.ranks import lost_rank_as_error
 
 
 class InvariantRunner(RaggedRunner):

@@ -21,11 +21,12 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from llama.device import to_device
 from llama.engine.cuda_graph import Graphs
+from llama.engine.outcomes import choose_next
 from llama.engine.request import Outcome, Request, Work
-from llama.engine.runners import Done, Pending, choose_next
+from llama.engine.runners import Done, Pending
 from llama.errors import ArgumentError
 from llama.model import Transformer
-from llama.parallel import lost_rank_as_error
+from llama.ranks import lost_rank_as_error
 from llama.sampling import SamplingParams, choose, columns, token_logprobs
 
 # Leave out what only training needs, if this PyTorch (2.9 and newer) can.

@@ -1,0 +1,503 @@
+// One step of a Llama model on a CPU, all layers in one call: model.py's forward pass for any rows.
+//
+// An output element is summed in one order, whatever else is computed beside it: along its inputs, or its
+// positions, one after the other. So a sequence gets the same bits alone, in company, in one prefill or
+// token by token, with any number of threads.
+#include "matrix.h"
+
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+constexpr int CHUNK = 256;       // positions of the cache that are attended to as one
+constexpr int QUERY_TOKENS = 8;  // of one sequence, that attend together
+
+struct Layer {
+  Matrix wq, wk, wv, wo, w1, w2, w3;
+  const float *attention_norm, *ffn_norm;
+};
+struct Model {
+  int32_t dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size, max_batch_size, max_seq_len;
+  int32_t cache_kind;  // FP32 or BF16
+  float norm_eps;
+  const Layer* layers;
+  Matrix tok_embeddings, output;
+  const float* norm;
+};
+struct Row { int32_t slot, start, length; };
+
+// ---- threads
+
+static inline void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");
+#endif
+}
+
+// A team of threads that runs one function at a time, the caller being its first member. They spin for
+// a moment where they wait, then sleep: whoever else needs the core gets it.
+class Pool {
+ public:
+  const int threads;
+
+  explicit Pool(int n) : threads(n) {
+    for (int t = 1; t < n; t++) workers.emplace_back([this, t] { work(t); });
+  }
+  ~Pool() {
+    call = nullptr;
+    job.fetch_add(1);
+    job.notify_all();
+    for (auto& worker : workers) worker.join();
+  }
+  // function(t) on every thread t.
+  template <class Function> void run(Function function) {
+    call = [](void* f, int t) { (*(Function*)f)(t); };
+    argument = &function;
+    job.fetch_add(1, std::memory_order_release);
+    job.notify_all();
+    function(0);
+    barrier();
+  }
+  // Until every thread is here. Then `take` begins anew.
+  void barrier() {
+    const uint32_t now = phase.load(std::memory_order_relaxed);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < uint32_t(threads)) return wait(phase, now);
+    arrived.store(0, std::memory_order_relaxed);
+    taken.store(0, std::memory_order_relaxed);
+    phase.store(now + 1, std::memory_order_release);
+    phase.notify_all();
+  }
+  // The next few of `total` pieces of work, from … to - 1; false when none are left. The fewer remain,
+  // the fewer are taken at once, so that all threads end together, even one that was interrupted.
+  bool take(int total, int& from, int& to) {
+    uint32_t first = taken.load(std::memory_order_relaxed);
+    do {
+      from = to = int(first);
+      if (from >= total) return false;
+      to += std::max(std::min((total - from) / (2 * threads), 8) & ~1, 1);
+    } while (!taken.compare_exchange_weak(first, uint32_t(to), std::memory_order_relaxed));
+    return true;
+  }
+
+ private:
+  std::vector<std::thread> workers;
+  alignas(64) std::atomic<uint32_t> job{0};
+  alignas(64) std::atomic<uint32_t> arrived{0};
+  alignas(64) std::atomic<uint32_t> phase{0};
+  alignas(64) std::atomic<uint32_t> taken{0};
+  void (*call)(void*, int) = nullptr;
+  void* argument = nullptr;
+
+  static void wait(std::atomic<uint32_t>& value, uint32_t old) {
+    using clock = std::chrono::steady_clock;
+    const auto end = clock::now() + std::chrono::microseconds(50);
+    do {
+      for (int i = 0; i < 16; i++, relax())
+        if (value.load(std::memory_order_acquire) != old) return;
+    } while (clock::now() < end);
+    while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+  }
+  void work(int t) {
+#if defined(__linux__)
+    // OpenMP pins the thread that made this one, and its children would inherit that one core.
+    if (getenv("OMP_PROC_BIND") || getenv("GOMP_CPU_AFFINITY") || getenv("KMP_AFFINITY")) {
+      cpu_set_t all;
+      memset(&all, 0xff, sizeof all);
+      sched_setaffinity(0, sizeof all, &all);
+    }
+#endif
+    for (uint32_t seen = 0;; seen++) {
+      wait(job, seen);
+      if (!call) return;
+      call(argument, t);
+      barrier();
+    }
+  }
+};
+
+// ---- attention
+
+static inline F from_cache(const uint16_t* at) { return from_bf16(load<Halves>(at)); }
+static inline F from_cache(const float* at) { return load<F>(at); }
+
+// For Q queries: their sums of values, weighted by scores (Q, CHUNK), over the positions each can see.
+// C vectors of channels; values has hd channels a position.
+template <int Q, int C, class Element>
+static inline void weigh(const Element* values, int hd, const float* scores, const int* visible, float* to, int stride) {
+  F acc[Q][C] = {};
+  int together = visible[0];
+  for (int q = 1; q < Q; q++) together = std::min(together, visible[q]);
+  for (int p = 0; p < together; p++)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) {
+      const F v = from_cache(values + size_t(p) * hd + c * LANES);
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; q++) acc[q][c] = fma(splat(scores[q * CHUNK + p]), v, acc[q][c]);
+    }
+#pragma GCC unroll 4
+  for (int q = 0; q < Q; q++) {
+    for (int p = together; p < visible[q]; p++)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++)
+        acc[q][c] = fma(splat(scores[q * CHUNK + p]), from_cache(values + size_t(p) * hd + c * LANES), acc[q][c]);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) store(to + q * stride + c * LANES, acc[q][c]);
+  }
+}
+template <int Q = ROWS / 2, class Element>
+static void weigh_all(int n, const Element* values, int hd, const float* scores, const int* visible, float* to, int stride) {
+  if constexpr (Q > 0) {
+    for (; n >= Q; n -= Q, scores += Q * CHUNK, visible += Q, to += Q * stride) {
+      int d = 0;
+      for (; d + 4 * LANES <= hd; d += 4 * LANES) weigh<Q, 4>(values + d, hd, scores, visible, to + d, stride);
+      for (; d < hd; d += LANES) weigh<Q, 1>(values + d, hd, scores, visible, to + d, stride);
+    }
+    if (n) weigh_all<Q - 1>(n, values, hd, scores, visible, to, stride);
+  }
+}
+
+// A partial result of one query: head_dim sums of weighted values, the largest score, the sum of weights.
+// `more` is of the positions behind those of `into`.
+static void merge(float* into, const float* more, int hd) {
+  const float most = std::max(into[hd], more[hd]), a = std::exp(into[hd] - most), b = std::exp(more[hd] - most);
+  for (int d = 0; d < hd; d += LANES) store(into + d, fma(load<F>(more + d), splat(b), load<F>(into + d) * a));
+  into[hd] = most, into[hd + 1] = into[hd + 1] * a + more[hd + 1] * b;
+}
+
+// Scores (n, CHUNK) to weights, and the last two numbers of each query's partial result.
+static void softmax(int n, float* scores, const int* visible, float* partial, int stride, int hd) {
+  for (int q = 0; q < n; q++, scores += CHUNK, partial += stride) {
+    F most = splat(-INFINITY), total = {};
+    for (int p = visible[q]; p % LANES; p++) scores[p] = -INFINITY;
+    for (int p = 0; p < visible[q]; p += LANES) most = larger(load<F>(scores + p), most);
+    const float top = largest(most);
+    for (int p = 0; p < visible[q]; p += LANES) {
+      const F e = exponential(load<F>(scores + p) - top);
+      store(scores + p, e), total += e;
+    }
+    partial[hd] = top, partial[hd + 1] = sum(total);
+  }
+}
+
+struct Span { int first, count, slot, position; };  // some consecutive tokens of one sequence
+
+// ---- the step
+
+struct Scratch {  // of one thread
+  Inputs inputs;
+  std::vector<float> row, scores, partial, more;
+  std::vector<uint32_t> tiles;
+  std::vector<int> visible;
+};
+
+struct Runtime {
+  const Model m;
+  Pool pool;
+  std::mutex mutex;
+  const int q_dim, share, widest;  // share: query heads to a key head
+  int room = 0;                    // tokens that the buffers below hold
+  std::vector<float> x, attended, hidden, partials;  // residual stream, attention's and w1/w3's output
+  Inputs inputs, queries;                            // queries: n_kv_heads · tokens · share
+  std::vector<Scratch> scratch;
+  // Of the step that runs:
+  const int32_t* tokens;
+  std::vector<Span> spans;
+  std::vector<int> slots, positions;  // of each token
+  const float* rotations;             // (max_seq_len, head_dim / 2, 2): cosine and sine
+  uint8_t* cache;                     // (n_layers, 2, max_batch_size, n_kv_heads, max_seq_len, head_dim)
+  int n, chunks;                      // chunks: of the longest sequence
+  bool split;                         // attention over positions too
+
+  Runtime(const Model& model, int threads)
+      : m(model), pool(threads), q_dim(m.n_heads * m.head_dim), share(m.n_heads / m.n_kv_heads),
+        widest(std::max({m.dim, m.hidden_dim, q_dim})), scratch(threads) {
+    const int at_once = QUERY_TOKENS * share;
+    for (Scratch& s : scratch) {
+      s.inputs.resize(ROWS, widest), s.row.resize(m.dim);
+      s.tiles.resize(2 * LANES * size_t(widest));
+      s.scores.resize(at_once * CHUNK), s.visible.resize(at_once);
+      s.partial.resize(at_once * partial_size()), s.more.resize(at_once * partial_size());
+    }
+  }
+  int partial_size() const { return m.head_dim + LANES; }
+
+  void make_room(int rows) {
+    if (rows <= room) return;
+    room = rows;
+    x.resize(size_t(rows) * m.dim), attended.resize(size_t(rows) * q_dim), hidden.resize(size_t(rows) * m.hidden_dim);
+    if (rows > ROWS) inputs.resize(rows, widest);
+    queries.resize(rows * m.n_heads, m.head_dim);
+  }
+
+  // What a matrix reads, made of row(i, thread's buffer) for n rows: few by every thread for itself, many together.
+  template <class GetRow> const Inputs& read(const Matrix& matrix, int t, int n, GetRow row) {
+    float* buffer = scratch[t].row.data();
+    if (n <= ROWS) {
+      for (int i = 0; i < n; i++) scratch[t].inputs.set(matrix, i, row(i, buffer));
+      return scratch[t].inputs;
+    }
+    for (int from, to; pool.take(n, from, to);)
+      for (int i = from; i < to; i++) inputs.set(matrix, i, row(i, buffer));
+    pool.barrier();
+    return inputs;
+  }
+  const float* rms_norm(const float* from, const float* weight, float* to) const {
+    F squares = {};
+    for (int k = 0; k < m.dim; k += LANES) squares = fma(load<F>(from + k), load<F>(from + k), squares);
+    const float scale = 1 / std::sqrt(sum(squares) / m.dim + m.norm_eps);
+    for (int k = 0; k < m.dim; k += LANES) store(to + k, load<F>(from + k) * scale * load<F>(weight + k));
+    return to;
+  }
+  // `which`: 0 or 1, the buffer in which rows of a file are laid out as a tile.
+  Tile tile(const Matrix& w, int i, int t, int which) {
+    const size_t scales = size_t(i) * (w.cols / GROUP) * LANES, bytes = size_t(w.cols) * (w.kind == FP32 ? 4 : 2);
+    if (w.tiled) return {w.weight + i * tile_bytes(w.kind, w.cols), w.scale + scales, w.min ? w.min + scales : nullptr};
+    uint32_t* to = scratch[t].tiles.data() + which * LANES * size_t(widest);
+    tile_units(w.weight + i * LANES * bytes, bytes, std::min(LANES, w.rows - i * LANES), int(bytes / 4), to);
+    return {(const uint8_t*)to, nullptr, nullptr};
+  }
+  // use(row of x, first column of the product, LANES products) for tiles from … to - 1.
+  template <class Use> void multiply(const Matrix& w, int from, int to, int t, const Inputs& x, int n, Use use) {
+    for (; from < to; from += 2) {
+      if (from + 1 < to) {
+        const Tile both[] = {tile(w, from, t, 0), tile(w, from + 1, t, 1)};
+        auto each = [&](int i, const F* v) { use(i, from * LANES, v[0]), use(i, from * LANES + LANES, v[1]); };
+        for_rows<2>(w.kind, both, w.cols, x, 0, n, each);
+      } else {
+        const Tile one[] = {tile(w, from, t, 0)};
+        auto each = [&](int i, const F* v) { use(i, from * LANES, v[0]); };
+        for_rows<1>(w.kind, one, w.cols, x, 0, n, each);
+      }
+    }
+  }
+  template <class Use> void multiply(const Matrix& w, int t, const Inputs& x, int n, Use use) {
+    for (int from, to; pool.take(tiles_of(w.rows), from, to);) multiply(w, from, to, t, x, n, use);
+    pool.barrier();
+  }
+
+  int width() const { return m.cache_kind == FP32 ? 4 : 2; }
+  // Keys (side 0) or values (1) of a layer, slot and head.
+  uint8_t* cached(int layer, int side, int slot, int head) const {
+    const size_t at = ((size_t(layer) * 2 + side) * m.max_batch_size + slot) * m.n_kv_heads + head;
+    return cache + at * m.max_seq_len * m.head_dim * width();
+  }
+
+  void attention(int t, int layer) {
+    const Layer& l = m.layers[layer];
+    const float scale = 1 / std::sqrt(float(m.head_dim));
+    const Inputs& in = read(l.wq, t, n, [&](int i, float* to) { return rms_norm(&x[size_t(i) * m.dim], l.attention_norm, to); });
+    const int hd = m.head_dim, q = tiles_of(q_dim), kv = tiles_of(m.n_kv_heads * hd);
+    for (int from, to; pool.take(q + 2 * kv, from, to);) {
+      multiply(l.wq, from, std::min(to, q), t, in, n, [&](int i, int col, F v) {
+        const int head = col / hd, row = (head / share * n + i) * share + head % share;
+        queries.put(m.cache_kind, row, col % hd, rotate(v, positions[i], col % hd) * scale);
+      });
+      for (int side = 0; side < 2; side++) {
+        const int first = q + side * kv;
+        multiply(side ? l.wv : l.wk, std::max(from - first, 0), std::min(to - first, kv), t, in, n, [&](int i, int col, F v) {
+          if (!side) v = rotate(v, positions[i], col % hd);
+          uint8_t* at = cached(layer, side, slots[i], col / hd) + (size_t(positions[i]) * hd + col % hd) * width();
+          m.cache_kind == FP32 ? store(at, v) : store(at, to_bf16(v));
+        });
+      }
+    }
+    pool.barrier();
+    m.cache_kind == FP32 ? attend<float>(t, layer) : attend<uint16_t>(t, layer);
+    const Inputs& out = read(l.wo, t, n, [&](int i, float*) { return &attended[size_t(i) * q_dim]; });
+    multiply(l.wo, t, out, n, [&](int i, int col, F v) { add(i, col, v); });
+  }
+  // Adjacent channels of a head, from `channel` on, turned by their position's angles.
+  F rotate(F v, int position, int channel) const {
+    const float* r = rotations + size_t(position) * m.head_dim + channel;
+    F out;
+    for (int i = 0; i < LANES; i += 2) {
+      out[i] = v[i] * r[i] - v[i + 1] * r[i + 1];
+      out[i + 1] = v[i] * r[i + 1] + v[i + 1] * r[i];
+    }
+    return out;
+  }
+  void add(int i, int col, F v) {
+    float* to = &x[size_t(i) * m.dim + col];
+    store(to, load<F>(to) + v);
+  }
+
+  // A span's queries of one key head over one chunk of positions: their partial results, scores by the way.
+  template <class Element> void attend_chunk(int t, int layer, const Span& span, int head, int chunk, float* partial) {
+    Scratch& s = scratch[t];
+    const int hd = m.head_dim, from = chunk * CHUNK, to = std::min(from + CHUNK, span.position + span.count);
+    const int first = (head * n + span.first) * share, count = span.count * share, bytes = hd * sizeof(Element);
+    const uint8_t* keys = cached(layer, 0, span.slot, head);
+    for (int i = 0; i < count; i++) s.visible[i] = std::min(std::max(span.position + i / share + 1 - from, 0), CHUNK);
+    for (int p = from; p < to; p += 2 * LANES) {
+      Tile both[2];
+      for (int i = 0; i < 2; i++) {  // keys are stored by position, and multiplied as tiles
+        const int at = p + i * LANES, rows = std::min(std::max(to - at, 0), LANES);
+        uint32_t* tile = s.tiles.data() + i * LANES * hd;
+        tile_units(keys + size_t(at) * bytes, bytes, rows, bytes / 4, tile);
+        both[i] = {(const uint8_t*)tile, nullptr, nullptr};
+      }
+      auto use = [&](int i, const F* v) {
+        float* score = &s.scores[(i - first) * CHUNK + p - from];
+        store(score, v[0]), store(score + LANES, v[1]);
+      };
+      for_rows<2>(m.cache_kind, both, hd, queries, first, count, use);
+    }
+    softmax(count, s.scores.data(), s.visible.data(), partial, partial_size(), hd);
+    const Element* values = (const Element*)cached(layer, 1, span.slot, head) + size_t(from) * hd;
+    weigh_all(count, values, hd, s.scores.data(), s.visible.data(), partial, partial_size());
+  }
+  int chunks_of(const Span& span) const { return (span.position + span.count + CHUNK - 1) / CHUNK; }
+  // Adds the partial results of a chunk that is not the first.
+  void merge_chunk(const Span& span, int chunk, float* into, const float* more) const {
+    for (int i = 0; i < span.count * share; i++)  // queries that see none of it stay as they are
+      if (span.position + i / share >= chunk * CHUNK) merge(into + i * partial_size(), more + i * partial_size(), m.head_dim);
+  }
+  void finish(const Span& span, int head, const float* partial) {
+    for (int i = 0; i < span.count * share; i++, partial += partial_size()) {
+      float* to = &attended[size_t(span.first + i / share) * q_dim + (head * share + i % share) * m.head_dim];
+      for (int d = 0; d < m.head_dim; d += LANES) store(to + d, load<F>(partial + d) / splat(partial[m.head_dim + 1]));
+    }
+  }
+  template <class Element> void attend(int t, int layer) {
+    const int units = int(spans.size()) * m.n_kv_heads, size = QUERY_TOKENS * share * partial_size();
+    if (!split) {
+      float *partial = scratch[t].partial.data(), *more = scratch[t].more.data();
+      for (int from, to; pool.take(units, from, to);)
+        for (int u = from; u < to; u++) {
+          const Span& span = spans[u / m.n_kv_heads];
+          const int head = u % m.n_kv_heads;
+          attend_chunk<Element>(t, layer, span, head, 0, partial);
+          for (int c = 1; c < chunks_of(span); c++) {
+            attend_chunk<Element>(t, layer, span, head, c, more);
+            merge_chunk(span, c, partial, more);
+          }
+          finish(span, head, partial);
+        }
+      return pool.barrier();
+    }
+    for (int from, to; pool.take(units * chunks, from, to);)
+      for (int w = from; w < to; w++) {
+        const Span& span = spans[w / chunks / m.n_kv_heads];
+        if (w % chunks < chunks_of(span))
+          attend_chunk<Element>(t, layer, span, w / chunks % m.n_kv_heads, w % chunks, &partials[size_t(w) * size]);
+      }
+    pool.barrier();
+    for (int from, to; pool.take(units, from, to);)
+      for (int u = from; u < to; u++) {
+        const Span& span = spans[u / m.n_kv_heads];
+        float* partial = &partials[size_t(u) * chunks * size];
+        for (int c = 1; c < chunks_of(span); c++) merge_chunk(span, c, partial, partial + size_t(c) * size);
+        finish(span, u % m.n_kv_heads, partial);
+      }
+    pool.barrier();
+  }
+
+  void feed_forward(int t, const Layer& l) {
+    const Inputs& in = read(l.w1, t, n, [&](int i, float* to) { return rms_norm(&x[size_t(i) * m.dim], l.ffn_norm, to); });
+    for (int from, to; pool.take(tiles_of(m.hidden_dim), from, to);)
+      for (; from < to; from++) {
+        const Tile both[] = {tile(l.w1, from, t, 0), tile(l.w3, from, t, 1)};
+        auto silu = [&](int i, const F* v) {
+          store(&hidden[size_t(i) * m.hidden_dim + from * LANES], v[0] / (exponential(-v[0]) + 1.f) * v[1]);
+        };
+        for_rows<2>(l.w1.kind, both, m.dim, in, 0, n, silu);
+      }
+    pool.barrier();
+    const Inputs& out = read(l.w2, t, n, [&](int i, float*) { return &hidden[size_t(i) * m.hidden_dim]; });
+    multiply(l.w2, t, out, n, [&](int i, int col, F v) { add(i, col, v); });
+  }
+
+  void step(int t, float* out) {
+    for (int from, to; pool.take(n, from, to);)
+      for (; from < to; from++) read_row(m.tok_embeddings, tokens[from], &x[size_t(from) * m.dim]);
+    pool.barrier();
+    for (int layer = 0; layer < m.n_layers; layer++) {
+      attention(t, layer);
+      feed_forward(t, m.layers[layer]);
+    }
+    for (int from, to; pool.take(n, from, to);)
+      for (; from < to; from++) rms_norm(&x[size_t(from) * m.dim], m.norm, out + size_t(from) * m.dim);
+  }
+  void logits(int t, const float* from, int rows, float* out) {
+    const Inputs& in = read(m.output, t, rows, [&](int i, float*) { return from + size_t(i) * m.dim; });
+    multiply(m.output, t, in, rows, [&](int i, int col, F v) {
+      memcpy(out + size_t(i) * m.vocab_size + col, &v, std::min(LANES, m.vocab_size - col) * sizeof(float));
+    });
+  }
+};
+
+// Every thread a part of `count` pieces of work.
+template <class Work> static void in_parallel(int count, int threads, Work work) {
+  Pool pool(threads);
+  pool.run([&](int) {
+    for (int from, to; pool.take(count, from, to);)
+      for (; from < to; from++) work(from);
+  });
+}
+
+extern "C" {
+int32_t llama_lanes() { return LANES; }
+int64_t llama_tile_bytes(int32_t kind, int32_t cols) { return tile_bytes(kind, cols); }
+
+// A matrix (rows, cols) to tiles. `stride`: bytes from row to row; `group_stride`: from group to group.
+void llama_pack(int32_t kind, const uint8_t* from, int64_t stride, int64_t group_stride, int32_t rows, int32_t cols,
+                uint8_t* to, int32_t threads) {
+  in_parallel(tiles_of(rows), threads, [&](int i) {
+    const uint8_t* source = from + i * LANES * stride;
+    uint8_t* tile = to + i * tile_bytes(kind, cols);
+    const int here = std::min(LANES, rows - i * LANES);
+    if (!grouped(kind)) return tile_units(source, stride, here, int(tile_bytes(kind, cols) / sizeof(U)), (uint32_t*)tile);
+    for (int g = 0; g < cols / GROUP; g++)
+      pack_group(kind, source + g * group_stride, stride, here, tile + size_t(g) * group_bytes(kind));
+  });
+}
+// fp16 (rows, groups) to tiles of (groups, LANES).
+void llama_pack_scales(const uint8_t* from, int64_t stride, int64_t group_stride, int32_t rows, int32_t groups,
+                       uint16_t* to, int32_t threads) {
+  in_parallel(tiles_of(rows), threads, [&](int i) {
+    for (int g = 0; g < groups; g++)
+      for (int r = i * LANES; r < i * LANES + LANES; r++)
+        to[(size_t(i) * groups + g) * LANES + r % LANES] =
+            r < rows ? load<uint16_t>(from + r * stride + g * group_stride) : 0;
+  });
+}
+
+Runtime* llama_new(const Model* model, int32_t threads) { return new Runtime(*model, threads); }
+void llama_free(Runtime* runtime) { delete runtime; }
+
+// Normed output (n, dim) for the tokens of rows, one row behind the other; keys and values go to the cache.
+void llama_hidden(Runtime* runtime, const int32_t* tokens, const Row* rows, int32_t n_rows, const float* rotations,
+                  void* cache, float* out) {
+  Runtime& r = *runtime;
+  std::lock_guard<std::mutex> lock(r.mutex);
+  r.tokens = tokens, r.rotations = rotations, r.cache = (uint8_t*)cache, r.n = 0, r.chunks = 0;
+  r.spans.clear(), r.slots.clear(), r.positions.clear();
+  for (int i = 0; i < n_rows; i++) {
+    for (int p = 0; p < rows[i].length; p += QUERY_TOKENS) {
+      r.spans.push_back({r.n + p, std::min(QUERY_TOKENS, rows[i].length - p), rows[i].slot, rows[i].start + p});
+      r.chunks = std::max(r.chunks, r.chunks_of(r.spans.back()));
+    }
+    for (int p = 0; p < rows[i].length; p++) r.slots.push_back(rows[i].slot), r.positions.push_back(rows[i].start + p);
+    r.n += rows[i].length;
+  }
+  const size_t units = r.spans.size() * r.m.n_kv_heads;
+  r.split = r.chunks > 1 && units < size_t(4 * r.pool.threads);
+  if (r.split) r.partials.resize(units * r.chunks * QUERY_TOKENS * r.share * r.partial_size());
+  r.make_room(r.n);
+  r.pool.run([&](int t) { r.step(t, out); });
+}
+
+// fp32 (n, vocab_size) of normed output (n, dim).
+void llama_logits(Runtime* runtime, const float* hidden, int32_t n, float* out) {
+  std::lock_guard<std::mutex> lock(runtime->mutex);
+  runtime->make_room(n);
+  runtime->pool.run([&](int t) { runtime->logits(t, hidden, n, out); });
+}
+}

@@ -1,0 +1,176 @@
+"""The binding of step.cpp: matrices laid out for it, and the step that replaces `Transformer`'s own."""
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from llama.backends.native.compiler import Layer, Matrix, Model, Row, UnavailableError, library
+from llama.model import Row as ModelRow
+from llama.model import Transformer
+from llama.quantization import GROUP, QuantizedMatrix
+
+PLAIN_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+GROUPED_KINDS = {8: 2, 5: 3, 4: 4}  # by bits
+LINEARS = {"attention": ("wq", "wk", "wv", "wo"), "feed_forward": ("w1", "w2", "w3")}
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMatrix:
+    """A matrix (rows, cols) as step.cpp reads it: a `Product` that only a `NativeStep` can apply."""
+
+    kind: int
+    rows: int
+    cols: int
+    weight: Tensor
+    scale: Tensor | None = None
+    min: Tensor | None = None
+    tiled: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.weight, self.scale, self.min) if part is not None)
+
+    def structure(self) -> Matrix:
+        parts = (None if part is None else part.data_ptr() for part in (self.weight, self.scale, self.min))
+        return Matrix(self.kind, self.rows, self.cols, self.tiled, *parts)
+
+    def __call__(self, x: Tensor) -> NoReturn:
+        raise RuntimeError("this weight can only be used by the compiled step: call hidden() and logits()")
+
+
+def pack(weight: Tensor, *, in_place: bool = False, target: str | None = None) -> PackedMatrix:
+    """A plain matrix, bf16 or fp32 (out, in), in tiles; in_place: as it lies, which is slower to read.
+
+    target: see `library`.
+    """
+    kind, (rows, cols) = PLAIN_KINDS[weight.dtype], weight.shape
+    if in_place:
+        return PackedMatrix(kind, rows, cols, weight.contiguous(), tiled=False)
+    return PackedMatrix(kind, rows, cols, _tiles(kind, weight, cols, target))
+
+
+def pack_quantized(weight: QuantizedMatrix, *, target: str | None = None) -> PackedMatrix:
+    """A quantized matrix in tiles. target: see `library`."""
+    kind, (rows, cols) = GROUPED_KINDS[weight.bits], weight.shape
+    scales, mins = (None if x is None else _tiled_scales(x, target) for x in (weight.scales, weight.mins))
+    return PackedMatrix(kind, rows, cols, _tiles(kind, weight.values, cols, target), scales, mins)
+
+
+def _tiles(kind: int, values: Tensor, cols: int, target: str | None) -> Tensor:
+    """values: (rows, …), read from where they lie, if need be in a file."""
+    if values.stride(-1) != 1:
+        values = values.contiguous()
+    lib, rows = library(target), len(values)
+    packed = torch.empty(-(-rows // lib.llama_lanes()) * lib.llama_tile_bytes(kind, cols), dtype=torch.uint8)
+    row, group = values.stride(0) * values.itemsize, values.stride(1) * values.itemsize
+    threads = torch.get_num_threads()
+    lib.llama_pack(kind, values.data_ptr(), row, group, rows, cols, packed.data_ptr(), threads)
+    return packed
+
+
+def _tiled_scales(scales: Tensor, target: str | None) -> Tensor:
+    lib, (rows, groups) = library(target), scales.shape
+    packed = torch.empty(-(-rows // lib.llama_lanes()) * lib.llama_lanes() * groups, dtype=torch.float16)
+    strides = (stride * scales.itemsize for stride in scales.stride())
+    threads = torch.get_num_threads()
+    lib.llama_pack_scales(scales.data_ptr(), *strides, rows, groups, packed.data_ptr(), threads)
+    return packed
+
+
+def check(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UnavailableError, saying why, for a model that has no native step on a device, in a dtype."""
+    if device.type != "cpu":
+        raise UnavailableError(f"it is for CPUs, and this model is on {device.type}")
+    if model.parallel.size > 1:
+        raise UnavailableError(f"it runs on one rank, and this model has {model.parallel.size}")
+    if type(model) is not Transformer:
+        raise UnavailableError("it has no cross-attention, which a vision model needs")
+    if dtype not in PLAIN_KINDS:
+        raise UnavailableError(f"it computes in bfloat16 and float32, not {str(dtype)[6:]}")
+    args, lanes = model.params, library().llama_lanes()
+    sizes = {
+        "dim": args.dim,
+        "hidden_dim": args.hidden_dim,
+        "n_heads · head_dim": args.n_heads * args.head_dim,
+    }
+    for name, size in sizes.items():
+        if size % GROUP:
+            raise UnavailableError(f"{name}={size} is not a multiple of {GROUP}")
+    if args.head_dim % lanes:
+        raise UnavailableError(f"head_dim={args.head_dim} is not a multiple of {lanes}")
+
+
+class NativeStep:
+    """All layers of a model in one call, for any rows; results never depend on what else a step holds.
+
+    model: its matrices and embeddings are `PackedMatrix`.
+    threads: by default as many as PyTorch uses.
+    target: see `library`; the one that the matrices were packed for.
+    """
+
+    def __init__(self, model: Transformer, threads: int | None = None, target: str | None = None) -> None:
+        self.library, self.params = library(target), model.params
+        args, self._kept = model.params, list[object]()  # what the runtime's structures point to
+
+        def matrix(name: str) -> Matrix:
+            packed = model.get_submodule(name).backend
+            if not isinstance(packed, PackedMatrix):
+                raise TypeError(f"{name} is not packed for the compiled step")
+            self._kept.append(packed)
+            return packed.structure()
+
+        def norm(name: str) -> int:
+            weight = model.get_parameter(f"{name}.weight").detach().float().contiguous()
+            self._kept.append(weight)
+            return weight.data_ptr()
+
+        layers = (Layer * args.n_layers)()
+        self._kept.append(layers)
+        for i, layer in enumerate(layers):
+            for part, names in LINEARS.items():
+                for name in names:
+                    setattr(layer, name, matrix(f"layers.{i}.{part}.{name}"))
+            for name in ("attention_norm", "ffn_norm"):
+                setattr(layer, name, norm(f"layers.{i}.{name}"))
+        sizes = (
+            args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.head_dim, args.hidden_dim,
+            args.vocab_size, args.max_batch_size, args.max_seq_len, PLAIN_KINDS[model.dtype],
+        )  # fmt: skip
+        structure = Model(
+            *sizes, args.norm_eps, layers, matrix("tok_embeddings"), matrix("output"), norm("norm")
+        )
+        self._runtime = self.library.llama_new(ctypes.byref(structure), threads or torch.get_num_threads())
+        weakref.finalize(self, self.library.llama_free, self._runtime)
+
+    def hidden(self, tokens: Tensor, rows: Sequence[ModelRow], cache: Tensor, rotations: Tensor) -> Tensor:
+        """As `Transformer.hidden`, in fp32. Raises IndexError for a token outside the vocabulary."""
+        tokens = tokens.to(torch.int32).contiguous()
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.params.vocab_size:
+            raise IndexError(f"token ids must be from 0 to {self.params.vocab_size - 1}")
+        used = sum(row.length for row in rows)
+        if used > len(tokens):
+            raise ValueError(f"the rows want {used} tokens, and there are {len(tokens)}")
+        out = torch.empty(len(tokens), self.params.dim)
+        out[used:] = 0  # of padding
+        self.library.llama_hidden(
+            self._runtime,
+            tokens.data_ptr(),
+            (Row * len(rows))(*(Row(*row) for row in rows)),
+            len(rows),
+            rotations.data_ptr(),
+            cache.data_ptr(),
+            out.data_ptr(),
+        )
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As `Transformer.logits`: fp32 (N, dim) to (N, vocab_size)."""
+        hidden = hidden.float().contiguous()
+        out = torch.empty(len(hidden), self.params.vocab_size)
+        self.library.llama_logits(self._runtime, hidden.data_ptr(), len(hidden), out.data_ptr())
+        return out

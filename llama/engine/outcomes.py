@@ -1,0 +1,56 @@
+"""From a step's hidden states and logits to what it brings: next tokens, and logprobs."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llama.engine.request import Outcome, Request, TopLogprobs, Work
+from llama.model import Transformer
+from llama.sampling import sample, token_logprobs, top_logprobs
+
+# Prompt positions projected to the vocabulary at once when a prompt's own logprobs are asked for:
+# at 128,256 entries of fp32 each, 256 of them take 131 MB, where a prompt of 8192 would take 4.2 GB.
+LOGPROB_ROWS = 256
+
+
+def choose_next(
+    model: Transformer, requests: Sequence[Request], logits: Tensor, draw: int = 0
+) -> dict[Request, Outcome]:
+    """The next token of each request, from the logits after its last one, fp32 (N, vocab_size).
+
+    draw: how many rows to draw at a time, because sums too may add up in another order; 0: all.
+    """
+    draw = draw or len(requests)
+    parts = [slice(first, first + draw) for first in range(0, len(requests), draw)]
+    tokens = torch.cat([sample(logits[part], requests[part]) for part in parts])
+    model.parallel.broadcast(tokens)  # kernels may differ between ranks; the tokens must not
+    logprobs: list[float | None] = [None] * len(requests)
+    if any(request.params.logprobs for request in requests):
+        known = tokens.clamp(min=0)
+        logprobs = torch.cat([token_logprobs(logits[part], known[part]) for part in parts]).tolist()
+    top = [
+        top_logprobs(row[None], request.params.top_logprobs)[0] if request.params.top_logprobs else None
+        for request, row in zip(requests, logits, strict=True)
+    ]
+    return dict(zip(requests, map(Outcome, tokens.tolist(), logprobs, top), strict=True))
+
+
+def score_prompt(model: Transformer, item: Work, states: Tensor) -> tuple[list[float], list[TopLogprobs]]:
+    """Logprobs of the prompt's tokens that follow those of `item`, whose states are (n, dim).
+
+    The prompt's very first token gets 0, and no alternatives.
+    """
+    request, row, params = item.request, item.row, item.request.params
+    if not (params.prompt_logprobs and item.reads_prompt):
+        return [], []
+    logprobs: list[float] = [] if row.start else [0.0]
+    top: list[TopLogprobs] = [] if row.start else [[]]
+    following = request.prompt[row.start + 1 : row.stop + 1]
+    for first in range(0, len(following), LOGPROB_ROWS):
+        targets = torch.tensor(following[first : first + LOGPROB_ROWS], device=states.device)
+        logits = model.logits(states[first : first + len(targets)])
+        given = targets == logits.shape[-1]  # the image token has no logit, for nobody generates it
+        logprobs += token_logprobs(logits, targets.masked_fill(given, 0)).masked_fill(given, 0).tolist()
+        top += top_logprobs(logits, params.top_logprobs) if params.top_logprobs else []
+    return logprobs, top if params.top_logprobs else []

@@ -1,0 +1,47 @@
+"""Many threads, one of which at a time runs the model for all."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from llama.errors import LlamaError
+
+
+class Turns:
+    """Whose turn it is to run the model.
+
+    lock: guards what the threads share, and is not held while the model runs.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Condition()  # notified after every turn; the same thread may enter it again
+        self.leader: int | None = None  # the thread whose turn it is
+        self._process: int | None = None  # the one that has run the model
+
+    @contextmanager
+    def turn(self, until: Callable[[], bool]) -> Iterator[bool]:
+        """Wait for the turn of this thread, unless `until` holds by then, and yield whether it has come."""
+        self.check_process()
+        me = threading.get_ident()
+        try:
+            with self.lock:
+                while not until():
+                    if self.leader in (None, me):
+                        self.leader, self._process = me, os.getpid()
+                        break
+                    self.lock.wait(1)  # an interrupted thread may have notified nobody
+            yield self.leader == me
+        finally:
+            if self.leader == me:
+                self.leader = None
+                with self.lock:
+                    self.lock.notify_all()
+
+    def check_process(self) -> None:
+        """Raise LlamaError in a child that was forked after its parent ran the model."""
+        if self._process not in (None, os.getpid()):
+            raise LlamaError(
+                "this process was forked from one that has generated, and threads do not survive a fork: "
+                'build the model in the child, or start it by the "spawn" method of multiprocessing'
+            )

@@ -1,0 +1,389 @@
+"""The compiled step against model.py, and against itself in other company."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama import backends
+from llama.backends import native
+from llama.backends.native import NativeStep, PackedMatrix, UnavailableError, pack, pack_quantized
+from llama.backends.native.compiler import SOURCES, compiled
+from llama.engine import Engine
+from llama.errors import ArgumentError
+from llama.model import ModelArgs, Row, Transformer
+from llama.parallel import Linear, ModelParallel, VocabParallelEmbedding
+from llama.quantization import QuantizedMatrix, Weight, quantize
+from llama.sampling import SamplingParams
+from tests.support import ROOT, tiny
+from tests.support.quantized import reloaded
+
+if shutil.which("c++") is None:
+    pytest.skip("no C++ compiler", allow_module_level=True)
+
+# The processor's own instructions, those of AVX2, and plain vectors.
+TARGETS = [
+    None,
+    pytest.param("-march=x86-64-v3", marks=[pytest.mark.slow]),
+    pytest.param("", marks=[pytest.mark.slow]),
+]
+LONG = 600  # positions: more than two chunks of attention
+KINDS = ["fp32", "bf16", "int8", "int5", "int5 symmetric", "int4", "int4 symmetric"]
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest) -> str | None:
+    if request.param == "-march=x86-64-v3":
+        flags = Path("/proc/cpuinfo").read_text() if platform.machine() == "x86_64" else ""
+        if not {"avx2", "fma", "f16c"} <= set(flags.split()):
+            pytest.skip("this processor has no AVX2")
+    return request.param
+
+
+def random_model(dtype: torch.dtype = torch.float32, **args: object) -> Transformer:
+    shape = {"dim": 96, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "head_dim": 16, "multiple_of": 32}
+    model = tiny.random_model(std=0.12, **{**shape, "max_seq_len": LONG + 10, **args}).to(dtype)
+    model.allocate_cache()
+    return model
+
+
+def weight_of(weight: Tensor, kind: str) -> Weight:
+    """A plain weight in a kind's form."""
+    if kind in ("fp32", "bf16"):
+        return weight.detach()
+    quantized = quantize(weight, int(kind[3]))
+    if "symmetric" not in kind:
+        return quantized
+    middle = 2 ** (quantized.bits - 1)
+    scales = (weight.unflatten(1, (-1, 32)).abs().amax(-1) / middle).half()
+    return QuantizedMatrix(quantized.values, scales)
+
+
+def steps_of(
+    model: Transformer, kind: str, target: str | None, threads: Sequence[int] = (2,), in_place: bool = False
+) -> list[NativeStep]:
+    """Steps of a model that keeps its weights; those of quantized kinds become what is computed with."""
+    packed: dict[int, PackedMatrix] = {}
+    modules = [m for m in model.modules() if isinstance(m, Linear | VocabParallelEmbedding)]
+    for module in modules:
+        weight, key = weight_of(module.weight, kind), module.weight.data_ptr()  # the same if they are tied
+        if isinstance(weight, QuantizedMatrix):
+            packed[key] = packed.get(key) or pack_quantized(weight, target=target)
+            module.weight.copy_(weight.dequantize())
+        else:
+            packed[key] = packed.get(key) or pack(weight, target=target, in_place=in_place)
+        module.backend = packed[key]
+    steps = [NativeStep(model, n, target) for n in threads]
+    for module in modules:
+        module.backend = None
+    return steps
+
+
+def step_of(model: Transformer, kind: str, target: str | None = None, in_place: bool = False) -> NativeStep:
+    return steps_of(model, kind, target, in_place=in_place)[0]
+
+
+def dtype_of(kind: str) -> torch.dtype:
+    return torch.bfloat16 if kind == "bf16" else torch.float32
+
+
+def ids(n: int, seed: int = 1) -> Tensor:
+    return torch.randint(tiny.VOCAB, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("heads", [(6, 6), (6, 2), (8, 1)])
+def test_fp32_is_that_of_the_model(target: str | None, heads: tuple[int, int], tied: bool) -> None:
+    model = random_model(n_heads=heads[0], n_kv_heads=heads[1], use_scaled_rope=True)
+    if tied:
+        model.output.weight = model.tok_embeddings.weight
+    tokens, rows = ids(LONG + 40), [Row(2, 0, LONG), Row(0, 0, 37), Row(3, 0, 3)]
+    hidden = model.hidden(tokens[: LONG + 37 + 3], rows)
+    logits = model.logits(hidden)
+    keys = model.cache.data[:, :, 2, :, :LONG].clone()
+    model.cache.data.fill_(torch.nan)  # what nobody wrote is never read
+    step = step_of(model, "fp32", target)
+    ours = run(model, step, tokens[: LONG + 37 + 3], rows)
+    torch.testing.assert_close(ours, hidden, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(step.logits(ours), logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.cache.data[:, :, 2, :, :LONG], keys, atol=1e-4, rtol=1e-4)
+
+
+def test_bf16_is_as_close_to_fp32_as_the_model_is(target: str | None) -> None:
+    model, tokens, rows = random_model(), ids(300), [Row(0, 0, 300)]
+    model.bfloat16().float()
+    exact = model.logits(model.hidden(tokens, rows))
+    model = model.bfloat16()
+    model.allocate_cache()
+    theirs = (model.logits(model.hidden(tokens, rows)) - exact).abs().mean()
+    step = step_of(model, "bf16", target)
+    ours = (step.logits(run(model, step, tokens, rows)) - exact).abs().mean()
+    assert 0 < ours < 1.1 * theirs
+
+
+@pytest.mark.parametrize("kind", KINDS[2:])
+def test_groups_are_multiplied_by_their_definition(target: str | None, kind: str) -> None:
+    # Whole numbers of which 127 is the largest in each group are what activations become.
+    model = random_model(vocab_size=1000)  # not a multiple of any tile
+    step = step_of(model, kind, target)
+    x = torch.randint(-127, 128, (11, 96), generator=torch.Generator().manual_seed(0)).float()
+    x[:, ::32] = 127
+    exact = (x.double() @ model.output.weight.double().T).float()
+    torch.testing.assert_close(step.logits(x), exact, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS[2:])
+def test_quantized_models_are_those_of_their_weights(target: str | None, kind: str) -> None:
+    model, tokens, rows = random_model(), ids(70), [Row(0, 0, 70)]
+    step = step_of(model, kind, target)
+    exact = model.hidden(tokens, rows)
+    error = (run(model, step, tokens, rows) - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error < 0.03  # of activations in 8 bits
+
+
+def run(model: Transformer, step: NativeStep, tokens: Tensor, rows: Sequence[Row] = ()) -> Tensor:
+    """The hidden states of a step; rows: by default all tokens in slot 0."""
+    rows = rows or [Row(0, 0, len(tokens))]
+    return step.hidden(tokens, rows, model.cache.data, model.rotations)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_do_not_depend_on_company_chunks_slots_or_threads(target: str | None, kind: str) -> None:
+    model = random_model(dtype_of(kind), max_batch_size=8)
+    steps = steps_of(model, kind, target, (2, 1, 3))
+    step = steps[0]
+    pick = torch.Generator().manual_seed(0)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=pick))
+
+    requests = [ids(LONG if i == 0 else number(1, 30), seed=i) for i in range(200)]
+    expected = [run(model, step, request) for request in requests]
+    model.cache.data.fill_(torch.nan)
+    waiting, running = list(range(200)), {}  # slot: request and how much of it has been computed
+    while waiting or running:
+        for slot in range(8):
+            if slot not in running and waiting and number(0, 2):
+                running[slot] = (waiting.pop(0), 0)
+        rows = []
+        for slot, (i, done) in running.items():
+            left = len(requests[i]) - done
+            if number(0, 4):
+                rows.append((i, Row(slot, done, min(left, number(1, 4) if i else number(1, 200)))))
+        if not rows:
+            continue
+        tokens = torch.cat([requests[i][row.start : row.stop] for i, row in rows])
+        got = run(model, steps[number(0, 3)], tokens, [row for _, row in rows])
+        for (i, row), part in zip(rows, got.split([row.length for _, row in rows]), strict=True):
+            assert torch.equal(part, expected[i][row.start : row.stop])
+            running[row.slot] = (i, row.stop)
+            if row.stop == len(requests[i]):
+                del running[row.slot]
+    together = step.logits(torch.cat(expected[:20]))
+    assert torch.equal(together, torch.cat([step.logits(part[None]) for part in torch.cat(expected[:20])]))
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_weights_in_place_give_the_same_bits(target: str | None, kind: str) -> None:
+    model, tokens = random_model(dtype_of(kind)), ids(50)
+    tiled, in_place = (step_of(model, kind, target, in_place=place) for place in (False, True))
+    assert torch.equal(run(model, tiled, tokens), run(model, in_place, tokens))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_shows_in_the_logits(target: str | None, kind: str) -> None:
+    damages = ["tok_embeddings", "layers.0.attention.wq", "layers.1.attention.wv", "layers.0.feed_forward.w1"]
+    for name in [*damages, "layers.1.attention_norm"]:
+        model = random_model(dtype_of(kind))
+        model.get_parameter(f"{name}.weight").view(-1)[:96] = torch.nan
+        step = step_of(model, kind, target)
+        assert not step.logits(run(model, step, torch.tensor([0]))).isfinite().any()
+
+
+def test_what_does_not_fit_is_told() -> None:
+    cpu, bf16 = torch.device("cpu"), torch.bfloat16
+    for shape, found in (({"head_dim": 10, "n_heads": 16}, "head_dim=10"), ({"dim": 80}, "dim=80")):
+        with pytest.raises(UnavailableError, match=found):
+            native.check(random_model(**shape), cpu, bf16)
+    model = random_model()
+    native.check(model, cpu, bf16)
+    with pytest.raises(UnavailableError, match="float16"):
+        native.check(model, cpu, torch.float16)
+    with pytest.raises(UnavailableError, match="for CPUs"):
+        native.check(model, torch.device("cuda"), bf16)
+    args = ModelArgs(dim=64, n_layers=1, n_heads=4, vocab_size=64)
+    with pytest.raises(UnavailableError, match="one rank"):
+        native.check(Transformer(args, ModelParallel(0, 2)), cpu, bf16)
+    step = step_of(model, "fp32")
+    with pytest.raises(IndexError, match="0 to 519"):
+        run(model, step, torch.tensor([520]), [Row(0, 0, 1)])
+    with pytest.raises(IndexError):
+        run(model, step, torch.tensor([-1]), [Row(0, 0, 1)])
+    with pytest.raises(ValueError, match="3 tokens"):
+        run(model, step, torch.tensor([1, 2]), [Row(0, 0, 3)])
+
+
+def loaded(model: Transformer, scheme: str | None = None) -> Transformer:
+    return reloaded(model, backends.plan(model, model.device, model.dtype), scheme)
+
+
+def test_a_loaded_model_gives_its_steps_away() -> None:
+    model = random_model()
+    tokens = ids(20)[None]
+    expected = model(tokens, 0)
+    model = loaded(model)
+    assert isinstance(model.step_backend, NativeStep)
+    torch.testing.assert_close(model(tokens, 0), expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ArgumentError, match="do not fit into a cache"):
+        model(tokens, LONG)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_requests_get_the_same_bits_in_any_company(batch_invariant: bool) -> None:
+    model = loaded(random_model(torch.bfloat16))
+    engine = Engine(model, prefill_chunk=7, batch_invariant=batch_invariant)
+
+    def generate(prompts: Sequence[Tensor]) -> list[tuple[list[int], list[float]]]:
+        params = [
+            SamplingParams(max_tokens=8, logprobs=True, temperature=0.9, seed=i) for i in range(len(prompts))
+        ]
+        requests = [engine.add(p.tolist(), q) for p, q in zip(prompts, params, strict=True)]
+        for _ in engine.run(requests):
+            pass
+        return [(request.tokens, request.logprobs) for request in requests]
+
+    prompts = [ids(5 + 3 * i, seed=i) for i in range(9)]
+    together = generate(prompts)
+    assert generate(prompts[:1]) == together[:1]
+    assert generate(prompts[:2])[1] == together[1]
+
+
+def test_compiles_once_and_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, cache = tmp_path / "step.cpp", tmp_path / "cache"
+    source.write_text("int f() { return 1; }")
+    cache.mkdir()
+    monkeypatch.setattr("llama.backends.native.compiler.SOURCES", [source])
+    first = compiled("", cache)
+    assert "Compiling" in capfd.readouterr().err
+    assert compiled("", cache) == first
+    assert capfd.readouterr().err == ""
+    assert list(cache.iterdir()) == [first]
+
+
+def test_a_library_is_found_by_all_it_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, compiler = tmp_path / "step.cpp", tmp_path / "cxx"
+    source.write_text("int f() { return 1; }")
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo $VERSION && exit\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setattr("llama.backends.native.compiler.SOURCES", [source])
+    monkeypatch.setenv("CXX", str(compiler))
+    paths = [compiled("", tmp_path), compiled("-O1", tmp_path)]
+    source.write_text("int f() { return 2; }")
+    paths.append(compiled("", tmp_path))
+    monkeypatch.setenv("VERSION", "2")
+    paths.append(compiled("", tmp_path))
+    monkeypatch.setattr("llama.backends.native.compiler._processor", lambda: "another")
+    paths.append(compiled("", tmp_path))
+    assert len(set(paths)) == 5
+
+
+BUILD = """
+import sys
+from llama import Llama
+with Llama.build(sys.argv[1], max_seq_len=64, device="cpu", dtype="float32") as llama:
+    print(llama.generate([[1, 2, 3]], 4, 0)[0], llama.model.step_backend is not None)
+"""
+
+
+@pytest.mark.slow
+def test_without_a_working_compiler_a_sentence_and_the_other_way(tmp_path: Path) -> None:
+    folder = tiny.write_checkpoint(
+        tmp_path / "model", dim=96, n_heads=6, n_kv_heads=2, head_dim=16, multiple_of=32
+    )
+
+    def build(**env: str) -> tuple[str, str]:
+        env = {**os.environ, "LLAMA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT), **env}
+        command = [sys.executable, "-c", BUILD, str(folder)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True)
+        return done.stdout, done.stderr
+
+    working = build()
+    assert "True" in working[0] and "Compiling" in working[1]
+    assert "Compiling" not in build()[1]
+    broken = build(CXX="false")
+    assert broken[0] == working[0].replace("True", "False")
+    assert "the compiled step is missing: false failed" in broken[1]
+    assert "no C++ compiler was found" in build(PATH="/nowhere")[1]
+    (tmp_path / "cache" / "native").chmod(0o777)
+    assert "others can write to" in build()[1]
+
+
+def write_for_driver(path: Path, model: Transformer, kinds: dict[str, str], tokens: Tensor) -> None:
+    """What native_driver.cpp reads; kinds: of matrices, by their last name; of others fp32."""
+    args = model.params
+    sizes = (args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.head_dim, args.hidden_dim)
+    numbers = [*sizes, args.vocab_size, args.max_batch_size, args.max_seq_len, 0]
+    parts = [torch.tensor(numbers, dtype=torch.int32), torch.tensor([args.norm_eps])]
+
+    def matrix(name: str) -> None:
+        weight = model.get_parameter(f"{name}.weight")
+        kind = kinds.get(name.rpartition(".")[2], "fp32")
+        code, arrays = {"fp32": 0, "bf16": 1}.get(kind), [weight.to(dtype_of(kind))]
+        if code is None:
+            quantized = weight_of(weight, kind)
+            code, arrays = {8: 2, 5: 3, 4: 4}[quantized.bits], quantized.tensors
+            weight.copy_(quantized.dequantize())
+        else:
+            weight.copy_(arrays[0])
+        parts.append(torch.tensor([code, *weight.shape, len(arrays) == 3], dtype=torch.int32))
+        parts.extend(arrays)
+
+    for i in range(args.n_layers):
+        for name in ("wq", "wk", "wv", "wo"):
+            matrix(f"layers.{i}.attention.{name}")
+        for name in ("w1", "w2", "w3"):
+            matrix(f"layers.{i}.feed_forward.{name}")
+        parts += [model.get_parameter(f"layers.{i}.{name}_norm.weight") for name in ("attention", "ffn")]
+    matrix("tok_embeddings")
+    matrix("output")
+    parts += [
+        model.norm.weight,
+        model.rotations,
+        torch.tensor([len(tokens)], dtype=torch.int32),
+        tokens.int(),
+    ]
+    with path.open("wb") as file:
+        for part in parts:
+            file.write(part.detach().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["-march=armv8.2-a+dotprod", "-march=armv8-a"])
+def test_on_emulated_arm(tmp_path: Path, options: str) -> None:
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if not (compiler and emulator):
+        pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
+    model, tokens = random_model(), ids(290)
+    kinds = {"wk": "bf16", "w1": "int8", "w3": "int8", "w2": "int4", "wo": "int5", "output": "int4 symmetric"}
+    write_for_driver(tmp_path / "model", model, kinds, tokens)
+    driver = tmp_path / "driver"
+    flags = ["-O2", "-std=c++20", "-ffp-contract=off", "-static", "-pthread", f"-I{SOURCES[0].parent}"]
+    source = ROOT / "tests" / "support" / "native_driver.cpp"
+    subprocess.run([compiler, options, *flags, source, "-o", driver], check=True)
+    subprocess.run([emulator, driver, tmp_path / "model", tmp_path / "out"], check=True, timeout=120)
+    ours = torch.frombuffer(bytearray((tmp_path / "out").read_bytes()), dtype=torch.float32).view(290, -1)
+    exact = model.logits(model.hidden(tokens, [Row(0, 0, 290)]))
+    assert (ours - exact).square().mean().sqrt() / exact.square().mean().sqrt() < 0.03
+
+
+def test_the_library_is_the_machines_own_by_default() -> None:
+    assert native.library().llama_lanes() >= native.library("").llama_lanes()

@@ -194,7 +194,8 @@ def main() -> None:
     parameters = sum(torch.Size(part.shape).numel() for part in whole_parts(args).values())
     head = ["", *found["ours"]]
     labels = {"ours": "this runtime", "theirs": "transformers"}
-    table = f"{parameters / 1e9:.2f}B parameters, bf16, an image of {options.side} × {options.side}; {machine()}\n\n"
+    side = f"an image of {options.side} × {options.side} pixels"
+    table = f"{parameters / 1e9:.2f}B parameters, bf16, {side}; {machine()}\n\n"
     table += markdown(head, [[labels[name], *values.values()] for name, values in found.items() if values])
     print(table)
     if options.out:

@@ -7,36 +7,53 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llama.errors import ArgumentError
+from llama.tokenizer import Dialog, Message
 from llama.tools import BUILTIN_TOOLS, Tool, call_function, parse_tools
 
 
-def run_tools(
-    chat: Callable[..., Mapping[str, Any]],
-    dialog: Sequence[Mapping[str, Any]],
-    functions: Sequence[Any],
-    builtin_tools: Mapping[str, Callable[[str], Any]],
-    max_turns: int,
-    options: Mapping[str, Any],
-) -> list[Any]:
-    """See `Llama.run_tools`. chat: answers one dialog, with the options given."""
-    tools = parse_tools([*functions, *builtin_tools])
-    if missing := [tool.name for tool in tools if not tool.function and not tool.builtin]:
-        raise ArgumentError(f"run_tools calls Python functions, and {missing[0]!r} is only described")
-    by_name = {tool.name: tool for tool in tools}
-    options = dict(options)
-    choice = options.pop("tool_choice", "auto")
-    messages: list[Any] = list(dialog)
-    for turn in range(max_turns + 1):
-        # After the last turn an answer in words is due; and what must be called must be called once.
-        choice = "none" if turn == max_turns else choice if turn == 0 else "auto"
-        prediction = chat(messages, tools=tools, tool_choice=choice, **options)
-        messages.append(prediction["generation"])
-        if prediction["finish_reason"] != "tool_calls":
-            break
-        for call in prediction["generation"]["tool_calls"]:
-            result = _call(by_name[call["function"]["name"]], call["function"]["arguments"], builtin_tools)
-            messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
-    return messages
+class ToolLoop:
+    """The call of `Llama` that calls functions."""
+
+    chat_completion: Callable[..., Any]
+
+    def run_tools(
+        self,
+        dialog: Dialog,
+        functions: Sequence[Any],
+        max_turns: int = 10,
+        *,
+        builtin_tools: Mapping[str, Callable[[str], Any]] | None = None,
+        **options: Any,
+    ) -> list[Message]:
+        """Answer a dialog, calling functions as often as the model asks for it.
+
+        functions: Python functions that the model may call; what they return becomes text, or JSON.
+        max_turns: answers with calls at most; then the model must answer in words.
+        builtin_tools: functions of one text for Meta's built-in tools, such as a search, or
+            "code_interpreter" with a sandbox of your own: nothing here runs a model's code.
+        options: of `chat_completion`.
+
+        Returns the dialog with calls, results and the answer. Arguments that do not fit a function are
+        told to the model; what a function raises is raised.
+        """
+        builtin = builtin_tools or {}
+        tools = parse_tools([*functions, *builtin])
+        if missing := [tool.name for tool in tools if not tool.function and not tool.builtin]:
+            raise ArgumentError(f"run_tools calls Python functions, and {missing[0]!r} is only described")
+        by_name = {tool.name: tool for tool in tools}
+        choice = options.pop("tool_choice", "auto")
+        messages = list(dialog)
+        for turn in range(max_turns + 1):
+            # After the last turn an answer in words is due; and what must be called must be called once.
+            choice = "none" if turn == max_turns else choice if turn == 0 else "auto"
+            (prediction,) = self.chat_completion([messages], tools=tools, tool_choice=choice, **options)
+            messages.append(prediction["generation"])
+            if prediction["finish_reason"] != "tool_calls":
+                break
+            for call in prediction["generation"]["tool_calls"]:
+                result = _call(by_name[call["function"]["name"]], call["function"]["arguments"], builtin)
+                messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
+        return messages
 
 
 def _call(tool: Tool, arguments: str, builtin_tools: Mapping[str, Callable[[str], Any]]) -> str:

@@ -82,32 +82,43 @@ class Grammars:
             raise ArgumentError(f"grammar must be the text of a Lark grammar, not {grammar!r}")
         return self._grammar("grammar", self._package.LLMatcher.grammar_from_lark(grammar))
 
+    def read(self, text: str) -> Grammar:
+        """A grammar by the text of another, which may be that of another process."""
+        return self._grammar("grammar", text)
+
     def _grammar(self, name: str, grammar: str) -> Grammar:
         matcher = self._package.LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise ArgumentError(f"{name} cannot constrain an answer: {matcher.get_error().strip()}")
-        return Grammar(matcher)
+        return Grammar(matcher, grammar)
 
 
 class Grammar:
-    """A grammar that is known to be valid, for any number of answers."""
+    """A grammar that is known to be valid, for any number of answers.
 
-    def __init__(self, matcher: Any) -> None:
+    text: which `Grammars.read` reads.
+    """
+
+    def __init__(self, matcher: Any, text: str) -> None:
         self._matcher = matcher
+        self.text = text
 
     def begin(self) -> GrammarConstraint:
         """A constraint for one answer."""
-        return GrammarConstraint(self._matcher.deep_copy())
+        return GrammarConstraint(self._matcher.deep_copy(), self.text)
 
 
 class GrammarConstraint:
     """Keeps one answer within a grammar; see `Constraint` in `llama.sampling`.
 
     It keeps its place in the grammar, and goes on, or back, to where an answer has got to.
+
+    text: of the grammar.
     """
 
-    def __init__(self, matcher: Any) -> None:
+    def __init__(self, matcher: Any, text: str) -> None:
         self._matcher = matcher
+        self.text = text
         self._consumed: list[int] = []
 
     def mask(self, answer: Sequence[int], logits: Tensor) -> None:

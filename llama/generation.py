@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
@@ -12,7 +12,7 @@ import torch
 from typing_extensions import Unpack
 
 from llama import ranks
-from llama.agent import run_tools
+from llama.agent import ToolLoop
 from llama.arguments import (
     SHAPES,
     ChatOptions,
@@ -27,6 +27,7 @@ from llama.arguments import (
 from llama.checkpoint import open_checkpoint
 from llama.constraints import Grammars
 from llama.device import default_device, default_dtype, parse_device, parse_dtype
+from llama.embeddings import Embeddings
 from llama.engine import Engine
 from llama.engine.static import check_compile
 from llama.errors import ArgumentError
@@ -37,7 +38,7 @@ from llama.noise import derive_seed
 from llama.predictions import ChatPrediction, CompletionPrediction, chat_prediction, completion_prediction
 from llama.prompts import encode_dialogs, encode_texts, tiled
 from llama.streaming import StreamEvent, astream, collect, stream
-from llama.tokenizer import Dialog, DialogFormat, Message, TextTokenizer
+from llama.tokenizer import Dialog, DialogFormat, TextTokenizer
 from llama.tokenizer.chat_format import chat_format
 from llama.tools.use import ToolUse, default_format
 from llama.vision import VisionTransformer, make_args, text_params
@@ -45,7 +46,7 @@ from llama.vision import VisionTransformer, make_args, text_params
 StrPath = str | os.PathLike[str]
 
 
-class Llama:
+class Llama(Embeddings, ToolLoop):
     """A model with its tokenizer, ready to generate.
 
     Use it as a context manager, or `close()` it, to take down what `build` set up between ranks;
@@ -150,6 +151,7 @@ class Llama:
             raise
         llama._connected = True
         llama.quantization = scheme
+        llama.classifier = checkpoint.classifier
         llama.tool_format = default_format(checkpoint.family, checkpoint.formatter)
         return llama
 
@@ -270,32 +272,6 @@ class Llama:
         """
         events = self.stream_chat(dialogs, temperature, top_p, max_gen_len, logprobs, **options)
         return [chat_prediction(answer, self.tokenizer, logprobs) for answer in collect(events)]
-
-    def run_tools(
-        self,
-        dialog: Dialog,
-        functions: Sequence[Any],
-        max_turns: int = 10,
-        *,
-        builtin_tools: Mapping[str, Callable[[str], Any]] | None = None,
-        **options: Unpack[ChatOptions],
-    ) -> list[Message]:
-        """Answer a dialog, calling functions as often as the model asks for it.
-
-        functions: Python functions that the model may call; what they return becomes text, or JSON.
-        max_turns: answers with calls at most; then the model must answer in words.
-        builtin_tools: functions of one text for Meta's built-in tools, such as a search, or
-            "code_interpreter" with a sandbox of your own: nothing here runs a model's code.
-        options: of `chat_completion`.
-
-        Returns the dialog with calls, results and the answer. Arguments that do not fit a function are
-        told to the model; what a function raises is raised.
-        """
-
-        def chat(messages: Dialog, **chosen: Any) -> ChatPrediction:
-            return self.chat_completion([messages], **chosen)[0]
-
-        return run_tools(chat, dialog, functions, builtin_tools or {}, max_turns, options)
 
     def stream_text(
         self,

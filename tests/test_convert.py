@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llama import Llama
+from llama.checkpoint import convert as convert_module
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.convert import convert
 from llama.errors import CheckpointError
@@ -340,3 +341,28 @@ def test_command_line(command_line, tmp_path: Path) -> None:
     assert error.startswith("error: ")
     assert "exists already" in error
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, SystemExit])
+@pytest.mark.parametrize("when", ["before", "between", "after"])
+def test_an_interrupted_overwrite_keeps_one_whole_folder(
+    error: type[BaseException], when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / folder.name).touch()
+    rename, calls = Path.rename, []
+
+    def interrupted(self: Path, target: Path) -> Path:
+        calls.append(self)
+        if len(calls) == (1 if when == "before" else 2):
+            if when == "after":
+                rename(self, target)
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(error):
+        convert_module.replace_folder(old, new, tmp_path / "aside")
+    assert [path.name for path in old.iterdir()] == ["new" if when == "after" else "old"]

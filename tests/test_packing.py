@@ -36,7 +36,7 @@ def load(folder: Path, dtype: str) -> Transformer:
 def packed(monkeypatch: pytest.MonkeyPatch, ckpt: Path) -> Transformer:
     plan = backends.Plan(plain=Packed, joins=True, least_rows=4)
     with monkeypatch.context() as patch:
-        patch.setattr(backends, "plan", lambda *_: plan)
+        patch.setattr(backends, "plan", lambda *_, **__: plan)
         return load(ckpt, "bfloat16")
 
 
@@ -45,7 +45,7 @@ def test_a_packed_model_has_every_linear_packed_once_and_says_the_same(
     packed: Transformer, ckpt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = load(ckpt, "float32")(TOKENS, 0).log_softmax(-1)
-    monkeypatch.setattr(backends, "plan", lambda *_: backends.Plan())
+    monkeypatch.setattr(backends, "plan", lambda *_, **__: backends.Plan())
     plain = load(ckpt, "bfloat16")(TOKENS, 0).log_softmax(-1)
     assert (packed(TOKENS, 0).log_softmax(-1) - exact).abs().mean() < 1.2 * (plain - exact).abs().mean()
     held = [m for m in packed.modules() if isinstance(m, Linear | Joined) and m.backend]

@@ -33,6 +33,19 @@ def checkpoints(folder: Path) -> Path:
 
 
 @pytest.mark.slow
+def test_answers_in_a_shape_are_the_same_on_two_ranks(ckpt: Path, tmp_path: Path, torchrun) -> None:
+    done = torchrun(2, *MODULE, "shapes", ckpt, tmp_path / "seen")
+    assert done.returncode == 0, done.stderr
+    expected = ranks.in_shape(Llama.build(ckpt, max_seq_len=1024, max_batch_size=3, dtype="float32"))
+    for rank in range(2):
+        seen = torch.load(tmp_path / f"seen.{rank}")
+        assert seen["schema"] == expected["schema"] and seen["call"] == expected["call"]
+        torch.testing.assert_close(seen["vectors"], expected["vectors"], atol=1e-5, rtol=1e-5)
+    (answer,) = expected["call"]
+    assert answer["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("nproc", [1, 2, 4])
 def test_any_shards_on_any_ranks_give_what_one_rank_gives(tmp_path: Path, torchrun, nproc: int) -> None:
     folders = checkpoints(tmp_path / "ckpts")

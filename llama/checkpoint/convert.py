@@ -101,10 +101,19 @@ def convert(
         folder = Path(scratch) / "checkpoint"
         folder.mkdir()
         write(checkpoint, folder, shards, wanted)
-        if destination.exists():
-            destination.rename(Path(scratch) / "replaced")
-        folder.rename(destination)
+        replace_folder(destination, folder, Path(scratch) / "replaced")
     return destination
+
+
+def replace_folder(destination: Path, folder: Path, aside: Path) -> None:
+    """Give a folder its name, and the old one back to what is there if that fails or is interrupted."""
+    try:
+        if destination.exists():
+            destination.rename(aside)
+        folder.rename(destination)
+    finally:
+        if aside.exists() and not destination.exists():
+            aside.rename(destination)
 
 
 def write_native(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype: torch.dtype) -> None:

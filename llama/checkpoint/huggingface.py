@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama.checkpoint.classifier import SCORE, is_classifier, read_classifier
 from llama.checkpoint.params import checked, feed_forward
 from llama.checkpoint.source import (
     Checkpoint,
@@ -143,7 +144,9 @@ def open_huggingface(
     config = read_json(folder / "config.json")
     params = (read_params or read_config)(folder / "config.json", config)
     args = make_args(params)
-    weights = (read_weights or HFWeights)(folder, args, tied=bool(config.get("tie_word_embeddings")))
+    classifies = is_classifier(config)
+    tied = classifies or bool(config.get("tie_word_embeddings"))
+    weights = (read_weights or HFWeights)(folder, args, tied, beside=[SCORE] if classifies else [])
     text = config.get("text_config") or config
     tokenizer: TextTokenizer
     if tokenizer_path is None and (folder / "tokenizer.json").is_file():
@@ -168,6 +171,9 @@ def open_huggingface(
         formatter=formatter,
         context=text.get("max_position_embeddings"),
         files=len(weights.paths),
+        classifier=read_classifier(folder / "config.json", config, args.dim, weights.stored)
+        if classifies
+        else None,
     )
 
 
@@ -265,9 +271,11 @@ class HFWeights:
     or of another shape than the model's.
     """
 
-    def __init__(self, folder: Path, args: ModelArgs, tied: bool) -> None:
+    def __init__(self, folder: Path, args: ModelArgs, tied: bool, beside: Sequence[str] = ()) -> None:
+        """beside: names of tensors that are not the model's."""
         self.args = args
         where = find_weights(folder)
+        self._beside = {name: where.pop(name) for name in beside if name in where}
         self.paths = sorted({*where.values()})
         self._opened: dict[Path, Any] = {}
         found = {self.usual_name(name): name for name in where}
@@ -317,13 +325,20 @@ class HFWeights:
     def release(self) -> None:
         self._opened = {}
 
+    def stored(self, name: str) -> Any:
+        """A tensor of those beside the model's. Raises CheckpointError if there is none."""
+        if name not in self._beside:
+            raise CheckpointError(f"{name} is missing, which a classifier needs")
+        return self._open(self._beside[name], name)
+
     def _stored(self, name: str) -> Any:
-        path = self._where[name]
+        return self._open(self._where[name], self._names[name])
+
+    def _open(self, path: Path, name: str) -> Any:
         if path not in self._opened:
             self._opened[path] = open_weights(path)
         opened = self._opened[path]
-        stored = self._names[name]
-        return opened[stored] if isinstance(opened, dict) else opened.get_slice(stored)
+        return opened[name] if isinstance(opened, dict) else opened.get_slice(name)
 
     def _describe(self, name: str) -> tuple[tuple[int, ...], str]:
         stored = self._stored(name)

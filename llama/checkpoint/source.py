@@ -97,6 +97,18 @@ class Pages:
 
 
 @dataclass(frozen=True)
+class Classifier:
+    """What a classifier has on top of the last token's hidden state.
+
+    labels: the classes, in the order of the rows.
+    weight: (labels, dim), on the CPU.
+    """
+
+    labels: list[str]
+    weight: Tensor
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """One model as it was found.
 
@@ -104,7 +116,7 @@ class Checkpoint:
     call it. params: arguments for `ModelArgs`, by the names of `params.json`. context: tokens it was
     trained for, None where its files do not say. files: how many hold weights. quantization: what its
     matrices are quantized to, with a `QuantizedSource` as weights: "int8", "int5" or "int4", or "Q4_1" and
-    the like for a GGUF file.
+    the like for a GGUF file. classifier: None for a model of language.
     """
 
     path: Path
@@ -117,6 +129,7 @@ class Checkpoint:
     context: int | None
     files: int
     quantization: str | None = None
+    classifier: Classifier | None = None
 
 
 @dataclass(frozen=True)

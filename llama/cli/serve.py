@@ -1,5 +1,6 @@
 """The command that serves a model by HTTP."""
 
+import contextlib
 from pathlib import Path
 
 from llama.arguments import whole
@@ -7,6 +8,7 @@ from llama.cli.launch import default_ckpt_dir
 from llama.cli.options import BuildOptions
 from llama.cli.terminal import Terminal
 from llama.errors import ArgumentError, MissingPackageError
+from llama.guard import Guard
 
 try:
     from llama.server import run
@@ -28,6 +30,7 @@ def serve(
     timeout: float = 600.0,
     max_body: int = 8 << 20,
     tool_format: str | None = None,
+    guard: str | None = None,
     metrics_prefix: str = "llama",
     ssl_certfile: str | None = None,
     ssl_keyfile: str | None = None,
@@ -48,6 +51,7 @@ def serve(
         timeout: seconds that a request may take, its wait included
         max_body: bytes of a request
         tool_format: how prompts tell of tools; by default as the checkpoint was trained, if it was
+        guard: folder of a Llama Guard that checks what users ask and what the model answers
         metrics_prefix: of the names of metrics; with vllm, dashboards for vLLM show them
         ssl_certfile: certificate, to serve by TLS
         ssl_keyfile: its key
@@ -65,8 +69,13 @@ def serve(
         raise ArgumentError(f"there is no key in {api_key_file}")
     ckpt_dir = ckpt_dir or str(default_ckpt_dir())
     address = run.Address(host, port, keys, cors, ssl_certfile, ssl_keyfile)
-    with build.build(ckpt_dir) as llama:
+    with contextlib.ExitStack() as stack:
+        llama = stack.enter_context(build.build(ckpt_dir))
+        if guard and llama.model.parallel.size > 1:
+            raise ArgumentError("--guard needs a server on one rank")
+        moderator = stack.enter_context(Guard.build(guard, device=build.device)) if guard else None
         llama.tool_format = tool_format or llama.tool_format
         once = Terminal(llama.model.parallel).once
         name = name or Path(ckpt_dir).resolve().stem
-        run.serve(llama, once, name, address, Limits(queue, timeout, max_body), metrics_prefix)
+        limits = Limits(queue, timeout, max_body)
+        run.serve(llama, once, name, address, limits, metrics_prefix, moderator)

@@ -8,13 +8,25 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from llama.arguments import TextRequest
+from llama.constraints import GrammarConstraint
 from llama.engine import Event, Request
 from llama.errors import RankError
 from llama.generation import Llama
+from llama.sampling import SamplingParams
 
 Once = Callable[[Callable[[], "Plan"]], "Plan"]  # does something on rank 0, and tells every rank
+
+
+class Order(NamedTuple):
+    """A request as every rank can make it. grammar: text of what constrains it; see `llama.constraints`."""
+
+    number: int
+    prompt: list[int]
+    params: SamplingParams
+    grammar: str | None
 
 
 @dataclass
@@ -24,7 +36,7 @@ class Plan:
     closing: no step follows, and the engine is left alone from here on.
     """
 
-    added: list[tuple[int, TextRequest]] = field(default_factory=list)
+    added: list[Order] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)
     closing: bool = False
 
@@ -74,7 +86,8 @@ class Driver:
                 raise RankError("the model no longer runs")
             ticket = Ticket(next(self._numbers), deliver)
             self._tickets[ticket.number] = ticket
-            self._next.added.append((ticket.number, source))
+            grammar = source.constraint.text if isinstance(source.constraint, GrammarConstraint) else None
+            self._next.added.append(Order(ticket.number, source.prompt, source.params, grammar))
             self._changed.notify()
         return ticket
 
@@ -111,8 +124,9 @@ class Driver:
     def _run(self, take: Callable[[], Plan]) -> None:
         engine, requests = self.llama.engine, dict[int, Request]()
         while not (plan := self._once(take)).closing:
-            for number, source in plan.added:
-                requests[number] = engine.add(source.prompt, source.params, constraint=source.constraint)
+            for number, prompt, params, grammar in plan.added:
+                constraint = self.llama.grammars.read(grammar).begin() if grammar else None
+                requests[number] = engine.add(prompt, params, constraint=constraint)
             for number in plan.cancelled:
                 if number in requests:
                     engine.cancel(requests[number])

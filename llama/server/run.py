@@ -1,7 +1,9 @@
 """The life of a server process: start, serve, drain, end; on one rank or on many."""
 
 import asyncio
+import contextlib
 import logging
+import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -76,7 +78,8 @@ class Server(uvicorn.Server):
             self.should_exit = True
             self._loop.call_later(LAST_WORDS, setattr, self, "force_exit", True)
 
-        self._loop.call_soon_threadsafe(tell)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended already
+            self._loop.call_soon_threadsafe(tell)
 
 
 def create_server(
@@ -122,6 +125,8 @@ def serve(
     Raises what ended the engine, if that was no wish of anybody's.
     """
     if llama.model.parallel.rank > 0:
+        for told in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(told, signal.SIG_IGN)  # rank 0 says when to end
         Driver(llama, once).follow()
     else:
         logs.configure()

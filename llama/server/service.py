@@ -1,6 +1,7 @@
 """The one call behind every interface: accept a request or refuse it, and tell what becomes of it."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,8 @@ class Generation:
     def _deliver(
         self, loop: asyncio.AbstractEventLoop, index: int, _: Request, events: Sequence[Event]
     ) -> None:
-        loop.call_soon_threadsafe(self._arrived.put_nowait, (index, events))
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody listens any more
+            loop.call_soon_threadsafe(self._arrived.put_nowait, (index, events))
 
     def _count(self, event: StreamEvent, stats: Stats) -> None:
         self.new_tokens += stats.new_tokens

@@ -7,18 +7,17 @@ template itself wrote is told apart by that.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from llama.errors import ArgumentError, CheckpointError, MissingPackageError, shown
 from llama.files import check_kinds, read_json, read_text
 from llama.tokenizer.chat_format import NoChat, check_dialog, parse_call
 from llama.tokenizer.huggingface import CONFIG, HFTokenizer, named_tokens
 from llama.tokenizer.interface import Dialog, DialogFormat, TextTokenizer
+from llama.tokenizer.sandbox import environment, render
 
 
 def find_template(folder: Path, tokenizer: TextTokenizer) -> DialogFormat:
@@ -62,30 +61,15 @@ class ChatTemplate:
         """origin: named in errors. bos_token, eos_token: what the template knows by these names.
 
         Raises ImportError without jinja2, CheckpointError for a template with a syntax error."""
-        try:
-            import jinja2
-            import jinja2.sandbox
-        except ImportError:
-            raise MissingPackageError(
-                "chat templates need the jinja2 package: pip install -e '.[hf]'"
-            ) from None
         self.tokenizer = tokenizer
         self.origin, self.source = origin, template
         self.names = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-            value, ensure_ascii=False, indent=indent
-        )
         try:
-            self.template = environment.from_string(template)
-        except jinja2.TemplateError as error:
-            raise CheckpointError(
-                f"the chat template of {self.origin} is not valid jinja2: {error}"
-            ) from None
+            self.template = environment().from_string(template)
+        except MissingPackageError:
+            raise
+        except Exception as error:  # of jinja2: a syntax error, or recursion where it is too deep
+            raise CheckpointError(f"the chat template of {origin} is not valid jinja2: {error}") from None
 
     @property
     def knows_tools(self) -> bool:
@@ -111,7 +95,7 @@ class ChatTemplate:
 
     def encode_next_turn(self, content: Any) -> list[int]:
         """What the template writes between an answer and the answer to the user's next message."""
-        mark = next(chr(i) for i in range(0xF8FF, 0xE000, -1) if chr(i) not in str(content))
+        mark = next(self._unused({*str(content)}))
         dialog: Dialog = [
             {"role": "user", "content": "."},
             {"role": "assistant", "content": mark},
@@ -132,8 +116,8 @@ class ChatTemplate:
             return self.tokenizer.encode_rendered(text.rpartition(after)[2] if after else text)
         # A private character stands for the first one of each special token that a user typed.
         used = {*"".join(texts)}
-        free = (chr(i) for i in range(0xE000, 0xF8FF) if chr(i) not in used)
-        stands_for: dict[str, str] = dict(zip(free, sorted({text[0] for text in special}), strict=False))
+        firsts = sorted({text[0] for text in special})
+        stands_for = dict(zip(self._unused(used), firsts, strict=False))
         stand_in = {character: private for private, character in stands_for.items()}
         any_special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
         hidden = _map_texts(names, lambda text: any_special.sub(lambda m: stand_in[m[0][0]] + m[0][1:], text))
@@ -148,24 +132,29 @@ class ChatTemplate:
                 at = match.end()
         return ids
 
+    def _unused(self, used: Collection[str]) -> Iterator[str]:
+        """Private characters that neither a dialog nor the template has. Raises ArgumentError after all."""
+        for block in (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)):
+            yield from (c for c in map(chr, block) if c not in used and c not in self.source)
+        raise ArgumentError("the dialog has every private character of Unicode: take some out")
+
     def _render(self, names: Mapping[str, Any]) -> str:
-        import jinja2
-        from jinja2.exceptions import SecurityError
-
         try:
-            return self.template.render(add_generation_prompt=True, **self.names, **names)
-        except SecurityError as error:
-            raise ArgumentError(
-                f"the chat template of {self.origin} tries to leave its sandbox, so it was stopped: {error}"
-            ) from None
-        except (jinja2.TemplateError, TypeError, OverflowError, LookupError, ArithmeticError) as error:
+            return render(
+                self.template,
+                {"tools": None, "documents": None, "add_generation_prompt": True, **self.names, **names},
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # a template can raise anything that Python's operators do
+            kind = type(error).__name__
+            if kind == "SecurityError":
+                raise ArgumentError(
+                    f"the chat template of {self.origin} tries to leave its sandbox and was stopped: {error}"
+                ) from None
+            if kind == "OverflowError":
+                raise ArgumentError(f"the chat template of {self.origin} was stopped: {error}") from None
             raise ArgumentError(f"the model's chat template refuses this dialog: {error}") from None
-
-
-def _refuse(message: str) -> NoReturn:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
 
 
 def _map_texts(value: Any, function: Callable[[str], Any]) -> Any:

@@ -93,5 +93,36 @@ def quantized(folder: str, out: str, scheme: str | None = None) -> None:
         torch.save(llama.model(TOKENS, 0), f"{out}.{os.environ['RANK']}")
 
 
+def in_shape(llama: Llama) -> dict:
+    """Answers to a schema and of a tool that must be called, and vectors."""
+    noise = {"temperature": 1.5, "top_p": 1.0, "seed": 3, "max_gen_len": 60}
+    word = {"type": "string", "maxLength": 5}
+    schema = {
+        "type": "object",
+        "properties": {"name": word},
+        "required": ["name"],
+        "additionalProperties": False,
+    }
+    tool = {"name": "f", "parameters": schema}
+    return {
+        "schema": llama.text_completion(["a", "b"], schema=schema, **noise),
+        "call": llama.chat_completion(
+            [[{"role": "user", "content": "Hi"}]],
+            tools=[tool],
+            tool_choice="required",
+            tool_format="json",
+            **noise,
+        ),
+        "vectors": llama.embed(["a", "bcd"]),
+    }
+
+
+def shapes(folder: str, out: str) -> None:
+    """What `in_shape` gives on each rank."""
+    with Llama.build(folder, max_seq_len=1024, max_batch_size=3, dtype="float32") as llama:
+        torch.save(in_shape(llama), f"{out}.{os.environ['RANK']}")
+
+
 if __name__ == "__main__":
-    launch({f.__name__: f for f in (every_checkpoint, two_at_once, replicas, die, one_bad_folder, quantized)})
+    commands = (every_checkpoint, two_at_once, replicas, die, one_bad_folder, quantized, shapes)
+    launch({f.__name__: f for f in commands})

@@ -1,0 +1,140 @@
+"""What a model makes of texts besides more text: hidden states, embeddings, classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama.arguments import entries
+from llama.checkpoint.source import Classifier
+from llama.errors import ArgumentError, PromptError
+from llama.model import Transformer, attend
+from llama.parallel import lost_rank_as_error
+from llama.tokenizer import TextTokenizer
+
+BATCH_TOKENS = 4096  # of several texts that run together
+
+
+class Classification(TypedDict):
+    """label: the most likely one. logits: of all labels, by their names."""
+
+    label: str
+    logits: dict[str, float]
+
+
+class CachelessStep:
+    """Whole sequences, one after the other, that leave nothing in the KV cache."""
+
+    def __init__(self, lengths: Sequence[int], rotations: Tensor) -> None:
+        self.lengths = list(lengths)
+        self.rotation = torch.cat([rotations[:n] for n in lengths])
+
+    def attend(self, queries: Tensor, kv: Tensor, cache: Tensor) -> Tensor:
+        outputs = []
+        parts = zip(queries.split(self.lengths), kv.split(self.lengths), strict=True)
+        for q, one in parts:
+            keys, values = one.permute(1, 2, 0, 3)  # (n_kv_heads, length, head_dim) each
+            outputs.append(attend(q, keys, values, None))
+        return torch.cat(outputs)
+
+
+class Embeddings:
+    """The calls of `Llama` that generate nothing. They do not touch the KV cache."""
+
+    model: Transformer
+    tokenizer: TextTokenizer
+    classifier: Classifier | None = None
+
+    def hidden_states(
+        self, texts: Iterable[str], layers: Sequence[int] | None = None
+    ) -> list[dict[int, Tensor]]:
+        """Hidden states of texts, of which each runs at its own length.
+
+        texts: any number.
+        layers: which; 0 is the embeddings, n what the n-th layer gives, and the last one is normed, as in
+            transformers; by default that one.
+
+        Returns for each text its layers, fp32 (tokens, dim) on the CPU. Raises ArgumentError for layers that
+        the model does not have, PromptError for a text that is longer than max_seq_len.
+        """
+        last = self.model.params.n_layers
+        wanted = [last] if layers is None else list(layers)
+        if missing := [n for n in wanted if not (isinstance(n, int) and 0 <= n <= last)]:
+            raise ArgumentError(f"there is no layer {missing[0]!r}: this model has 0 (embeddings) to {last}")
+        return [found for batch in self._batches(texts) for found in self._run(batch, wanted)]
+
+    def embed(
+        self,
+        texts: Iterable[str],
+        pooling: Literal["mean", "last", "cls"] = "mean",
+        normalize: bool = True,
+    ) -> Tensor:
+        """One vector for each text, from the last hidden states.
+
+        pooling: "mean" of all tokens, or the state of the "last" one, or of the first ("cls").
+        normalize: to length 1.
+
+        Returns fp32 (texts, dim) on the CPU. Raises what `hidden_states` raises.
+        """
+        if pooling not in ("mean", "last", "cls"):
+            raise ArgumentError(f'pooling must be "mean", "last" or "cls", not {pooling!r}')
+        pool = {"mean": lambda x: x.mean(0), "last": lambda x: x[-1], "cls": lambda x: x[0]}[pooling]
+        last = self.model.params.n_layers
+        vectors = torch.stack([pool(found[last]) for found in self.hidden_states(texts)])
+        return F.normalize(vectors, dim=-1) if normalize else vectors
+
+    def classify(self, texts: Iterable[str]) -> list[Classification]:
+        """The classes of texts, by a checkpoint of LlamaForSequenceClassification.
+
+        Raises ArgumentError for other checkpoints, and what `hidden_states` raises.
+        """
+        if self.classifier is None:
+            raise ArgumentError(
+                "this checkpoint has no classes: classify needs one whose config.json says "
+                "LlamaForSequenceClassification"
+            )
+        weight = self.classifier.weight.float()
+        labels = self.classifier.labels
+        classes: list[Classification] = []
+        for state in self.embed(texts, "last", normalize=False):
+            logits = (weight @ state).tolist()
+            best = max(range(len(labels)), key=logits.__getitem__)
+            classes.append({"label": labels[best], "logits": dict(zip(labels, logits, strict=True))})
+        return classes
+
+    def _batches(self, texts: Iterable[str]) -> Iterator[list[list[int]]]:
+        """Token ids of texts, in batches of about as many tokens."""
+        batch: list[list[int]] = []
+        for i, text in enumerate(entries(texts, "texts")):
+            ids = self.tokenizer.encode(text, bos=True, eos=False)
+            if not 0 < len(ids) <= self.model.params.max_seq_len:
+                raise PromptError(
+                    f"text {i} has {len(ids)} tokens; it must have 1 to "
+                    f"max_seq_len={self.model.params.max_seq_len}"
+                )
+            if batch and sum(map(len, batch)) + len(ids) > BATCH_TOKENS:
+                yield batch
+                batch = []
+            batch.append(ids)
+        yield batch
+
+    @torch.inference_mode()
+    def _run(self, batch: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[dict[int, Tensor]]:
+        model, lengths = self.model, [len(ids) for ids in batch]
+        cache = model.cache  # whose allocation makes the table of rotations
+        step = CachelessStep(lengths, model.rotations)
+        kept: dict[int, Tensor] = {}
+        with lost_rank_as_error(model.parallel):
+            x = model.tok_embeddings(torch.tensor([i for ids in batch for i in ids], device=model.device))
+            for n in range(model.params.n_layers + 1):
+                if n in wanted:
+                    state = model.norm(x) if n == model.params.n_layers else x
+                    kept[n] = state.float().cpu().clone()
+                if n < model.params.n_layers:
+                    x = model.layers[n](x, cache.data[n], step)
+        parts = {n: state.split(lengths) for n, state in kept.items()}
+        return [{n: part[i] for n, part in parts.items()} for i in range(len(batch))]

@@ -177,7 +177,7 @@ def test_streams_for_asyncio(llama: Llama) -> None:
         async def one(dialog: list) -> str:
             return "".join([event.text async for event in llama.astream_chat([dialog], seed=4, **DRAWN)])
 
-        return [await one(dialog) for dialog in dialogs]
+        return list(await asyncio.gather(*map(one, dialogs)))
 
     expected = [a["generation"]["content"] for a in llama.chat_completion(dialogs, seed=4, **DRAWN)]  # type: ignore
     assert asyncio.run(answers()) == expected

@@ -13,7 +13,7 @@ from llama.arguments import entries
 from llama.checkpoint.source import Classifier
 from llama.errors import ArgumentError, PromptError
 from llama.model import Transformer, attend
-from llama.parallel import lost_rank_as_error
+from llama.ranks import lost_rank_as_error
 from llama.tokenizer import TextTokenizer
 
 BATCH_TOKENS = 4096  # of several texts that run together

@@ -62,7 +62,7 @@ def test_quantizations(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tokens = torch.randint(0, SIZE, (1, 32))
     expected = formats.logits_of(formats.oracle(rounded, PARAMS), tokens)
     for plan in (Plan(), KEPT):
-        monkeypatch.setattr(backends, "plan", lambda *_, plan=plan: plan)
+        monkeypatch.setattr(backends, "plan", lambda *_, plan=plan, **__: plan)
         llama = build(path)
         torch.testing.assert_close(llama.model.forward(tokens, 0), expected, atol=1e-4, rtol=0)
         assert llama.quantization == (None if "F" in kind else kind)
@@ -166,7 +166,8 @@ def test_template_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
-def test_convert(kind: str, tmp_path: Path) -> None:
+def test_convert(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "plan", lambda *_, **__: Plan())
     path = byte_level(tmp_path / "model.gguf", kind=kind)
     for to in ("native", "hf"):
         folder = convert(path, tmp_path / to, to, dtype="fp32")

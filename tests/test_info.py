@@ -62,7 +62,7 @@ def test_key_heads_that_repeat_count(folder: Path) -> None:
 
 
 def test_quantization(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "plan", lambda *_: KEPT)
+    monkeypatch.setattr(backends, "plan", lambda *_, **__: KEPT)
     args, source = ModelArgs(**PARAMS), open_checkpoint(folder).weights
     sizes = [memory(args, 1, source, torch.bfloat16, kind)[0] for kind in (None, "int8", "int5", "int4")]
     assert sizes == sorted(sizes, reverse=True) and len({*sizes}) == 4

@@ -18,7 +18,7 @@ from llama.checkpoint.source import QuantizedSource
 from llama.errors import CheckpointError
 from llama.tokenizer import SentencePieceTokenizer, Tokenizer
 from tests.support import formats, gguf_files
-from tests.support.quantized import KEPT
+from tests.support.quantized import KEPT, distance
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}
 PARAMS |= {"rope_theta": 500000.0}
@@ -173,7 +173,9 @@ def test_convert(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         folder = convert(path, tmp_path / to, to, dtype="fp32")
         tokens = torch.randint(0, SIZE, (1, 32))
         direct, converted = build(path), build(folder)
-        assert torch.equal(converted.model.forward(tokens, 0), direct.model.forward(tokens, 0))
+        # What the file has in 8 bits, the compiled step multiplies with activations of 8 bits.
+        most = 0.03 if kind == "Q8_0" else 0
+        assert distance(direct.model.forward(tokens, 0), converted.model.forward(tokens, 0)) <= most
         for text in formats.random_texts(200):
             expected = direct.tokenizer.encode(text, bos=True, eos=False)
             assert converted.tokenizer.encode(text, bos=True, eos=False) == expected

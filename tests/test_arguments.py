@@ -101,7 +101,7 @@ def test_mistakes_are_told_in_the_words_of_the_caller(llama: Llama, options: dic
         (["ab"], "prompt 0 must be a list of token ids, not 'ab'"),
         ("ab", "prompts must be a list"),
         (5, "prompts must be a list"),
-        (iter([]), "no prompts"),
+        pytest.param(iter([]), "no prompts", id="an empty iterator"),
     ],
     ids=str,
 )

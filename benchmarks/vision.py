@@ -1,10 +1,11 @@
 """Time to the first token with an image, decoding, and memory: this runtime beside transformers.
 
-    python benchmarks/vision.py [--depth 4] [--new 16] [--out benchmarks/results/vision.md]
+    python benchmarks/vision.py [--depth 4] [--new 16] [--side 1120] [--out benchmarks/results/vision.md]
 
 The model has Llama 3.2 11B Vision's widths and a part of its depth (one layer in `depth`, of text,
 cross-attention and image encoder alike), with random weights in bf16. Each of the two runs in a process of
-its own, reads one image that fills a canvas of 2 × 2 tiles and 32 tokens of text, and goes on greedily.
+its own, reads one square image (of 1120 pixels it fills 4 tiles, of 560 one) and 32 tokens of text, and goes
+on greedily.
 """
 
 import argparse
@@ -28,7 +29,9 @@ from llama.parallel import ModelParallel, Span
 from llama.sampling import SamplingParams
 from llama.vision import VisionArgs, VisionTransformer, tile_image
 
-PICTURE = Image.radial_gradient("L").resize((1120, 1120)).convert("RGB")
+
+def picture(side: int) -> Image.Image:
+    return Image.radial_gradient("L").resize((side, side)).convert("RGB")
 
 
 def arguments(depth: int, new: int) -> VisionArgs:
@@ -87,7 +90,7 @@ def measure(ticks: list[float], new: int) -> dict[str, float]:
     }
 
 
-def ours(args: VisionArgs, new: int) -> dict[str, float]:
+def ours(args: VisionArgs, new: int, side: int) -> dict[str, float]:
     device, dtype = torch.device("cpu"), torch.bfloat16
     with torch.device("meta"):
         model = VisionTransformer(args, ModelParallel())
@@ -103,14 +106,14 @@ def ours(args: VisionArgs, new: int) -> dict[str, float]:
     for _ in engine.run([engine.add(prompt(args)[2:], SamplingParams(temperature=0, max_tokens=2))]):
         pass
     ticks = [time.perf_counter()]
-    images = [tile_image(PICTURE, args.vision_chunk_size)]
+    images = [tile_image(picture(side), args.vision_chunk_size)]
     for event in engine.run([engine.add(prompt(args), params, images=images)]):
         if event.token is not None:
             ticks.append(time.perf_counter())
     return measure(ticks, new)
 
 
-def theirs(args: VisionArgs, new: int) -> dict[str, float]:
+def theirs(args: VisionArgs, new: int, side: int) -> dict[str, float]:
     from transformers import MllamaConfig, MllamaForConditionalGeneration
     from transformers.generation.streamers import BaseStreamer
     from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
@@ -154,9 +157,9 @@ def theirs(args: VisionArgs, new: int) -> dict[str, float]:
     model.generate(ids[:, 2:], attention_mask=torch.ones_like(ids[:, 2:]), max_new_tokens=2, do_sample=False)
     clock, began = Clock(), time.perf_counter()
     processor = MllamaImageProcessorPil(size={"height": 560, "width": 560}, max_image_tiles=4)
-    found = processor([PICTURE], return_tensors="pt")
+    found = processor([picture(side)], return_tensors="pt")
     mask = torch.zeros(1, ids.shape[1], 1, 4, dtype=torch.int64)
-    mask[:, 1:] = 1
+    mask[:, 1:, :, : int(found["aspect_ratio_mask"].sum())] = 1
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -176,19 +179,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--depth", type=int, default=4, help="one layer in this many")
     parser.add_argument("--new", type=int, default=16, help="tokens to generate")
+    parser.add_argument("--side", type=int, default=1120, help="of the image, in pixels")
     parser.add_argument("--out", type=Path, help="where to write the table")
     parser.add_argument("--which", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     args = arguments(options.depth, options.new)
     if options.which:
         with torch.inference_mode():
-            print(json.dumps({"ours": ours, "theirs": theirs}[options.which](args, options.new)))
+            print(
+                json.dumps({"ours": ours, "theirs": theirs}[options.which](args, options.new, options.side))
+            )
         return
     found = {name: in_process("--which", name) for name in ("ours", "theirs")}
     parameters = sum(torch.Size(part.shape).numel() for part in whole_parts(args).values())
     head = ["", *found["ours"]]
     labels = {"ours": "this runtime", "theirs": "transformers"}
-    table = f"{parameters / 1e9:.2f}B parameters, bf16, one image of 4 tiles; {machine()}\n\n"
+    side = f"an image of {options.side} × {options.side} pixels"
+    table = f"{parameters / 1e9:.2f}B parameters, bf16, {side}; {machine()}\n\n"
     table += markdown(head, [[labels[name], *values.values()] for name, values in found.items() if values])
     print(table)
     if options.out:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from llama.arguments import entries
 from llama.checkpoint.source import Classifier
+from llama.engine import Engine
 from llama.errors import ArgumentError, PromptError
-from llama.model import Transformer, attend
+from llama.model import Row, Transformer, attend
 from llama.ranks import lost_rank_as_error
 from llama.tokenizer import TextTokenizer
 
@@ -45,6 +46,7 @@ class CachelessStep:
 class Embeddings:
     """The calls of `Llama` that generate nothing. They do not touch the KV cache."""
 
+    engine: Engine
     model: Transformer
     tokenizer: TextTokenizer
     classifier: Classifier | None = None
@@ -116,7 +118,8 @@ class Embeddings:
                     f"text {i} has {len(ids)} tokens; it must have 1 to "
                     f"max_seq_len={self.model.params.max_seq_len}"
                 )
-            if batch and sum(map(len, batch)) + len(ids) > BATCH_TOKENS:
+            full = len(batch) == self.model.params.max_batch_size
+            if batch and (full or sum(map(len, batch)) + len(ids) > BATCH_TOKENS):
                 yield batch
                 batch = []
             batch.append(ids)
@@ -126,10 +129,21 @@ class Embeddings:
     def _run(self, batch: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[dict[int, Tensor]]:
         model, lengths = self.model, [len(ids) for ids in batch]
         cache = model.cache  # whose allocation makes the table of rotations
-        step = CachelessStep(lengths, model.rotations)
+        tokens = torch.tensor([i for ids in batch for i in ids], device=model.device)
         kept: dict[int, Tensor] = {}
-        with lost_rank_as_error(model.parallel):
-            x = model.tok_embeddings(torch.tensor([i for ids in batch for i in ids], device=model.device))
+        with self.engine.turns.turn(until=lambda: False), lost_rank_as_error(model.parallel):
+            if model.step_backend:
+                if set(wanted) != {model.params.n_layers}:
+                    raise ArgumentError(
+                        "this model runs all its layers in one call, which gives the last one's states only; "
+                        "for others, build it with whole_steps=False"
+                    )
+                rows = [Row(slot, 0, length) for slot, length in enumerate(lengths)]
+                scratch = torch.empty_like(cache.data)  # of which only what is written takes memory
+                states = model.step_backend.hidden(tokens, rows, scratch, model.rotations)
+                return [{wanted[0]: state} for state in states.float().cpu().split(lengths)]
+            step = CachelessStep(lengths, model.rotations)
+            x = model.tok_embeddings(tokens)
             for n in range(model.params.n_layers + 1):
                 if n in wanted:
                     state = model.norm(x) if n == model.params.n_layers else x

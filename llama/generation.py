@@ -78,6 +78,7 @@ class Llama(Embeddings, ToolLoop):
         max_images: int = 1,
         mmap: bool = False,
         threads: int | None = None,
+        whole_steps: bool = True,
     ) -> "Llama":
         """Load a checkpoint.
 
@@ -101,6 +102,7 @@ class Llama(Embeddings, ToolLoop):
         mmap: read the weights from their files in every step, at the speed of the disk: for models that
             are larger than the memory, on a CPU, in the dtype of their files.
         threads: of the compiled step on a CPU; by default as many as PyTorch uses.
+        whole_steps: False keeps the layers apart, for `hidden_states` of inner ones, at some cost in speed.
 
         Raises ArgumentError if arguments do not fit each other or the machine, before any weight is
         read; FileNotFoundError if a file is missing, CheckpointError if files are damaged, and
@@ -132,7 +134,7 @@ class Llama(Embeddings, ToolLoop):
                     device,
                     dtype,
                     scheme,
-                    whole_steps=not compiles,
+                    whole_steps=whole_steps and not compiles,
                     mapped=mmap,
                     threads=threads,
                 )

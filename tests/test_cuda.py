@@ -88,9 +88,16 @@ def test_16_bits_are_close(device: str) -> None:
         assert distance(found.cpu(), exact(tokens, 0)) < (0.04 if dtype == torch.bfloat16 else 0.006)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("scheme", ["int8", "int5", "int4"])
-@pytest.mark.parametrize("way", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("device", "way"),
+    [
+        ("cpu", "eager"),
+        pytest.param("cpu", "compiled", marks=pytest.mark.soak),  # a minute of compiling
+        pytest.param("cuda", "eager", marks=pytest.mark.cuda),
+        pytest.param("cuda", "compiled", marks=pytest.mark.cuda),
+    ],
+)
 def test_quantized_products_are_those_of_their_numbers(device: str, scheme: str, way: str) -> None:
     exact = reloaded(exact_model(), Plan(), scheme)  # dequantized, on the CPU, in fp32
     model = model_on(device, exact_model(), torch.float32, scheme)

@@ -166,7 +166,8 @@ def test_template_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
-def test_convert(kind: str, tmp_path: Path) -> None:
+def test_convert(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "plan", lambda *_, **__: Plan())
     path = byte_level(tmp_path / "model.gguf", kind=kind)
     for to in ("native", "hf"):
         folder = convert(path, tmp_path / to, to, dtype="fp32")

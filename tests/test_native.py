@@ -385,10 +385,6 @@ def test_on_emulated_arm(tmp_path: Path, options: str) -> None:
     assert (ours - exact).square().mean().sqrt() / exact.square().mean().sqrt() < 0.03
 
 
-def test_the_library_is_the_machines_own_by_default() -> None:
-    assert native.library().llama_lanes() >= native.library("").llama_lanes()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_single_layers_can_be_run_too(target: str | None, kind: str) -> None:
     model, x = random_model(dtype_of(kind), vocab_size=1001), torch.randn(3, 5, 96)

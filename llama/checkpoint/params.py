@@ -8,7 +8,7 @@ from typing import Any
 
 from llama.errors import ArgumentError, CheckpointError, check_number, shown
 from llama.files import check_kinds, read_json
-from llama.model import LARGEST, ModelArgs
+from llama.model_args import LARGEST, ModelArgs
 from llama.quantization import LAYOUT, QUANTIZATIONS
 from llama.vision import VisionArgs, make_args
 

@@ -18,9 +18,12 @@ from llama.guard.prompt import (
     parse_verdict,
 )
 from llama.moderation import Category
+from llama.prompts import with_image_token
 from llama.streaming import collect
 from llama.tokenizer import Dialog, SentencePieceTokenizer
+from llama.tokenizer.content import split_dialog, text_of
 from llama.tokenizer.template import ChatTemplate
+from llama.vision import VisionArgs
 
 __all__ = ["Category", "Guard", "Verdict", "guard_version"]
 
@@ -55,7 +58,7 @@ class Guard:
     """
 
     def __init__(self, llama: Llama, version: str | None = None) -> None:
-        """version: one of "1", "2", "3-8b", "3-1b", "4"; by default what the checkpoint's files tell.
+        """version: a name in `VERSIONS`, such as "3-8b"; by default what the checkpoint's files tell.
 
         Raises ArgumentError for an unknown version, or if the files do not tell which it is.
         """
@@ -72,7 +75,7 @@ class Guard:
     ) -> Guard:
         """Load a Llama Guard.
 
-        version: one of "1", "2", "3-8b", "3-1b", "4"; by default what the checkpoint's files tell.
+        version: a name in `VERSIONS`, such as "3-8b"; by default what the checkpoint's files tell.
         options: other arguments of `Llama.build`, which says what they and these mean, and what is raised.
         """
         llama = Llama.build(ckpt_dir, max_seq_len=max_seq_len, max_batch_size=max_batch_size, **options)
@@ -101,7 +104,8 @@ class Guard:
     ) -> Verdict | list[Verdict]:
         """Judge the last message of a dialog, or of each of several.
 
-        dialog: messages of user and assistant in turn, or a list of such dialogs, which run together.
+        dialog: messages of user and assistant in turn, or a list of such dialogs, which run together. Of
+            images in them, Llama Guard 3 11B Vision sees the last.
         categories: codes and what they mean, such as {"C1": "Spoilers."}, instead of the model's own.
         excluded: codes of categories that are allowed.
 
@@ -118,9 +122,21 @@ class Guard:
         prefix = (
             tokenizer.encode(version.answer_prefix, bos=False, eos=False) if version.answer_prefix else []
         )
-        prompts = [version.encode(tokenizer, dialog, categories, excluded) + prefix for dialog in dialogs]
+        split = [self._split(dialog) for dialog in dialogs]
+        dialogs, images = [dialog for dialog, _ in split], [found for _, found in split]
+        prompts = [
+            version.encode(tokenizer, dialog, categories, excluded, image=bool(found)) + prefix
+            for dialog, found in zip(dialogs, images, strict=True)
+        ]
+        if any(images):
+            prompts = [with_image_token(prompt, self.llama.model, tokenizer) for prompt in prompts]
         events = self.llama.stream_tokens(
-            prompts, temperature=0, max_gen_len=MAX_VERDICT, logprobs=True, top_logprobs=TOP_WORDS
+            prompts,
+            images=images,
+            temperature=0,
+            max_gen_len=MAX_VERDICT,
+            logprobs=True,
+            top_logprobs=TOP_WORDS,
         )
         known = version.categories if categories is None else categories
         safe, unsafe = (tokenizer.encode(word, bos=False, eos=False)[0] for word in ("safe", "unsafe"))
@@ -137,6 +153,15 @@ class Guard:
                 Verdict(is_safe, named, probability, check_conversation(dialog), answer.text.strip())
             )
         return verdicts
+
+    def _split(self, dialog: Dialog) -> tuple[Dialog, list[Any]]:
+        """A dialog as text, and the image that is judged with it: the last one, if there is any."""
+        messages, images = split_dialog(dialog)
+        if images and not self.version.sees:
+            raise ArgumentError(f"Llama Guard {self.version.name} reads text only: leave the images out")
+        if images:
+            messages = [{**message, "content": text_of(message["content"])} for message in messages]
+        return messages, images[-1:]
 
     def close(self) -> None:
         """Close the model; see `Llama.close`."""
@@ -163,6 +188,8 @@ def recognize(llama: Llama) -> GuardVersion:
         for name, text in tells.items():
             if text in source and "<BEGIN UNSAFE CONTENT CATEGORIES>" in source:
                 return VERSIONS[name]
+        if "<BEGIN UNSAFECONTENT CATEGORIES>" in source:
+            return VERSIONS["3-11b-vision"]
         raise ArgumentError(
             "the chat template of this checkpoint is not that of a Llama Guard; "
             f"if it is one, pass version= one of {', '.join(VERSIONS)}"
@@ -172,6 +199,8 @@ def recognize(llama: Llama) -> GuardVersion:
     if "<|header_start|>" in llama.tokenizer.special_tokens:
         return VERSIONS["4"]
     args = llama.model.params
+    if isinstance(args, VisionArgs):
+        return VERSIONS["3-11b-vision"]
     if not args.use_scaled_rope:
         return VERSIONS["2"]
     return VERSIONS["3-8b" if args.dim >= 4096 else "3-1b"]

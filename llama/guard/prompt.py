@@ -16,12 +16,13 @@ from typing import Any, Literal
 from llama.errors import ArgumentError
 from llama.moderation import Category
 from llama.tokenizer import TextTokenizer
+from llama.tokenizer.content import IMAGE
 
 PROMPTS = Path(__file__).with_name("prompts")
 SPECIAL = re.compile(r"(<\|[a-z_]+\|>)")
-BEGIN, END = "<BEGIN UNSAFE CONTENT CATEGORIES>\n", "<END UNSAFE CONTENT CATEGORIES>"
+BEGIN = re.compile(r"<BEGIN UNSAFE ?CONTENT CATEGORIES>\n")  # without the space in Llama Guard 3 11B Vision
+END = "<END UNSAFE CONTENT CATEGORIES>"
 CATEGORY = re.compile(r"^([OS]\d+): ", re.M)
-AGENTS = {"user": "User", "assistant": "Agent"}
 
 Judged = Literal["user", "assistant"]
 
@@ -34,12 +35,16 @@ class GuardVersion:
     file: its prompt in `prompts/`.
     answer_prefix: what it writes before its verdict.
     turn_end: what stands behind each turn of the conversation, before a blank line.
+    agent: what it calls the assistant.
+    sees: whether an image may stand before the task.
     """
 
     name: str
     file: str
     answer_prefix: str = "\n\n"
     turn_end: str = ""
+    agent: str = "Agent"
+    sees: bool = False
 
     @cached_property
     def template(self) -> str:
@@ -48,7 +53,7 @@ class GuardVersion:
     @cached_property
     def categories(self) -> dict[str, str]:
         """Codes, and the text of each: a name, and in Llama Guard 1 the policy below it."""
-        block = self.template.partition(BEGIN)[2].partition(END)[0]
+        block = BEGIN.split(self.template)[1].partition(END)[0]
         _, *parts = CATEGORY.split(block)
         return {code: text.removesuffix("\n") for code, text in zip(parts[::2], parts[1::2], strict=True)}
 
@@ -57,16 +62,19 @@ class GuardVersion:
         dialog: Sequence[Mapping[str, Any]],
         categories: Mapping[str, str] | None = None,
         excluded: Collection[str] = (),
+        image: bool = False,
     ) -> list[str]:
         """The prompt in parts that are special tokens (they match `SPECIAL`) or ordinary text, in turn.
 
         dialog: messages of user and assistant in turn, the last of which is judged.
         categories: codes and texts, instead of the model's own.
         excluded: codes that are left out.
+        image: whether an image stands before the task.
 
         Raises ArgumentError for other dialogs, and for unknown codes.
         """
-        judged = AGENTS[check_conversation(dialog)]
+        names = {"user": "User", "assistant": self.agent}
+        judged = names[check_conversation(dialog)]
         categories = self.categories if categories is None else categories
         if unknown := sorted(set(excluded) - set(categories)):
             raise ArgumentError(
@@ -75,14 +83,16 @@ class GuardVersion:
             )
         listed = "".join(f"{code}: {text}\n" for code, text in categories.items() if code not in excluded)
         turns = "\n\n".join(
-            f"{AGENTS[message['role']]}: {message['content'].strip()}{self.turn_end}" for message in dialog
+            f"{names[message['role']]}: {message['content'].strip()}{self.turn_end}" for message in dialog
         )
-        parts = SPECIAL.split(self.template)
-        frame = next(i for i, part in enumerate(parts) if BEGIN in part)
-        before, _, rest = parts[frame].partition(BEGIN)
+        template = self.template if image else re.sub(rf"{re.escape(IMAGE)} ?", "", self.template)
+        parts = SPECIAL.split(template)
+        frame = next(i for i, part in enumerate(parts) if BEGIN.search(part))
+        before, rest = BEGIN.split(parts[frame])
+        begin = parts[frame][len(before) : -len(rest)]
         between, after = rest.partition(END)[2].split("{turns}")
         turns += "" if after.startswith("\n\n") else "\n\n"
-        parts[frame] = before.replace("{role}", judged) + BEGIN + listed + END + between
+        parts[frame] = before.replace("{role}", judged) + begin + listed + END + between
         parts[frame] += turns + after.replace("{role}", judged)
         return [part for part in parts if part]
 
@@ -92,10 +102,11 @@ class GuardVersion:
         dialog: Sequence[Mapping[str, Any]],
         categories: Mapping[str, str] | None = None,
         excluded: Collection[str] = (),
+        image: bool = False,
     ) -> list[int]:
         """Token ids of what `render` gives, up to where the verdict begins."""
         ids: list[int] = []
-        for part in self.render(dialog, categories, excluded):
+        for part in self.render(dialog, categories, excluded, image):
             # The part with the messages is never a special token as a whole.
             if SPECIAL.fullmatch(part):
                 ids.append(tokenizer.special_tokens[part])
@@ -111,6 +122,9 @@ VERSIONS = {
         GuardVersion("2", "guard2.txt", answer_prefix=""),
         GuardVersion("3-8b", "guard3.txt"),
         GuardVersion("3-1b", "guard3-1b.txt"),
+        GuardVersion("3-11b-vision", "guard3-11b-vision.txt", sees=True),
+        # The same model as Llama Stack asks it.
+        GuardVersion("3-11b-vision-stack", "guard3-11b-vision-stack.txt", agent="Assistant", sees=True),
         GuardVersion("4", "guard4.txt", turn_end="\\n\\n"),
     )
 }

@@ -89,6 +89,11 @@ def is_parts(content: Any) -> bool:
     )
 
 
+def text_of(content: Any) -> str:
+    """The text of a content, without its images."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
 def stripped(parts: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """Parts without space before the first and after the last text."""
     out = [dict(part) for part in parts]

@@ -168,7 +168,7 @@ class ImageAttention(nn.Module):
     def forward(self, x: Tensor, padding: Padding) -> Tensor:
         """x (tokens, dim) to (tokens, dim)."""
         qkv = self.wqkv(x).view(len(x), 3, self.heads, self.head_dim)
-        q, k, v = qkv.permute(1, 2, 0, 3)[:, None]  # each (1, heads, tokens, head_dim)
+        q, k, v = qkv.permute(1, 2, 0, 3).contiguous()[:, None]  # each (1, heads, tokens, head_dim)
         valid, bias = padding
         bias = None if bias is None else bias.expand(valid, -1)
         seen = F.scaled_dot_product_attention(q[:, :, :valid], k, v, attn_mask=bias)

@@ -99,6 +99,12 @@ class Product(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
+class Embedded(Product, Protocol):
+    """A product whose weight's rows can be looked up, too: embeddings that may serve as output layer."""
+
+    def embed(self, tokens: Tensor) -> Tensor: ...
+
+
 class Linear(nn.Module):
     """y = x Wᵀ without a bias, weight (out, in).
 
@@ -156,7 +162,7 @@ class RowParallelLinear(Linear, Sharded):
 class VocabParallelEmbedding(nn.Module, Sharded):
     """Token ids (…) to vectors (…, dim), the vocabulary split over the ranks."""
 
-    backend: Product | None = None  # if the weight is where only a step of a backend's own can read it
+    backend: Embedded | None = None  # in place of the weight
 
     def __init__(self, vocab_size: int, dim: int, parallel: ModelParallel) -> None:
         super().__init__()
@@ -167,6 +173,8 @@ class VocabParallelEmbedding(nn.Module, Sharded):
         self.weight = nn.Parameter(torch.empty(self.stop - self.start, dim), requires_grad=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if self.backend:
+            return self.backend.embed(tokens)
         if self.parallel.size == 1:
             return F.embedding(tokens, self.weight)
         elsewhere = (tokens < self.start) | (tokens >= self.stop)

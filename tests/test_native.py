@@ -23,7 +23,7 @@ from llama.parallel import Linear, ModelParallel, VocabParallelEmbedding
 from llama.quantization import QuantizedMatrix, Weight, quantize
 from llama.sampling import SamplingParams
 from tests.support import ROOT, tiny
-from tests.support.quantized import reloaded
+from tests.support.quantized import distance, reloaded
 
 if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
@@ -385,5 +385,15 @@ def test_on_emulated_arm(tmp_path: Path, options: str) -> None:
     assert (ours - exact).square().mean().sqrt() / exact.square().mean().sqrt() < 0.03
 
 
-def test_the_library_is_the_machines_own_by_default() -> None:
-    assert native.library().llama_lanes() >= native.library("").llama_lanes()
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_layers_can_be_run_too(target: str | None, kind: str) -> None:
+    model, x = random_model(dtype_of(kind), vocab_size=1001), torch.randn(3, 5, 96)
+    weight = weight_of(model.output.weight, kind)
+    quantized = isinstance(weight, QuantizedMatrix)
+    packed = pack_quantized(weight, target=target) if quantized else pack(weight, target=target)
+    exact = (weight.dequantize() if quantized else weight).float()
+    assert distance(packed(x), x @ exact.T) < (0.02 if quantized else 0.005)
+    tokens = torch.tensor([[0, 17], [999, 1000]])
+    torch.testing.assert_close(packed.embed(tokens), exact[tokens], rtol=1e-6, atol=1e-6)
+    with pytest.raises(IndexError):
+        packed.embed(torch.tensor([1001]))

@@ -66,6 +66,8 @@ SIGNATURES: dict[str, list[Any]] = {  # what each function returns, and its argu
     "llama_tile_bytes": [c_int64, c_int32, c_int32],
     "llama_pack": [None, c_int32, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int32],
     "llama_pack_scales": [None, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int32],
+    "llama_multiply": [None, POINTER(Matrix), c_void_p, c_int32, c_void_p, c_int32],
+    "llama_rows": [None, POINTER(Matrix), c_void_p, c_int32, c_void_p],
     "llama_new": [c_void_p, POINTER(Model), c_int32],
     "llama_free": [None, c_void_p],
     "llama_hidden": [None, c_void_p, c_void_p, POINTER(Row), c_int32, c_void_p, c_void_p, c_void_p],

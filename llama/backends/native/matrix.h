@@ -336,6 +336,14 @@ struct Inputs {
 
 struct Tile { const uint8_t* weight; const uint16_t *scale, *min; };
 
+// Tile i of a matrix; if it is not stored in tiles, its rows are laid out as one in the buffer.
+static Tile tile_of(const Matrix& m, int i, uint32_t* buffer) {
+  const size_t scales = size_t(i) * (m.cols / GROUP) * LANES, bytes = size_t(m.cols) * (m.kind == FP32 ? 4 : 2);
+  if (m.tiled) return {m.weight + i * tile_bytes(m.kind, m.cols), m.scale + scales, m.min ? m.min + scales : nullptr};
+  tile_units(m.weight + i * LANES * bytes, bytes, std::min(LANES, m.rows - i * LANES), int(bytes / 4), buffer);
+  return {(const uint8_t*)buffer, nullptr, nullptr};
+}
+
 // out[b][t] = products of tile t with row first + b of x.
 template <int K, int T, int B>
 __attribute__((noinline)) static void product(const Tile* tiles, int cols, const Inputs& x, int first, F (*out)[T]) {
@@ -394,5 +402,48 @@ static void for_rows(int kind, const Tile (&tiles)[T], int cols, const Inputs& x
       for (int b = 0; b < B; b++) use(first + b, out[b]);
     }
     if (n) for_rows<T, B - 1>(kind, tiles, cols, x, first, n, use);
+  }
+}
+
+// ---- products of attention weights with cached values, which lie by position
+
+constexpr int CHUNK = 256;  // positions of the cache that are attended to as one
+
+static inline F from_cache(const uint16_t* at) { return from_bf16(load<Halves>(at)); }
+static inline F from_cache(const float* at) { return load<F>(at); }
+
+// For Q queries: their sums of values, weighted by scores (Q, CHUNK), over the positions each can see.
+// C vectors of channels; values has hd channels a position.
+template <int Q, int C, class Element>
+static inline void weigh(const Element* values, int hd, const float* scores, const int* visible, float* to, int stride) {
+  F acc[Q][C] = {};
+  int together = visible[0];
+  for (int q = 1; q < Q; q++) together = std::min(together, visible[q]);
+  for (int p = 0; p < together; p++)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) {
+      const F v = from_cache(values + size_t(p) * hd + c * LANES);
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; q++) acc[q][c] = fma(splat(scores[q * CHUNK + p]), v, acc[q][c]);
+    }
+#pragma GCC unroll 4
+  for (int q = 0; q < Q; q++) {
+    for (int p = together; p < visible[q]; p++)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++)
+        acc[q][c] = fma(splat(scores[q * CHUNK + p]), from_cache(values + size_t(p) * hd + c * LANES), acc[q][c]);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) store(to + q * stride + c * LANES, acc[q][c]);
+  }
+}
+template <int Q = ROWS / 2, class Element>
+static void weigh_all(int n, const Element* values, int hd, const float* scores, const int* visible, float* to, int stride) {
+  if constexpr (Q > 0) {
+    for (; n >= Q; n -= Q, scores += Q * CHUNK, visible += Q, to += Q * stride) {
+      int d = 0;
+      for (; d + 4 * LANES <= hd; d += 4 * LANES) weigh<Q, 4>(values + d, hd, scores, visible, to + d, stride);
+      for (; d < hd; d += LANES) weigh<Q, 1>(values + d, hd, scores, visible, to + d, stride);
+    }
+    if (n) weigh_all<Q - 1>(n, values, hd, scores, visible, to, stride);
   }
 }

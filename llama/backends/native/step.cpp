@@ -14,7 +14,6 @@
 #include <sched.h>
 #endif
 
-constexpr int CHUNK = 256;       // positions of the cache that are attended to as one
 constexpr int QUERY_TOKENS = 8;  // of one sequence, that attend together
 
 struct Layer {
@@ -124,45 +123,6 @@ class Pool {
 
 // ---- attention
 
-static inline F from_cache(const uint16_t* at) { return from_bf16(load<Halves>(at)); }
-static inline F from_cache(const float* at) { return load<F>(at); }
-
-// For Q queries: their sums of values, weighted by scores (Q, CHUNK), over the positions each can see.
-// C vectors of channels; values has hd channels a position.
-template <int Q, int C, class Element>
-static inline void weigh(const Element* values, int hd, const float* scores, const int* visible, float* to, int stride) {
-  F acc[Q][C] = {};
-  int together = visible[0];
-  for (int q = 1; q < Q; q++) together = std::min(together, visible[q]);
-  for (int p = 0; p < together; p++)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; c++) {
-      const F v = from_cache(values + size_t(p) * hd + c * LANES);
-#pragma GCC unroll 4
-      for (int q = 0; q < Q; q++) acc[q][c] = fma(splat(scores[q * CHUNK + p]), v, acc[q][c]);
-    }
-#pragma GCC unroll 4
-  for (int q = 0; q < Q; q++) {
-    for (int p = together; p < visible[q]; p++)
-#pragma GCC unroll 4
-      for (int c = 0; c < C; c++)
-        acc[q][c] = fma(splat(scores[q * CHUNK + p]), from_cache(values + size_t(p) * hd + c * LANES), acc[q][c]);
-#pragma GCC unroll 4
-    for (int c = 0; c < C; c++) store(to + q * stride + c * LANES, acc[q][c]);
-  }
-}
-template <int Q = ROWS / 2, class Element>
-static void weigh_all(int n, const Element* values, int hd, const float* scores, const int* visible, float* to, int stride) {
-  if constexpr (Q > 0) {
-    for (; n >= Q; n -= Q, scores += Q * CHUNK, visible += Q, to += Q * stride) {
-      int d = 0;
-      for (; d + 4 * LANES <= hd; d += 4 * LANES) weigh<Q, 4>(values + d, hd, scores, visible, to + d, stride);
-      for (; d < hd; d += LANES) weigh<Q, 1>(values + d, hd, scores, visible, to + d, stride);
-    }
-    if (n) weigh_all<Q - 1>(n, values, hd, scores, visible, to, stride);
-  }
-}
-
 // A partial result of one query: head_dim sums of weighted values, the largest score, the sum of weights.
 // `more` is of the positions behind those of `into`.
 static void merge(float* into, const float* more, int hd) {
@@ -255,13 +215,8 @@ struct Runtime {
     for (int k = 0; k < m.dim; k += LANES) store(to + k, load<F>(from + k) * scale * load<F>(weight + k));
     return to;
   }
-  // `which`: 0 or 1, the buffer in which rows of a file are laid out as a tile.
-  Tile tile(const Matrix& w, int i, int t, int which) {
-    const size_t scales = size_t(i) * (w.cols / GROUP) * LANES, bytes = size_t(w.cols) * (w.kind == FP32 ? 4 : 2);
-    if (w.tiled) return {w.weight + i * tile_bytes(w.kind, w.cols), w.scale + scales, w.min ? w.min + scales : nullptr};
-    uint32_t* to = scratch[t].tiles.data() + which * LANES * size_t(widest);
-    tile_units(w.weight + i * LANES * bytes, bytes, std::min(LANES, w.rows - i * LANES), int(bytes / 4), to);
-    return {(const uint8_t*)to, nullptr, nullptr};
+  Tile tile(const Matrix& w, int i, int t, int which) {  // which: of a thread's two buffers
+    return tile_of(w, i, scratch[t].tiles.data() + which * LANES * size_t(widest));
   }
   // use(row of x, first column of the product, LANES products) for tiles from … to - 1.
   template <class Use> void multiply(const Matrix& w, int from, int to, int t, const Inputs& x, int n, Use use) {
@@ -313,8 +268,9 @@ struct Runtime {
     const Inputs& out = read(l.wo, t, n, [&](int i, float*) { return &attended[size_t(i) * q_dim]; });
     multiply(l.wo, t, out, n, [&](int i, int col, F v) { add(i, col, v); });
   }
-  // Adjacent channels of a head, from `channel` on, turned by their position's angles.
-  F rotate(F v, int position, int channel) const {
+  // Adjacent channels of a head, from `channel` on, turned by their position's angles. One function for all
+  // callers: GCC fuses alternating sums and differences of products even where it is told not to.
+  __attribute__((noinline)) F rotate(F v, int position, int channel) const {
     const float* r = rotations + size_t(position) * m.head_dim + channel;
     F out;
     for (int i = 0; i < LANES; i += 2) {
@@ -467,6 +423,26 @@ void llama_pack_scales(const uint8_t* from, int64_t stride, int64_t group_stride
         to[(size_t(i) * groups + g) * LANES + r % LANES] =
             r < rows ? load<uint16_t>(from + r * stride + g * group_stride) : 0;
   });
+}
+
+// fp32 x (n, cols) times one matrix, (n, rows): for whoever runs single layers.
+void llama_multiply(const Matrix* matrix, const float* x, int32_t n, float* out, int32_t threads) {
+  const Matrix& m = *matrix;
+  Inputs in;
+  in.resize(n, m.cols);
+  for (int i = 0; i < n; i++) in.set(m, i, x + size_t(i) * m.cols);
+  in_parallel(tiles_of(m.rows), threads, [&](int t) {
+    std::vector<uint32_t> buffer(m.tiled ? 0 : size_t(m.cols) * LANES);
+    const Tile one[] = {tile_of(m, t, buffer.data())};
+    auto use = [&](int i, const F* v) {
+      memcpy(out + size_t(i) * m.rows + t * LANES, v, std::min(LANES, m.rows - t * LANES) * sizeof(float));
+    };
+    for_rows<1>(m.kind, one, m.cols, in, 0, n, use);
+  });
+}
+// Rows of a matrix as fp32 (n, cols).
+void llama_rows(const Matrix* matrix, const int32_t* rows, int32_t n, float* out) {
+  for (int i = 0; i < n; i++) read_row(*matrix, rows[i], out + size_t(i) * matrix->cols);
 }
 
 Runtime* llama_new(const Model* model, int32_t threads) { return new Runtime(*model, threads); }

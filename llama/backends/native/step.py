@@ -4,7 +4,6 @@ import ctypes
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ LINEARS = {"attention": ("wq", "wk", "wv", "wo"), "feed_forward": ("w1", "w2", "
 
 @dataclass(frozen=True, eq=False)
 class PackedMatrix:
-    """A matrix (rows, cols) as step.cpp reads it: a `Product` that only a `NativeStep` can apply."""
+    """A matrix (rows, cols) as step.cpp reads it, and a `Product` for whoever runs single layers."""
 
     kind: int
     rows: int
@@ -30,6 +29,7 @@ class PackedMatrix:
     scale: Tensor | None = None
     min: Tensor | None = None
     tiled: bool = True
+    target: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -39,8 +39,20 @@ class PackedMatrix:
         parts = (None if part is None else part.data_ptr() for part in (self.weight, self.scale, self.min))
         return Matrix(self.kind, self.rows, self.cols, self.tiled, *parts)
 
-    def __call__(self, x: Tensor) -> NoReturn:
-        raise RuntimeError("this weight can only be used by the compiled step: call hidden() and logits()")
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.cols).float().contiguous()
+        out, threads = torch.empty(len(rows), self.rows), torch.get_num_threads()
+        matrix = ctypes.byref(self.structure())
+        library(self.target).llama_multiply(matrix, rows.data_ptr(), len(rows), out.data_ptr(), threads)
+        return out.view(*x.shape[:-1], self.rows).to(x.dtype)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Rows of the matrix, fp32 (…, cols). Raises IndexError for a row that it does not have."""
+        check_tokens(tokens, self.rows)
+        tokens, out = tokens.to(torch.int32).contiguous(), torch.empty(*tokens.shape, self.cols)
+        matrix = ctypes.byref(self.structure())
+        library(self.target).llama_rows(matrix, tokens.data_ptr(), tokens.numel(), out.data_ptr())
+        return out
 
 
 def pack(weight: Tensor, *, in_place: bool = False, target: str | None = None) -> PackedMatrix:
@@ -50,15 +62,21 @@ def pack(weight: Tensor, *, in_place: bool = False, target: str | None = None) -
     """
     kind, (rows, cols) = PLAIN_KINDS[weight.dtype], weight.shape
     if in_place:
-        return PackedMatrix(kind, rows, cols, weight.contiguous(), tiled=False)
-    return PackedMatrix(kind, rows, cols, _tiles(kind, weight, cols, target))
+        return PackedMatrix(kind, rows, cols, weight.contiguous(), tiled=False, target=target)
+    return PackedMatrix(kind, rows, cols, _tiles(kind, weight, cols, target), target=target)
 
 
 def pack_quantized(weight: QuantizedMatrix, *, target: str | None = None) -> PackedMatrix:
     """A quantized matrix in tiles. target: see `library`."""
     kind, (rows, cols) = GROUPED_KINDS[weight.bits], weight.shape
     scales, mins = (None if x is None else _tiled_scales(x, target) for x in (weight.scales, weight.mins))
-    return PackedMatrix(kind, rows, cols, _tiles(kind, weight.values, cols, target), scales, mins)
+    packed = _tiles(kind, weight.values, cols, target)
+    return PackedMatrix(kind, rows, cols, packed, scales, mins, target=target)
+
+
+def check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        raise IndexError(f"token ids must be from 0 to {vocab_size - 1}")
 
 
 def _tiles(kind: int, values: Tensor, cols: int, target: str | None) -> Tensor:
@@ -150,8 +168,7 @@ class NativeStep:
     def hidden(self, tokens: Tensor, rows: Sequence[ModelRow], cache: Tensor, rotations: Tensor) -> Tensor:
         """As `Transformer.hidden`, in fp32. Raises IndexError for a token outside the vocabulary."""
         tokens = tokens.to(torch.int32).contiguous()
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.params.vocab_size:
-            raise IndexError(f"token ids must be from 0 to {self.params.vocab_size - 1}")
+        check_tokens(tokens, self.params.vocab_size)
         used = sum(row.length for row in rows)
         if used > len(tokens):
             raise ValueError(f"the rows want {used} tokens, and there are {len(tokens)}")

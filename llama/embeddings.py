@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llama.arguments import entries
 from llama.checkpoint.source import Classifier
+from llama.engine import Engine
 from llama.errors import ArgumentError, PromptError
 from llama.model import Row, Transformer, attend
 from llama.ranks import lost_rank_as_error
@@ -45,6 +46,7 @@ class CachelessStep:
 class Embeddings:
     """The calls of `Llama` that generate nothing. They do not touch the KV cache."""
 
+    engine: Engine
     model: Transformer
     tokenizer: TextTokenizer
     classifier: Classifier | None = None
@@ -129,7 +131,7 @@ class Embeddings:
         cache = model.cache  # whose allocation makes the table of rotations
         tokens = torch.tensor([i for ids in batch for i in ids], device=model.device)
         kept: dict[int, Tensor] = {}
-        with lost_rank_as_error(model.parallel):
+        with self.engine.turns.turn(until=lambda: False), lost_rank_as_error(model.parallel):
             if model.step_backend:
                 if set(wanted) != {model.params.n_layers}:
                     raise ArgumentError(

@@ -101,7 +101,7 @@ def test_mistakes_are_told_in_the_words_of_the_caller(llama: Llama, options: dic
         (["ab"], "prompt 0 must be a list of token ids, not 'ab'"),
         ("ab", "prompts must be a list"),
         (5, "prompts must be a list"),
-        (iter([]), "no prompts"),
+        pytest.param(iter([]), "no prompts", id="an empty iterator"),
     ],
     ids=str,
 )
@@ -177,7 +177,7 @@ def test_streams_for_asyncio(llama: Llama) -> None:
         async def one(dialog: list) -> str:
             return "".join([event.text async for event in llama.astream_chat([dialog], seed=4, **DRAWN)])
 
-        return [await one(dialog) for dialog in dialogs]
+        return list(await asyncio.gather(*map(one, dialogs)))
 
     expected = [a["generation"]["content"] for a in llama.chat_completion(dialogs, seed=4, **DRAWN)]  # type: ignore
     assert asyncio.run(answers()) == expected

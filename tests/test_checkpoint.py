@@ -73,6 +73,7 @@ def test_as_many_shards_as_ranks_copies_nothing(tmp_path: Path, count: int) -> N
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for a process's memory")
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 4])
 def test_memory_beside_the_model_stays_below_one_shard(tmp_path: Path, count: int) -> None:
     """Anonymous memory, polled by a thread: mapped files are the system's to drop."""

@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.support import ROOT
 
 READING_PATH = (
@@ -48,6 +50,7 @@ def run(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_importing_takes_no_modules_of_unix() -> None:
     """As on Windows, which lacks them. torch comes first: it is not the question."""
     run(

@@ -62,6 +62,7 @@ def test_any_shards_on_any_ranks_give_what_one_rank_gives(tmp_path: Path, torchr
                 assert ours == pytest.approx(theirs, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_two_models_under_two_ranks(ckpt: Path, tmp_path: Path, torchrun) -> None:
     done = torchrun(2, *MODULE, "two_at_once", ckpt, tmp_path / "seen")
     assert done.returncode == 0, done.stderr

@@ -93,7 +93,6 @@ def test_16_bits_are_close(device: str) -> None:
     ("device", "way"),
     [
         ("cpu", "eager"),
-        pytest.param("cpu", "compiled", marks=pytest.mark.soak),  # a minute of compiling
         pytest.param("cuda", "eager", marks=pytest.mark.cuda),
         pytest.param("cuda", "compiled", marks=pytest.mark.cuda),
     ],

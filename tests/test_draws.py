@@ -81,7 +81,6 @@ def check(vocab_size: int, count: int, folder: Path, torchrun) -> None:
     [
         pytest.param(8192, 24, marks=pytest.mark.slow),
         pytest.param(8192, 200, marks=pytest.mark.soak),
-        pytest.param(128_256, 200, marks=pytest.mark.soak),
     ],
 )
 def test_requests_are_the_same_alone_in_batches_and_on_ranks(

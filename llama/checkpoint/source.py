@@ -247,10 +247,10 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
+        reason = _plain_line(error)
         raise CheckpointError(f"{path} holds more than tensors, so it was not loaded: {reason}") from None
     except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).split("\n")[0]
+        reason = _plain_line(error)
         raise CheckpointError(
             f"{path} cannot be read, it may be truncated ({path.stat().st_size:,} bytes): {reason}"
         ) from None
@@ -272,3 +272,8 @@ def find_tokenizer(ckpt_dir: Path, tokenizer_path: Path | None) -> TextTokenizer
         return load_tokenizer(tokenizer_path)
     beside, above = ckpt_dir / "tokenizer.model", ckpt_dir.resolve().parent / "tokenizer.model"
     return load_tokenizer(above if above.is_file() and not beside.is_file() else beside)
+
+
+def _plain_line(error: Exception) -> str:
+    """The first line of an error of PyTorch's, without what colours a terminal."""
+    return re.sub(r"\x1b\[[\d;]*m", "", str(error).split("\n")[0])

@@ -68,7 +68,8 @@ class HFTokenizer:
         named = named_tokens(folder, config)
         bos_token, eos_token, pad = named["bos"], named["eos"], named["pad"]
         self.n_words = max(self.model.get_vocab_size(), vocab_size)
-        begins = self.model.encode("", add_special_tokens=True).ids
+        with no_panic(f"{path} is damaged"):
+            begins = self.model.encode("", add_special_tokens=True).ids
         bos = self.model.token_to_id(bos_token) if bos_token else None
         self.bos_id: int | None = bos if config.get("add_bos_token", bos in begins[:1]) else None
         stops = [self.model.token_to_id(eos_token)] if eos_token else []

@@ -79,8 +79,8 @@ number() { # TEXT
   esac
 }
 
-size() { # FILE: its bytes, 0 where there is none, or where it goes away just now
-  number "$({ wc -c <"$1" | tr -d ' '; } 2>/dev/null)"
+size() { # FILE: its bytes, 0 where there is none, or where it goes away just now, or who asks does
+  number "$({ wc -c <"$1" | tr -d ' '; } 2>/dev/null)" 2>/dev/null
 }
 
 human() { # BYTES

@@ -584,7 +584,7 @@ case $target in -*) target=./$target ;; esac # no tool shall take it for an opti
 mkdir -p "$target" || die 1 "$target cannot be made."
 check_disk
 if [ -n "$erase" ]; then
-  show_progress &
+  show_progress 2>/dev/null & # files may go away while it looks
   meter=$!
 fi
 

@@ -80,7 +80,8 @@ number() { # TEXT
 }
 
 size() { # FILE: its bytes, 0 where there is none, or where it goes away just now, or who asks does
-  number "$({ wc -c <"$1" | tr -d ' '; } 2>/dev/null)" 2>/dev/null
+  # Nothing but a regular file: a device has no end to count to.
+  number "$({ [ -f "$1" ] && wc -c <"$1" | tr -d ' '; } 2>/dev/null)" 2>/dev/null
 }
 
 human() { # BYTES

@@ -226,3 +226,9 @@ def test_ask_answers_once(command_line, demo_ckpt: Path) -> None:
     assert (code, out) == (0, "The capital of France is Paris.\n")
     _, out, _ = command_line(*line, "--json", "--max_gen_len", 3)
     assert json.loads(out)["finish_reason"] == "length"
+
+
+def test_a_mistake_leaves_the_signals_of_a_program_alone(command_line):
+    before = signal.getsignal(signal.SIGTERM)
+    assert command_line("info", "nowhere/at/all")[0] == 1
+    assert signal.getsignal(signal.SIGTERM) is before

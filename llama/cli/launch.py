@@ -31,7 +31,8 @@ def launch(
     """
     words = sys.argv[1:] if words is None else words
     name = name or Path(sys.argv[0]).name
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if torchrun:
         signal.signal(signal.SIGTERM, _terminated)
     with contextlib.ExitStack() as stack:
         if int(os.environ.get("RANK", 0)) > 0:
@@ -52,7 +53,8 @@ def launch(
         except (LlamaError, OSError) as error:
             if os.environ.get("LLAMA_TRACEBACK") or not _is_sentence(error):
                 raise
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is leaving already
+            if torchrun:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is leaving already
             sys.exit(f"error: {error}" if _first_to_fail() else 1)
         except KeyboardInterrupt:
             sys.exit(130)

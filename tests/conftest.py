@@ -11,12 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from llama.cli import main
 from tests.support import DEMO, ROOT, tiny
 
 # What tiny products gain by a second thread, its waking costs; on a busy machine many times over.
 torch.set_num_threads(1)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker for each core; for a file or a test alone, starting them would take longer than it saves."""
+    return 0 if any(".py" in argument for argument in config.args) else len(os.sched_getaffinity(0))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -35,12 +41,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def demo_ckpt(pytestconfig: pytest.Config) -> Path:
     """The demo model's folder: that of the repository, or one downloaded once and kept."""
     kept = pytestconfig.cache.mkdir("demo")
-    for folder in (ROOT / DEMO, kept / DEMO):
-        if folder.is_dir():
-            return folder
-    command = ["bash", str(ROOT / "download.sh"), DEMO, "--target", str(kept)]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHON": sys.executable})
-    return kept / DEMO
+    with FileLock(kept / "lock"):
+        for folder in (ROOT / DEMO, kept / DEMO):
+            if folder.is_dir():
+                return folder
+        command = ["bash", str(ROOT / "download.sh"), DEMO, "--target", str(kept)]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHON": sys.executable})
+        return kept / DEMO
 
 
 @pytest.fixture(scope="session")

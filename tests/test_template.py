@@ -107,7 +107,7 @@ def test_what_is_stopped(
     start = time.monotonic()
     with pytest.raises(ArgumentError, match="template"):
         ChatTemplate(pair[1], template, Path("x")).encode_dialog_prompt(DIALOGS[0])
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 2  # gigabytes take longer than that
 
 
 def test_stopped_in_any_thread(pair: tuple[Any, HFTokenizer], monkeypatch: pytest.MonkeyPatch) -> None:

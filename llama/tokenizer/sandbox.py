@@ -139,7 +139,8 @@ def environment() -> Any:
             return tree.set_environment(self)
 
         def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-            owner = getattr(function, "__self__", None)
+            # The sandbox wraps `str.format`.
+            owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)
             if isinstance(owner, str):
                 if function.__name__ in ("format", "format_map"):
                     check_format(owner)

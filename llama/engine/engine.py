@@ -181,11 +181,8 @@ class Engine:
             with self.turns.lock:
                 if self.slots.reclaim(look_at_weights=bool(self.waiting)):
                     self.pending = []
-            while self.pending and not self._may_run_ahead():
+            while (work := self._plan()) is None:
                 self._settle()
-            with self.turns.lock:
-                self._admit()
-                work = self._schedule()
             if work:
                 runner = next(runner for runner in self.runners if runner.takes(work))
                 with self.slots.writing():
@@ -194,17 +191,24 @@ class Engine:
             while self.pending and (len(self.pending) > 1 or not self.pending[0].ahead):
                 self._settle()
 
+    def _plan(self) -> list[Work] | None:
+        """What each request has to do in this step; None if the pending one must be settled first."""
+        with self.turns.lock:  # throughout: a cancellation in between would leave a slot to somebody else
+            if self.pending and not self._may_run_ahead():
+                return None
+            self._admit()
+            return self._schedule()
+
     def _may_run_ahead(self) -> bool:
         """Whether the next step is one more token for the same requests, whatever the pending one brings."""
-        with self.turns.lock:
-            running = self.slots.running()
-            return (
-                len(self.pending) == 1
-                and self.pending[-1].ahead
-                and running == [item.request for item in self.pending[-1].work]
-                and not (self.waiting and len(running) < len(self.slots.all))
-                and all(len(request.tokens) + 1 < request.max_tokens for request in running)
-            )
+        running = self.slots.running()
+        return (
+            len(self.pending) == 1
+            and self.pending[-1].ahead
+            and running == [item.request for item in self.pending[-1].work]
+            and not (self.waiting and len(running) < len(self.slots.all))
+            and all(len(request.tokens) + 1 < request.max_tokens for request in running)
+        )
 
     def _admit(self) -> None:
         """Give waiting requests, in order, the free slots."""

@@ -123,7 +123,8 @@ def test_no_cancellation_comes_between_a_look_at_the_slots_and_the_plan(
     engine = Engine(small_model(max_batch_size=2), static=True)
     params = SamplingParams(temperature=0, max_tokens=10)
     first, second, third = (engine.add([n, n + 1], params) for n in (1, 3, 5))
-    look, cancelling = engine._may_run_ahead, threading.Thread(target=engine.cancel, args=(first,))
+    look = engine._may_run_ahead  # noqa: SLF001
+    cancelling = threading.Thread(target=engine.cancel, args=(first,))
 
     def then_cancelled() -> bool:
         if (ahead := look()) and cancelling.ident is None:

@@ -295,7 +295,7 @@ print(status("VmHWM") - before)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["native", "hf", "native int8", "native int4"])
+@pytest.mark.parametrize("to", ["native", "hf", "native int4"])
 def test_memory_is_that_of_one_output_shard(
     to: str, big_checkpoint: tuple[Path, int], tmp_path: Path
 ) -> None:

@@ -166,6 +166,14 @@ class _Vocabulary:
         self.special_token_ids = sorted({*tokenizer.special_tokens.values(), *tokenizer.stop_tokens, *unused})
 
     def __call__(self, text: str) -> list[int]:
+        """Ids of a text in the middle of an answer."""
+        ids = self._encode(text)
+        if self._tokenizer.decode_bytes(ids) != text.encode("utf-8", "replace"):
+            # sentencepiece puts a space before the first word of what it takes for a whole text.
+            ids = self._encode("\n" + text)[len(self._encode("\n")) :]
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, bos=False, eos=False)
 
 

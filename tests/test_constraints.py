@@ -13,6 +13,9 @@ import pytest
 from llama import Llama
 from llama.errors import ArgumentError
 from llama.streaming import collect, stream
+from llama.tokenizer import SentencePieceTokenizer
+from llama.tokenizer.huggingface import HFTokenizer
+from tests.support import formats
 from tests.support.tiny import byte_tokenizer, small_model
 
 FORMATS = ["date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"]
@@ -134,6 +137,27 @@ def test_an_answer_is_the_same_alone_and_together_with_penalties_and_prefix_reus
             logit_bias={llama.tokenizer.encode(text, bos=False, eos=False)[0]: 2.0 for text in '"]},'},
         )  # fmt: skip
         assert alone["generation"] == together[i]
+
+
+@pytest.mark.parametrize("kind", ["hugging_face", "sentencepiece"])
+def test_with_other_tokenizers_whatever_runs_beside(kind, tmp_path):
+    """Batch-invariant too: the same bits alone and together."""
+    if kind == "hugging_face":
+        formats.hf_tokenizer(tmp_path)
+        tokenizer = HFTokenizer(tmp_path)
+    else:
+        (tmp_path / "tokenizer.model").write_bytes(formats.sentencepiece_model(400))
+        tokenizer = SentencePieceTokenizer(tmp_path / "tokenizer.model")
+    model = small_model(vocab_size=tokenizer.n_words, max_batch_size=8, max_seq_len=256)
+    llama = Llama(model, tokenizer, batch_invariant=True)
+    found = answers(llama, SCHEMAS, logprobs=True)
+    for schema, answer in zip(SCHEMAS, found, strict=True):
+        check(schema, answer)
+    assert sum(answer.finish_reason == "stop" for answer in found) > 0.6 * len(found)
+    for i in (3, 12):
+        schema = SCHEMAS[i]
+        again = answers(llama, [True] * i + [schema], logprobs=True)[i]
+        assert (again.tokens, again.logprobs) == (found[i].tokens, found[i].logprobs)
 
 
 def test_unconstrained_requests_beside_constrained_ones_are_as_alone(llama, tokenizer):

@@ -2,9 +2,12 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
+from llama.streaming import TextStream
+from llama.tokenizer import Tokenizer
 from llama.tools.formats import FORMATS
 from llama.tools.parser import Delta, ParsedAnswer, ToolParser, parse_answer
 from tests.tools import cases
@@ -122,6 +125,23 @@ def test_random_answers_cut_anywhere_are_read_back(seed: int):
         for delta in parser.finish():
             answer.add(delta)
         assert answer == whole
+
+
+def test_random_answers_cut_at_every_token_are_read_back(llama3_tokenizer: Path):
+    tokenizer, rng = Tokenizer(llama3_tokenizer), random.Random(0)
+    for _ in range(100):
+        calls = cases.calls(rng, TOOLS[:4], 3)
+        form = FORMATS[rng.choice(list(FORMATS))]
+        text = "; ".join(form.write([call]) for call in calls)
+        ids = tokenizer.encode(text, bos=False, eos=False)
+        parser, answer, pieces = ToolParser(TOOLS), ParsedAnswer(), TextStream(tokenizer)
+        for piece in [*map(pieces.push, ids), pieces.flush()]:
+            for delta in parser.push(piece):
+                answer.add(delta)
+        for delta in parser.finish():
+            answer.add(delta)
+        assert [(call.name, json.loads(call.arguments)) for call in answer.calls] == calls, text
+        assert answer == parse_answer(text, TOOLS)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -132,12 +132,7 @@ class Embeddings:
         tokens = torch.tensor([i for ids in batch for i in ids], device=model.device)
         kept: dict[int, Tensor] = {}
         with self.engine.turns.turn(until=lambda: False), lost_rank_as_error(model.parallel):
-            if model.step_backend:
-                if set(wanted) != {model.params.n_layers}:
-                    raise ArgumentError(
-                        "this model runs all its layers in one call, which gives the last one's states only; "
-                        "for others, build it with whole_steps=False"
-                    )
+            if model.step_backend and set(wanted) == {model.params.n_layers}:
                 rows = [Row(slot, 0, length) for slot, length in enumerate(lengths)]
                 scratch = torch.empty_like(cache.data)  # of which only what is written takes memory
                 states = model.step_backend.hidden(tokens, rows, scratch, model.rotations)

@@ -1,5 +1,6 @@
 """The public `Llama`: build it from a checkpoint, complete text, answer dialogs."""
 
+import functools
 import itertools
 import os
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
@@ -102,7 +103,7 @@ class Llama(Embeddings, ToolLoop):
         mmap: read the weights from their files in every step, at the speed of the disk: for models that
             are larger than the memory, on a CPU, in the dtype of their files.
         threads: of the compiled step on a CPU; by default as many as PyTorch uses.
-        whole_steps: False keeps the layers apart, for `hidden_states` of inner ones, at some cost in speed.
+        whole_steps: False keeps the weights as they are, to look at or to edit, at some cost in speed.
 
         Raises ArgumentError if arguments do not fit each other or the machine, before any weight is
         read; FileNotFoundError if a file is missing, CheckpointError if files are damaged, and
@@ -348,7 +349,9 @@ class Llama(Embeddings, ToolLoop):
         self, dialogs: Iterable[Dialog], **options: Unpack[ChatOptions]
     ) -> AsyncGenerator[StreamEvent, None]:
         """`stream_chat` for asyncio: `async for event in llama.astream_chat([...])`."""
-        return astream(self.engine, self.tokenizer, self.chat_requests(dialogs, **options))
+        requests = functools.partial(self.chat_requests, dialogs, **options)
+        # A guard reads the questions first, which must not hold up other tasks.
+        return astream(self.engine, self.tokenizer, requests if options.get("guard") else requests())
 
     def requests(
         self, prompt_tokens: Iterable[Iterable[int]], **options: Unpack[Options]

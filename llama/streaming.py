@@ -7,7 +7,7 @@ import functools
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -301,30 +301,37 @@ def stream(
 
 
 async def astream(
-    engine: Engine, tokenizer: Decoder, sources: Sequence[TextRequest]
+    engine: Engine, tokenizer: Decoder, sources: Sequence[TextRequest] | Callable[[], Sequence[TextRequest]]
 ) -> AsyncGenerator[StreamEvent, None]:
-    """`stream` for asyncio. A thread runs the requests, however slowly the caller takes the events."""
-    loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | Exception | None]()
+    """`stream` for asyncio. A thread runs the requests, however slowly the caller takes the events.
 
-    def run(requests: Sequence[Request]) -> None:
-        def post(event: Event | Exception | None) -> None:
+    sources: or what makes them and takes its time, in a thread of its own.
+    """
+    if callable(sources):
+        sources = await asyncio.to_thread(sources)
+    for end in refusals(sources):
+        yield end
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[StreamEvent | Exception | None]()
+
+    def run(readers: Mapping[Request, Reader]) -> None:
+        def post(event: StreamEvent | Exception | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         try:
-            for event in engine.run(requests):
-                post(event)
+            for event in engine.run(list(readers)):
+                for piece in readers[event.request].read(event):  # which a guard may take its time for
+                    post(piece)
             post(None)
         except Exception as error:
             post(error)
 
     with _queued(engine, tokenizer, sources) as readers:
-        threading.Thread(target=run, args=(list(readers),), daemon=True).start()
-        while event := await events.get():
-            if isinstance(event, Exception):
-                raise event
-            for piece in readers[event.request].read(event):
-                yield piece
+        threading.Thread(target=run, args=(readers,), daemon=True).start()
+        while piece := await events.get():
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
 
 
 @dataclass

@@ -79,7 +79,7 @@ def check(vocab_size: int, count: int, folder: Path, torchrun) -> None:
 @pytest.mark.parametrize(
     ("vocab_size", "count"),
     [
-        pytest.param(8192, 24, marks=pytest.mark.slow),
+        pytest.param(8192, 10, marks=pytest.mark.slow),
         pytest.param(8192, 200, marks=pytest.mark.soak),
     ],
 )

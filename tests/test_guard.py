@@ -1,8 +1,10 @@
 """Verdicts of a guard, and chats behind one."""
 
+import asyncio
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,6 +127,35 @@ def test_a_stream_is_checked_in_chunks(llama):
     events = list(llama.stream_chat([QUESTION], guard=guard, guard_every=5, temperature=0))
     assert "".join(event.text for event in events) == plain
     assert len(guard.seen) == 1 + -(-len(events) // 5)
+
+
+def test_a_guard_holds_up_no_other_task(llama):
+    class Slow(Words):
+        def check(self, dialogs):
+            time.sleep(0.3)
+            return super().check(dialogs)
+
+    async def ticks(word: str) -> tuple[int, list]:
+        count, done = 0, asyncio.Event()
+
+        async def tick():
+            nonlocal count
+            while not done.is_set():
+                count += 1
+                await asyncio.sleep(0.01)
+
+        ticking = asyncio.create_task(tick())
+        stream = llama.astream_chat([QUESTION], guard=Slow(word), temperature=0)
+        events = [event async for event in stream]
+        done.set()
+        await ticking
+        return count, events
+
+    for word, content in (("nothing", True), ("lock opens", False), ("pick", False)):
+        count, events = asyncio.run(ticks(word))
+        assert events[-1].finish_reason == ("stop" if content else "content_filter")
+        assert bool("".join(event.text for event in events)) == content
+        assert count > 15
 
 
 def test_a_real_guard_refuses(llama, unsafe):

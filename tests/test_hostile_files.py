@@ -214,6 +214,7 @@ def test_what_is_mutated_loads_as_it_is(kind: str, tmp_path: Path) -> None:
         (torch.eye(4).to_sparse(), "sparse"),
         (torch.eye(4).to_sparse_csr(), "sparse"),
         (torch.empty(4, 4, device="meta"), "meta"),
+        (torch.nested.nested_tensor([torch.ones(4), torch.ones(2)]), "nested"),
         (torch.quantize_per_tensor(torch.eye(4), 0.1, 0, torch.qint8), "quantized"),
     ],
 )

@@ -62,6 +62,22 @@ def test_logits_are_those_of_transformers(
     torch.testing.assert_close(build(tmp_path).model.forward(tokens, 0), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("stored", ["equal", "another"])
+def test_an_output_layer_in_the_files_of_a_tied_model(stored: str, tmp_path: Path) -> None:
+    """transformers 5 unties them if they differ; the files say what the weights are."""
+    from transformers import AutoModelForCausalLM
+
+    weights = formats.random_weights(PARAMS, 400)
+    if stored == "equal":
+        weights["output.weight"] = weights["tok_embeddings.weight"].clone()
+    formats.write_hf(tmp_path, PARAMS, weights)
+    formats.hf_tokenizer(tmp_path)
+    edit(tmp_path / "config.json", tie_word_embeddings=True)
+    tokens = torch.randint(0, 400, (2, 48))
+    expected = formats.logits_of(AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32"), tokens)
+    torch.testing.assert_close(build(tmp_path).model.forward(tokens, 0), expected, atol=1e-4, rtol=0)
+
+
 def test_older_configuration_and_other_names(folder: Path) -> None:
     """rope_theta and rope_scaling as transformers 4 wrote them, in a Llama by another name."""
     config = json.loads((folder / "config.json").read_text())

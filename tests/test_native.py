@@ -397,3 +397,14 @@ def test_single_layers_can_be_run_too(target: str | None, kind: str) -> None:
     torch.testing.assert_close(packed.embed(tokens), exact[tokens], rtol=1e-6, atol=1e-6)
     with pytest.raises(IndexError):
         packed.embed(torch.tensor([1001]))
+
+
+def test_an_edited_norm_is_noticed() -> None:
+    """Other weights are gone once they are packed: only these can be edited, and are copied to fp32."""
+    model = random_model(torch.bfloat16)
+    step, tokens, rows = step_of(model, "bf16"), torch.tensor([1, 2, 3]), [Row(0, 0, 3)]
+    before = step.hidden(tokens, rows, model.cache.data, model.rotations)
+    model.layers[1].ffn_norm.weight.mul_(1.5)
+    edited = step.hidden(tokens, rows, model.cache.data, model.rotations)
+    assert not edited.equal(before)
+    assert edited.equal(step_of(model, "bf16").hidden(tokens, rows, model.cache.data, model.rotations))

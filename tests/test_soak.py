@@ -95,9 +95,11 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("static", [False, True], ids=["ragged", "static"])
-def test_a_thousand_requests_over_eight_slots(static, monkeypatch):
+@pytest.mark.parametrize(
+    "count", [pytest.param(400, marks=pytest.mark.slow), pytest.param(1200, marks=pytest.mark.soak)]
+)
+def test_hundreds_of_requests_over_eight_slots(static, count, monkeypatch):
     single = Engine(soak_model(1), prefill_chunk=64)
     engine = Engine(soak_model(8), prefill_chunk=7, static=static)
     if static:
@@ -109,7 +111,7 @@ def test_a_thousand_requests_over_eight_slots(static, monkeypatch):
         expected = alone(single, request.prompt, request.params)
         reused += request.reused
         requests.append(weakref.ref(request))
-        if len(requests) in (400, 1200):
+        if len(requests) in (count // 3, count):
             gc.collect()
             memory.append(resident())
         if request.finish_reason == "cancelled":
@@ -124,10 +126,10 @@ def test_a_thousand_requests_over_eight_slots(static, monkeypatch):
         ):
             torch.testing.assert_close(mine, other, atol=1e-3, rtol=1e-3)
 
-    outcomes = soak(engine, 1200, seed=1, check=check)
-    assert sum(outcomes.values()) == 1200
-    assert min(outcomes.values()) >= 20, outcomes  # all kinds of ends were there
-    assert reused > 1000
+    outcomes = soak(engine, count, seed=1, check=check)
+    assert sum(outcomes.values()) == count
+    assert min(outcomes.values()) >= count / 60, outcomes  # all kinds of ends were there
+    assert reused > count
     gc.collect()
     assert not any(ref() for ref in requests)  # nobody holds what has ended
     assert memory[1] - memory[0] < 4_000_000
@@ -147,7 +149,7 @@ def test_batch_invariant_soak_is_bitwise(dtype):
         if request.finish_reason in ("stop", "length"):
             assert request.prompt_logprobs == expected.prompt_logprobs
 
-    soak(engine, 150, seed=2, check=check)
+    soak(engine, 80, seed=2, check=check)
 
 
 @pytest.mark.slow
@@ -162,7 +164,7 @@ def test_two_ranks(tmp_path, torchrun):
         expected.append([request.prompt, answer.tokens, answer.finish_reason])
 
     engine = Engine(soak_model(4, vocab_size=tokenizer.n_words), prefill_chunk=7)
-    soak(engine, 150, seed=3, check=check)
+    soak(engine, 80, seed=3, check=check)
     result = torchrun(2, "-m", __name__, tmp_path)
     assert result.returncode == 0, result.stderr
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
@@ -181,7 +183,7 @@ def one_rank(folder: Path) -> None:
     with llama:
         results = []
         engine = Engine(damaged(llama.model), prefill_chunk=7)
-        soak(engine, 150, 3, lambda r: results.append([r.prompt, r.tokens, r.finish_reason]))
+        soak(engine, 80, 3, lambda r: results.append([r.prompt, r.tokens, r.finish_reason]))
         (folder / f"rank{llama.model.parallel.rank}.json").write_text(json.dumps(results))
 
 

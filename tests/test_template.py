@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -66,6 +67,33 @@ def test_as_transformers_renders_it(pair: tuple[Any, HFTokenizer], template: str
     ours = ChatTemplate(tokenizer, template, Path("x"), theirs.bos_token, theirs.eos_token)
     ids = ours.encode_dialog_prompt(dialog)
     assert ids == tokenizer.encode_rendered(expected)
+
+
+# Templates as they are published; a folder of others, such as popular models', may be named.
+PUBLISHED = [
+    path
+    for folder in (Path(__file__).parent / "data" / "prompts", os.environ.get("LLAMA_TEST_TEMPLATES"))
+    if folder
+    for path in sorted(Path(folder).glob("*.jinja"))
+]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("dialog", [*DIALOGS, DIALOGS[1][1:], DIALOGS[1][1:2] * 2, DIALOGS[1][:1]])
+def test_published_templates(pair: tuple[Any, HFTokenizer], path: Path, dialog: list[Any]) -> None:
+    """The same text as transformers', or both refuse."""
+    (theirs, tokenizer), template = pair, path.read_text("utf-8")
+    try:
+        expected = theirs.apply_chat_template(
+            dialog, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except Exception:
+        expected = None
+    ours = ChatTemplate(tokenizer, template, path, theirs.bos_token, theirs.eos_token)
+    try:
+        assert ours.encode_dialog_prompt(dialog) == tokenizer.encode_rendered(expected or "refused")
+    except ArgumentError:
+        assert expected is None
 
 
 @pytest.mark.parametrize(

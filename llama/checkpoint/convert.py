@@ -139,6 +139,7 @@ def write_native(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype
                 else:
                     width = part.shape[part.dim] // count
                     tensor = source.read(name, part.dim, (number * width, (number + 1) * width))
+                check_finite(name, tensor)
                 # A copy, because what is mapped would be written with all that surrounds it.
                 tensors[file_name(name, args)] = tensor.to(
                     dtype, copy=True, memory_format=torch.contiguous_format
@@ -317,7 +318,7 @@ def write_safetensors(
         shape = view.shapes[name]
         rows = max(1, CHUNK // (prod(shape[1:]) * 4) // head_dim) * head_dim  # whole heads
         for start in range(0, shape[0], rows):
-            tensor = view.read(name, start, min(start + rows, shape[0]))
+            tensor = check_finite(name, view.read(name, start, min(start + rows, shape[0])))
             tensor.to(dtype).contiguous().view(torch.uint8).numpy().tofile(file)
             bar.update(tensor.numel())
             del tensor

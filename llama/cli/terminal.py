@@ -145,18 +145,20 @@ class Terminal:
         readline.parse_and_bind("bind ^I rl_complete" if editline else "tab: complete")
         readline.set_completer_delims(" ")
         readline.set_completer(self._completed)
-        # The terminal is put right also where somebody ends this program.
-        before = signal.getsignal(signal.SIGTERM)
-        if before is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        try:
-            with (
-                _settings(lambda mode: mode[6].__setitem__(termios.VINTR, b"\x00")),
-                kept_history() if self.history else contextlib.nullcontext(),
-            ):
-                yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_settings(lambda mode: mode[6].__setitem__(termios.VINTR, b"\x00")))
+            if self.history:
+                stack.enter_context(kept_history())
+
+            def end(*_: object) -> None:
+                # No exception, which would be lost if the signal fell into a destructor.
+                stack.close()
+                os.kill(os.getpid(), signal.SIGTERM)
+
+            if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+                stack.callback(signal.signal, signal.SIGTERM, signal.SIG_DFL)
+                signal.signal(signal.SIGTERM, end)
+            yield
 
     def _completed(self, word: str, n: int) -> str | None:
         """The n-th completion of the word before the cursor, as readline asks for them."""

@@ -4,13 +4,14 @@ import ctypes
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from llama.backends.native.compiler import Layer, Matrix, Model, Row, UnavailableError, library
+from llama.model import RMSNorm, Transformer
 from llama.model import Row as ModelRow
-from llama.model import Transformer
 from llama.quantization import GROUP, QuantizedMatrix
 
 PLAIN_KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -142,10 +143,13 @@ class NativeStep:
             self._kept.append(packed)
             return packed.structure()
 
+        self._norms: list[tuple[RMSNorm, Tensor]] = []  # which anybody may edit, and copies in fp32
+
         def norm(name: str) -> int:
-            weight = model.get_parameter(f"{name}.weight").detach().float().contiguous()
-            self._kept.append(weight)
-            return weight.data_ptr()
+            module = cast(RMSNorm, model.get_submodule(name))
+            copy = module.weight.detach().to(torch.float32, copy=True).contiguous()
+            self._norms.append((module, copy))
+            return copy.data_ptr()
 
         layers = (Layer * args.n_layers)()
         self._kept.append(layers)
@@ -164,9 +168,19 @@ class NativeStep:
         )
         self._runtime = self.library.llama_new(ctypes.byref(structure), threads or torch.get_num_threads())
         weakref.finalize(self, self.library.llama_free, self._runtime)
+        self._copied = self._versions()
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Numbers that change when a norm is edited."""
+        weights = [module.weight for module, _ in self._norms]
+        return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
 
     def hidden(self, tokens: Tensor, rows: Sequence[ModelRow], cache: Tensor, rotations: Tensor) -> Tensor:
         """As `Transformer.hidden`, in fp32. Raises IndexError for a token outside the vocabulary."""
+        if (versions := self._versions()) != self._copied:
+            for module, copy in self._norms:
+                copy.copy_(module.weight)
+            self._copied = versions
         tokens = tokens.to(torch.int32).contiguous()
         check_tokens(tokens, self.params.vocab_size)
         used = sum(row.length for row in rows)

@@ -5,6 +5,7 @@ after each prompt, greedily, all prompts at once. It calls `tick` whenever each 
 All run on the CPU, with as many threads as PyTorch has.
 """
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ Prompts = list[list[int]]
 Generate = Callable[[Prompts, int, Callable[[], None]], Prompts]
 
 
-def ours(folder: Path, context: int, batch: int, **options: Any) -> Generate:
-    native = folder / "native"
+def ours(folder: Path, context: int, batch: int, quantize: str = "native", **options: Any) -> Generate:
+    """quantize: the folder of weights that were quantized before, as the peers' were."""
     # The others compute in bf16 on the CPU whatever else this machine has.
     options = {"device": "cpu", "dtype": "bfloat16", **options}
-    return generator(Llama.build(native, max_seq_len=context, max_batch_size=batch, **options))
+    return generator(Llama.build(folder / quantize, max_seq_len=context, max_batch_size=batch, **options))
 
 
 def generator(llama: Llama) -> Generate:
@@ -168,6 +169,39 @@ def llama_cpp(folder: Path, context: int, batch: int, file: str = "bf16") -> Gen
     return generate
 
 
+def openvino(folder: Path, context: int, batch: int, file: str = "") -> Generate:
+    """OpenVINO GenAI's continuous batching, without its cache of prompts that were read before.
+
+    file: a folder that `optimum-cli export openvino --model FOLDER/hf` wrote.
+    """
+    import numpy as np
+    from openvino import Tensor
+    from openvino_genai import ContinuousBatchingPipeline, GenerationConfig, SchedulerConfig
+
+    scheduler = SchedulerConfig()
+    scheduler.enable_prefix_caching, scheduler.max_num_seqs = False, batch
+    scheduler.max_num_batched_tokens, scheduler.cache_size = 512, 1
+    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    pipeline = ContinuousBatchingPipeline(str(folder / file), scheduler, "CPU", threads)
+    numbers = itertools.count()
+
+    def generate(prompts: Prompts, new: int, tick: Callable[[], None]) -> Prompts:
+        config = GenerationConfig(max_new_tokens=new, ignore_eos=True, do_sample=False)
+        inputs = [Tensor(np.array([prompt], dtype=np.int64)) for prompt in prompts]
+        handles = [pipeline.add_request(next(numbers), tokens, config) for tokens in inputs]
+        chosen: Prompts = [[] for _ in prompts]
+        while pipeline.has_non_finished_requests():
+            pipeline.step()
+            for tokens, handle in zip(chosen, handles, strict=True):
+                while handle.can_read():
+                    tokens += next(iter(handle.read().values())).generated_ids
+            if all(chosen):
+                tick()
+        return chosen
+
+    return generate
+
+
 def silence(cpp: Any) -> None:
     """llama.cpp tells a page about every file it opens."""
     cpp.silent = cpp.llama_log_callback(lambda *_: None)  # kept there, for C does not keep it alive
@@ -191,4 +225,7 @@ ENGINES: dict[str, tuple[Callable[..., Generate], str | None, dict[str, Any]]] =
     "llama.cpp, Q8_0": (llama_cpp, "llama_cpp", {"file": "Q8_0"}),
     "llama.cpp, Q4_0": (llama_cpp, "llama_cpp", {"file": "Q4_0"}),
     "llama.cpp, Q4_1": (llama_cpp, "llama_cpp", {"file": "Q4_1"}),
+    "OpenVINO GenAI, bf16": (openvino, "openvino_genai", {"file": "openvino-fp16"}),
+    "OpenVINO GenAI, int8": (openvino, "openvino_genai", {"file": "openvino-int8"}),
+    "OpenVINO GenAI, int4": (openvino, "openvino_genai", {"file": "openvino-int4"}),
 }

@@ -126,10 +126,18 @@ def quantize_gguf(source: Path, path: Path, kind: str) -> None:
         raise RuntimeError(f"llama.cpp could not quantize {source} to {kind}")
 
 
-def prepare(folder: Path, native: Path | None, ggufs: Collection[str], hf: bool = True) -> None:
-    """Write what lacks of folder/native, folder/hf and of folder/….gguf: bf16, Q8_0, Q4_0, Q4_1.
+def prepare(
+    folder: Path,
+    native: Path | None,
+    ggufs: Collection[str],
+    schemes: Collection[str] = (),
+    hf: bool = True,
+) -> None:
+    """Write what is missing of folder/native, folder/hf, folder/int8 (or 4) and folder/….gguf.
 
     native: a checkpoint to take instead of a random one.
+    ggufs: kinds that llama.cpp knows (bf16, Q8_0, Q4_0, Q4_1).
+    schemes: that native weights are quantized to, int8 or int4.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "native").is_dir():
@@ -139,6 +147,9 @@ def prepare(folder: Path, native: Path | None, ggufs: Collection[str], hf: bool 
             (folder / "native").symlink_to(native.resolve())
     if hf and not (folder / "hf").is_dir():
         write_hf(folder / "native", folder / "hf")
+    for scheme in schemes:
+        if not (folder / scheme).is_dir():
+            convert(folder / "native", folder / scheme, quantize=scheme)
     bf16 = folder / "bf16.gguf"
     for kind in sorted(set(filter(None, ggufs)), reverse=True):
         if not bf16.is_file():

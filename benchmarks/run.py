@@ -1,13 +1,15 @@
 """Compare engines on the same weights: python benchmarks/run.py FOLDER
 
 Each measurement is a process of its own, and the engines take turns, round after round, so that all
-see the same machine; the table has medians. The memory's bandwidth is probed before each of them. All
+see the same machine; the tables have medians. The memory's bandwidth is probed before each of them. All
 get the same prompts, of random tokens, and choose greedily. The weights are written to FOLDER first:
-those of --native, or of a random model of Llama 3.2 1B's shape. Peers that are not installed are left
-out. A chat through the example script, from its start to its end, stands below the table.
+those of --native, or of a random model of Llama 3.2 1B's shape. Peers that are not installed, or whose
+weights are not there, are left out. A second table has the ratios of this runtime to each peer at the
+same bits, of the same round, beside the goals. A chat from its start to its end stands below.
 """
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -32,19 +34,30 @@ from llama.loading import weight_bytes
 from llama.model import ModelArgs, Transformer
 
 ROOT = Path(__file__).parent.parent
-MIXED = (16, 64, 256, 500)
-LONG = 30.0  # seconds: a mixed batch that takes longer is run in the first round alone
 COLUMNS = {
-    "prefill": "prefill, tok/s",
-    "first_token": "first token, ms",
+    "prefill": "prefill of 128, tok/s",
+    "prefill_512": "of 512",
     "decode": "decode, tok/s",
     "share": "of bandwidth, %",
+    "decode_1024": "at a context of 1024",
     "decode_8": "decode of 8, tok/s",
-    "mixed": "mixed batch, s",
     "load": "load, s",
     "warm_up": "warm-up, s",
     "memory": "memory, GB",
 }
+# Against which engine, and how many times as fast this runtime is to be, by what is measured.
+GOALS: dict[tuple[str, str], dict[str, float]] = {
+    ("bf16", "llama.cpp, bf16"): {"prefill": 1.5, "prefill_512": 1.5, "decode": 1.05, "decode_8": 1.3},
+    ("int8", "llama.cpp, Q8_0"): {"prefill": 2, "prefill_512": 2, "decode": 1.3, "decode_8": 1.8},
+    ("int4", "llama.cpp, Q4_0"): {"prefill": 2, "prefill_512": 2, "decode": 1.15, "decode_8": 2.2},
+    ("int4", "llama.cpp, Q4_1"): {},
+    ("bf16", "OpenVINO GenAI, bf16"): {"prefill": 1.1, "prefill_512": 1.1},
+    ("int8", "OpenVINO GenAI, int8"): {"prefill": 1.1, "prefill_512": 1.1},
+    ("int4", "OpenVINO GenAI, int4"): {"prefill": 1.1, "prefill_512": 1.1},
+    ("bf16", "Meta's llama-models, bf16"): {"decode": 3},
+    ("bf16", "transformers, bf16"): {},
+}
+RATIOS = ("prefill", "prefill_512", "decode", "decode_1024", "decode_8")
 CHAT = ("--temperature", "0", "--max_gen_len", "32")
 END_TO_END = {
     "example_chat_completion.py": [
@@ -54,6 +67,7 @@ END_TO_END = {
     "python -m llama chat": ["-m", "llama", "chat"],
 }
 QUESTION = "What is the capital of France?\n"
+Runs = dict[str, list[dict[str, float]]]
 
 
 def main() -> None:
@@ -64,76 +78,108 @@ def main() -> None:
     parser.add_argument(
         "--native", type=Path, help="a native checkpoint in one file, instead of a random one"
     )
-    parser.add_argument("--engines", nargs="*", help=f"some of: {', '.join(ENGINES)}")
-    parser.add_argument("--rounds", type=int, default=3)
+    choices = [*ENGINES, *END_TO_END]
+    parser.add_argument("--engines", nargs="*", help=f"some of: {'; '.join(choices)}")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=60, help="no round begins that would end later")
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
+    parser.add_argument("--long", type=int, default=1024, help="tokens of the long context")
     parser.add_argument("--new", type=int, default=16, help="tokens")
     parser.add_argument("--threads", type=int, help="by default PyTorch's choice")
-    parser.add_argument("--settle", type=float, default=12, help="seconds of work before the timings")
+    parser.add_argument("--settle", type=float, default=3, help="seconds of work before the timings")
     parser.add_argument("--save", type=Path, help="PATH.md, .json and .png; by default FOLDER/results")
+    parser.add_argument("--prepare", action="store_true", help="write the weights, and measure nothing")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # the process of one engine
-    parser.add_argument("--without_mixed", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.measure:
         print(json.dumps(measure(options)))
         return
-    names = []
-    for name in options.engines or ENGINES:
-        if name not in ENGINES:
-            sys.exit(f"error: no engine {name!r}; there are {', '.join(ENGINES)}")
-        package = (ENGINES[name][1] or "llama").split(".")[0]
-        if importlib.util.find_spec(package) is None:
-            print(f"{name}: left out, for {package} is not installed", file=sys.stderr)
-        else:
-            names.append(name)
-    prepare(options.folder, options.native, [str(ENGINES[name][2].get("file", "")) for name in names])
+    if unknown := set(options.engines or []) - set(choices):
+        sys.exit(f"error: no engine {unknown.pop()!r}; there are: {'; '.join(choices)}")
+    names = available(options.folder, options.engines or choices)
+    engines = [ENGINES[name] for name in names if name in ENGINES]
+    prepare(
+        options.folder,
+        options.native,
+        [file for _, module, arguments in engines if module == "llama_cpp" for file in arguments.values()],
+        [arguments["quantize"] for _, _, arguments in engines if "quantize" in arguments],
+        hf=any(name.startswith("transformers") for name in names),
+    )
+    if options.prepare:
+        return
     # Compilation begins with nothing in the first round; the others use what it left.
     shutil.rmtree(options.folder / "compiled", ignore_errors=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str((options.folder / "compiled").resolve())
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    chats: dict[str, list[float]] = {name: [] for name in END_TO_END}
+    report(options, *take_turns(options, names))
+
+
+def available(folder: Path, names: list[str]) -> list[str]:
+    """Those of the engines that are installed here and have weights, or can have them."""
+    found = []
+    for name in names:
+        _, module, arguments = ENGINES.get(name, (None, None, {}))
+        package = (module or "llama").split(".")[0]
+        if importlib.util.find_spec(package) is None:
+            print(f"{name}: left out, for {package} is not installed", file=sys.stderr)
+        elif package == "openvino_genai" and not (folder / arguments["file"]).is_dir():
+            print(f"{name}: left out, for there is no {folder / arguments['file']}", file=sys.stderr)
+        else:
+            found.append(name)
+    return found
+
+
+def take_turns(options: argparse.Namespace, names: list[str]) -> tuple[Runs, list[float]]:
+    """What each engine, or chat, took in each round; and the bandwidth before each, in GB/s."""
+    results: Runs = {name: [] for name in names}
     bandwidths = []
-    for number in range(options.rounds):
-        for name in [*results, *chats]:
-            print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr)
-            found: Any
-            if name in END_TO_END:
-                if found := seconds_to_chat(END_TO_END[name], options.folder):
-                    chats[name].append(found)
+    start, number, longest = time.perf_counter(), 0, 0.0
+    while number < options.rounds and time.perf_counter() - start + longest < 60 * options.minutes:
+        number, begun = number + 1, time.perf_counter()
+        for name in list(results):
+            print(f"round {number} of {options.rounds}: {name}", file=sys.stderr)
+            bandwidths.append(memory_bandwidth(torch.device("cpu")) / 1e9)
+            chat = END_TO_END.get(name)
+            found = seconds_to_chat(chat, options.folder) if chat else in_process("--measure", name)
+            if found:
+                results[name].append(found)
             else:
-                bandwidths.append(memory_bandwidth(torch.device("cpu")) / 1e9)
-                runs = results[name]
-                flags = ["--without_mixed"] if runs and runs[0]["mixed"] > LONG else []
-                if found := in_process("--measure", name, *flags):
-                    runs.append(found)
-            if not found:
                 print(f"{name}: left out, for it failed", file=sys.stderr)
-                (chats if name in chats else results).pop(name)
+                del results[name]
+        longest = max(longest, time.perf_counter() - begun)
+    return results, bandwidths
+
+
+def report(options: argparse.Namespace, results: Runs, bandwidths: list[float]) -> None:
     bandwidth = statistics.median(bandwidths)
-    medians = {}
+    medians, chats = {}, []
     for name, runs in results.items():
-        row = {key: statistics.median(run[key] for run in runs if key in run) for key in runs[0]}
+        row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        if name in END_TO_END:
+            chats.append(f"`{name}`, from start to end, load included: {row['seconds']:.1f} s.  ")
+            continue
         row["warm_up"] = runs[0]["warm_up"]
         read = bytes_per_token(options.folder, **ENGINES[name][2])
-        medians[name] = row | {"share": 100 * row["decode"] * read / bandwidth / 1e9}
+        medians[name] = row | {"share": 100 * row["decode"] * read / bandwidth / 1e9 if read else 0}
+    rounds = max(map(len, results.values()))
     about = (
-        f"{weights(options.folder / 'native')}; {machine()}; medians of {options.rounds} rounds; prompts of "
-        f"{options.prompt} tokens, {options.new} new; mixed batch: {', '.join(map(str, MIXED))}; memory read "
-        f"at {bandwidth:.0f} GB/s ({min(bandwidths):.0f} to {max(bandwidths):.0f})"
+        f"{weights(options.folder / 'native')}; {machine()}; medians of {rounds} rounds; prompts of "
+        f"{options.prompt} tokens, {options.new} new; memory read at {bandwidth:.0f} GB/s "
+        f"({min(bandwidths):.0f} to {max(bandwidths):.0f})"
     )
     lines = [
         markdown(
             ["engine", *COLUMNS.values()],
             [[name, *(float(row[key]) for key in COLUMNS)] for name, row in medians.items()],
         ),
-        "",
         *(
-            f"`{name}`, from start to end, load included: {statistics.median(seconds):.1f} s.  "
-            for name, seconds in chats.items()
+            "",
+            "This runtime's speed as a multiple of each peer's, in the same round; in brackets: the goal.",
+            "",
         ),
-        "",
+        markdown(["against", *(COLUMNS[key].removesuffix(", tok/s") for key in RATIOS)], ratios(results)),
+        *("", *chats, ""),
         f"{about}. The share of bandwidth counts the weights that a token reads. Warm-up is the first "
         "round's, compilation included. Memory is the peak of what was resident, with the pages of mapped "
         "files, which could be dropped.",
@@ -142,9 +188,24 @@ def main() -> None:
     save(
         options.save or options.folder / "results",
         "\n".join(lines),
-        {"about": about, "bandwidths": bandwidths, "engines": results, "end to end": chats},
+        {"about": about, "bandwidths": bandwidths, "engines": results},
         lambda pyplot, path: draw(pyplot, path, medians, about),
     )
+
+
+def ratios(results: Runs) -> list[list[str]]:
+    """Rows of the second table: medians over the rounds."""
+    rows = []
+    for (ours, peer), goals in GOALS.items():
+        mine, theirs = results.get(f"this runtime, {ours}"), results.get(peer)
+        if not mine or not theirs:
+            continue
+        cells = [f"{peer}" + ("" if peer.endswith(ours) else f": {ours}")]
+        for key in RATIOS:
+            ratio = statistics.median(a[key] / b[key] for a, b in zip(mine, theirs, strict=False))
+            cells.append(f"{ratio:.2f}" + (f" ({goals[key]:g})" if key in goals else ""))
+        rows.append(cells)
+    return rows
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
@@ -152,48 +213,53 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     open_engine, module, arguments = ENGINES[options.measure]
     if module:
         importlib.import_module(module)  # loading is of weights, not of code
-    prompt, new = options.prompt, options.new
+    prompt, new, long = options.prompt, options.new, options.long
     start = time.perf_counter()
-    generate = open_engine(options.folder, max(prompt, *MIXED) + new, 8, **arguments)
+    generate = open_engine(options.folder, max(prompt + new, long), 8, **arguments)
     loaded = time.perf_counter()
     vocab_size = read_params(options.folder / "native")["vocab_size"]
     # The same for every engine, and new ones for every run: a prompt that was read before costs nothing.
     generator = torch.Generator().manual_seed(0)
 
-    def timed(lengths: list[int], runs: int, new: int = new) -> tuple[float, float, float]:
-        """Medians of what `clock` returns."""
+    def timed(lengths: list[int], runs: int, new: int = new) -> tuple[float, float]:
+        """Seconds to the first token and of a step, medians."""
         prompts = [random_prompts(lengths, vocab_size, generator) for _ in range(runs)]
-        columns = zip(*(clock(generate, p, new) for p in prompts), strict=True)
-        first, step, total = map(statistics.median, columns)
-        return first, step, total
+        first, step, _ = zip(*(clock(generate, p, new) for p in prompts), strict=True)
+        return statistics.median(first), statistics.median(step)
 
     # Every number of rows that comes below, since torch.compile may look at each anew.
-    for lengths in ([prompt], [16] * 8, [16, 17, 18, 19]):
+    for lengths in ([prompt], [16] * 8):
         timed(lengths, 1, new=3)
     warm = time.perf_counter()
     # Memory that is new to a virtual machine is slow for its first seconds.
     while time.perf_counter() - loaded < options.settle:
         timed([prompt], 1)
-    first, step, _ = timed([prompt], 3)
-    found = {
+    first, step = timed([prompt], 3)
+    half = long // 2
+    return {
         "load": loaded - start,
         "warm_up": warm - loaded,
         "first_token": first * 1e3,
         "prefill": prompt / first,
+        "prefill_512": half / timed([half], 1, new=3)[0],
         "decode": 1 / step,
+        "decode_1024": 1 / timed([long - new], 1)[1],
         "decode_8": 8 / timed([prompt] * 8, 1)[1],
+        "memory": peak_resident() / 1e9,
     }
-    if not options.without_mixed:
-        found["mixed"] = timed(list(MIXED), 1)[2]
-    return found | {"memory": peak_resident() / 1e9}
 
 
 def bytes_per_token(folder: Path, quantize: str | None = None, file: str | None = None, **_: object) -> int:
-    """Bytes of weights that one token reads: all but the embeddings, where the output has its own."""
+    """Bytes of weights that one token reads: all but the embeddings, where the output has its own.
+
+    0 for a format whose sizes are not known here.
+    """
     if file:
+        if not (path := folder / f"{file}.gguf").is_file():
+            return 0
         import gguf
 
-        sizes = {t.name: int(t.n_bytes) for t in gguf.GGUFReader(folder / f"{file}.gguf").tensors}
+        sizes = {t.name: int(t.n_bytes) for t in gguf.GGUFReader(path).tensors}
         return sum(sizes.values()) - ("output.weight" in sizes and sizes["token_embd.weight"])
     with torch.device("meta"):
         model = Transformer(ModelArgs(**read_params(folder / "native")))
@@ -202,7 +268,7 @@ def bytes_per_token(folder: Path, quantize: str | None = None, file: str | None 
     return weight_bytes(model, source, plan, torch.bfloat16, quantize, embeddings=False)
 
 
-def seconds_to_chat(command: list[str], folder: Path) -> float | None:
+def seconds_to_chat(command: list[str], folder: Path) -> dict[str, float] | None:
     """From the start of a program that loads the model and answers to its end; None where it fails."""
     start = time.perf_counter()
     done = subprocess.run(
@@ -213,18 +279,18 @@ def seconds_to_chat(command: list[str], folder: Path) -> float | None:
         cwd=ROOT,
         env=environment(),
     )
-    return None if done.returncode else time.perf_counter() - start
+    return None if done.returncode else {"seconds": time.perf_counter() - start}
 
 
 def draw(pyplot: Any, path: Path, medians: dict[str, dict[str, float]], about: str) -> None:
     """Bars: this runtime's in one colour, its peers' in another."""
-    charts = ("prefill", "decode", "decode_8", "mixed")
+    charts = ("prefill", "prefill_512", "decode", "decode_8")
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 2 + 0.45 * len(medians)), sharey=True)
     colours = ["tab:blue" if name.startswith("this runtime") else "silver" for name in medians]
     for axis, key in zip(axes.flat, charts, strict=True):
         bars = axis.barh(list(medians), [row[key] for row in medians.values()], color=colours)
         axis.bar_label(bars, fmt=" %.3g", fontsize=8)
-        axis.set_title(COLUMNS[key] + (" (less is better)" if key == "mixed" else ""), fontsize=10)
+        axis.set_title("prefill of 512, tok/s" if key == "prefill_512" else COLUMNS[key], fontsize=10)
         axis.tick_params(labelsize=8)
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)

@@ -18,6 +18,7 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
         list(map(str, command)),
         capture_output=True,
         text=True,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
@@ -26,15 +27,15 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
 def test_engines_are_compared(ckpt: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("transformers")
-    engines = ["this runtime, bf16", "transformers, bf16"]
+    names = ["this runtime, bf16", "this runtime, int8", "transformers, bf16", "python -m llama chat"]
     save = tmp_path / "pictures" / "tiny"
-    done = run(
-        "run.py", tmp_path, "--native", ckpt, "--new", 4, "--settle", 0, "--save", save, "--engines", *engines
-    )
+    sizes = ["--prompt", 16, "--long", 64, "--new", 4, "--settle", 0]
+    done = run("run.py", tmp_path, "--native", ckpt, *sizes, "--save", save, "--engines", *names)
     assert done.returncode == 0, done.stderr
-    for name in engines:
-        assert f"| {name} |" in done.stdout
-    assert "`example_chat_completion.py`, from start to end" in done.stdout
+    for name in names[:3]:
+        assert done.stdout.count(f"| {name} |") == (
+            2 if name.startswith("transformers") else 1
+        )  # and its ratios
     assert "`python -m llama chat`, from start to end" in done.stdout
     results = json.loads(Path(f"{save}.json").read_text())
     for (run_,) in results["engines"].values():

@@ -1,10 +1,8 @@
 """The compiled step against model.py, and against itself in other company."""
 
-import os
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from torch import Tensor
 from llama import backends
 from llama.backends import native
 from llama.backends.native import NativeStep, PackedMatrix, UnavailableError, pack, pack_quantized
-from llama.backends.native.compiler import SOURCES, compiled
+from llama.backends.native.compiler import SOURCES
 from llama.engine import Engine
 from llama.errors import ArgumentError
 from llama.model import ModelArgs, Row, Transformer
@@ -263,68 +261,6 @@ def test_requests_get_the_same_bits_in_any_company(batch_invariant: bool) -> Non
     together = generate(prompts)
     assert generate(prompts[:1]) == together[:1]
     assert generate(prompts[:2])[1] == together[1]
-
-
-def test_compiles_once_and_tells(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    source, cache = tmp_path / "step.cpp", tmp_path / "cache"
-    source.write_text("int f() { return 1; }")
-    cache.mkdir()
-    monkeypatch.setattr("llama.backends.native.compiler.SOURCES", [source])
-    first = compiled("", cache)
-    assert "Compiling" in capfd.readouterr().err
-    assert compiled("", cache) == first
-    assert capfd.readouterr().err == ""
-    assert list(cache.iterdir()) == [first]
-
-
-def test_a_library_is_found_by_all_it_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, compiler = tmp_path / "step.cpp", tmp_path / "cxx"
-    source.write_text("int f() { return 1; }")
-    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo $VERSION && exit\nexec c++ "$@"\n')
-    compiler.chmod(0o755)
-    monkeypatch.setattr("llama.backends.native.compiler.SOURCES", [source])
-    monkeypatch.setenv("CXX", str(compiler))
-    paths = [compiled("", tmp_path), compiled("-O1", tmp_path)]
-    source.write_text("int f() { return 2; }")
-    paths.append(compiled("", tmp_path))
-    monkeypatch.setenv("VERSION", "2")
-    paths.append(compiled("", tmp_path))
-    monkeypatch.setattr("llama.backends.native.compiler._processor", lambda: "another")
-    paths.append(compiled("", tmp_path))
-    assert len(set(paths)) == 5
-
-
-BUILD = """
-import sys
-from llama import Llama
-with Llama.build(sys.argv[1], max_seq_len=64, device="cpu", dtype="float32") as llama:
-    print(llama.generate([[1, 2, 3]], 4, 0)[0], llama.model.step_backend is not None)
-"""
-
-
-@pytest.mark.slow
-def test_without_a_working_compiler_a_sentence_and_the_other_way(tmp_path: Path) -> None:
-    folder = tiny.write_checkpoint(
-        tmp_path / "model", dim=96, n_heads=6, n_kv_heads=2, head_dim=16, multiple_of=32
-    )
-
-    def build(**env: str) -> tuple[str, str]:
-        env = {**os.environ, "LLAMA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT), **env}
-        command = [sys.executable, "-c", BUILD, str(folder)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True)
-        return done.stdout, done.stderr
-
-    working = build()
-    assert "True" in working[0] and "Compiling" in working[1]
-    assert "Compiling" not in build()[1]
-    broken = build(CXX="false")
-    assert broken[0] == working[0].replace("True", "False")
-    assert "the compiled step is missing: false failed" in broken[1]
-    assert "no C++ compiler was found" in build(PATH="/nowhere")[1]
-    (tmp_path / "cache" / "native").chmod(0o777)
-    assert "others can write to" in build()[1]
 
 
 def write_for_driver(path: Path, model: Transformer, kinds: dict[str, str], tokens: Tensor) -> None:

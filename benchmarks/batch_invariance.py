@@ -18,7 +18,7 @@ SLOTS, PROMPT, NEW = 8, 64, 32
 def seconds(engine: Engine, prompts: list[list[int]]) -> tuple[float, float]:
     """Time to read the prompts, and to generate NEW tokens for each."""
     for slot in range(SLOTS):
-        engine.slots[slot].tokens.clear()
+        engine.slots.all[slot].tokens.clear()
     params = SamplingParams(temperature=0, max_tokens=NEW + 1)
     start = time.perf_counter()
     requests = [engine.add(prompt, params) for prompt in prompts]

@@ -36,7 +36,7 @@ def main(ckpt_dir: str, rounds: int = 5) -> None:
                 warm[turn].append(stats.first_token_seconds)
                 chat.turns.append(Turn(message, answer))
             reused = stats.reused_tokens
-            llama.engine.slots[0].tokens.clear()
+            llama.engine.slots.all[0].tokens.clear()
             _, stats = ask(llama, prompt)
             cold.append(stats.first_token_seconds)
     for turn, seconds in enumerate(warm, 1):

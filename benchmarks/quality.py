@@ -20,8 +20,8 @@ from models import quantize_gguf, write_gguf
 
 from llama import Llama
 from llama.cli.perplexity import negative_log_likelihoods, windows
+from llama.device import resident_bytes
 from llama.model import Transformer
-from llama.parallel import resident_bytes
 
 OURS: tuple[str | None, ...] = (None, "int8", "int5", "int4")
 PEERS = ("bf16", "Q8_0", "Q5_0", "Q4_1", "Q4_0")

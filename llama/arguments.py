@@ -85,8 +85,8 @@ class ChatSampling(Sampling, DialogOptions, total=False):
     """`Sampling` and `DialogOptions`."""
 
 
-class Options(Sampling, total=False):
-    """All that a call takes besides its prompts.
+class Basic(TypedDict, total=False):
+    """What the calls that return answers have in their signatures, and others take by keyword.
 
     temperature, top_p: see `SamplingParams`.
     max_gen_len: new tokens at most, within max_seq_len; None for as many as fit; 0 scores the prompts,
@@ -100,6 +100,10 @@ class Options(Sampling, total=False):
     max_gen_len: int | None
     logprobs: bool
     echo: bool
+
+
+class Options(Sampling, Basic, total=False):
+    """`Sampling` and `Basic`: all that a call takes besides its prompts."""
 
 
 class ChatOptions(Options, DialogOptions, total=False):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama.errors import ArgumentError
 
@@ -104,3 +104,10 @@ def cache_folder() -> Path:
 def gigabytes(n: float) -> str:
     """1.23 GB, by powers of ten, or MB below one."""
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Memory that a loaded model's weights take, in whatever form; what is shared counts once."""
+    backends = {getattr(module, "backend", None) for module in model.modules()}
+    products = [backend.nbytes for backend in backends if backend is not None]
+    return sum(products) + sum(weight.nbytes for weight in model.parameters())

@@ -108,3 +108,7 @@ def no_panic(what: str) -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise ArgumentError(f"{what}: {error}") from None
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

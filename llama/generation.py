@@ -6,7 +6,6 @@ import os
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from llama import ranks
 from llama.agent import ToolLoop
 from llama.arguments import (
     SHAPES,
+    Basic,
     ChatOptions,
     ChatSampling,
     Options,
@@ -36,9 +36,15 @@ from llama.loading import check_quantize, load, scheme_of, warm_up
 from llama.model import Transformer
 from llama.moderation import reviews
 from llama.noise import derive_seed
-from llama.predictions import ChatPrediction, CompletionPrediction, chat_prediction, completion_prediction
+from llama.predictions import (
+    ChatPrediction,
+    CompletionPrediction,
+    chat_prediction,
+    collect,
+    completion_prediction,
+)
 from llama.prompts import encode_dialogs, encode_texts, tiled
-from llama.streaming import StreamEvent, astream, collect, stream
+from llama.streaming import StreamEvent, astream, stream
 from llama.tokenizer import Dialog, DialogFormat, TextTokenizer
 from llama.tokenizer.chat_format import chat_format
 from llama.tools.use import ToolUse, default_format
@@ -123,7 +129,7 @@ class Llama(Embeddings, ToolLoop):
         compiles = check_compile(compile, device) and not batch_invariant
         group = ranks.connect(model_parallel_size, device)
         try:
-            with group.together():
+            with ranks.together(group):
                 checkpoint = open_checkpoint(ckpt_dir, tokenizer_path, adapter)
                 scheme = scheme_of(checkpoint, quantize)
                 params = checkpoint.params if vision else text_params(checkpoint.params)
@@ -169,8 +175,7 @@ class Llama(Embeddings, ToolLoop):
         static: bool = False,
     ) -> None:
         """formatter: of dialogs, by default the one that goes with the tokenizer. Others: see `Engine`."""
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.formatter = formatter or chat_format(tokenizer)
         self.engine = Engine(
             model,
@@ -205,9 +210,7 @@ class Llama(Embeddings, ToolLoop):
     def __enter__(self) -> "Llama":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def generate(
@@ -231,10 +234,10 @@ class Llama(Embeddings, ToolLoop):
         """
         if sampling.get("top_logprobs"):
             raise ArgumentError("generate returns no top_logprobs; text_completion and the streams do")
-        events = self.stream_tokens(
-            prompt_tokens, temperature, top_p, max_gen_len, logprobs, echo, **sampling
+        basic = Basic(
+            temperature=temperature, top_p=top_p, max_gen_len=max_gen_len, logprobs=logprobs, echo=echo
         )
-        answers = collect(events)
+        answers = collect(self.stream_tokens(prompt_tokens, **basic, **sampling))
         return [a.tokens for a in answers], [a.logprobs for a in answers] if logprobs else None
 
     def text_completion(
@@ -252,8 +255,11 @@ class Llama(Embeddings, ToolLoop):
         Returns for each answer its text and why it ended (see `StreamEvent`), and with `logprobs` what
         `Scored` names.
         """
-        events = self.stream_text(prompts, temperature, top_p, max_gen_len, logprobs, echo, **sampling)
-        return [completion_prediction(answer, self.tokenizer, logprobs) for answer in collect(events)]
+        basic = Basic(
+            temperature=temperature, top_p=top_p, max_gen_len=max_gen_len, logprobs=logprobs, echo=echo
+        )
+        answers = collect(self.stream_text(prompts, **basic, **sampling))
+        return [completion_prediction(answer, self.tokenizer, logprobs) for answer in answers]
 
     def chat_completion(
         self,
@@ -273,18 +279,12 @@ class Llama(Embeddings, ToolLoop):
         tool calls that it makes. Raises what `generate` raises, and ArgumentError for a dialog that the
         chat format cannot hold.
         """
-        events = self.stream_chat(dialogs, temperature, top_p, max_gen_len, logprobs, **options)
-        return [chat_prediction(answer, self.tokenizer, logprobs) for answer in collect(events)]
+        basic = Basic(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len, logprobs=logprobs)
+        answers = collect(self.stream_chat(dialogs, **basic, **options))
+        return [chat_prediction(answer, self.tokenizer, logprobs) for answer in answers]
 
     def stream_text(
-        self,
-        prompts: Iterable[str | Sequence[Any]],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        max_gen_len: int | None = None,
-        logprobs: bool = False,
-        echo: bool = False,
-        **sampling: Unpack[Sampling],
+        self, prompts: Iterable[str | Sequence[Any]], **options: Unpack[Options]
     ) -> Generator[StreamEvent, None, None]:
         """What `text_completion` does, as it happens: an event for each token, and one at each end.
 
@@ -293,50 +293,20 @@ class Llama(Embeddings, ToolLoop):
         not ended and frees its slots. If one request fails, its end says why and the others go on.
         Raises what `generate` raises, at the call.
         """
-        ids, sampling["images"] = encode_texts(prompts, self.model, self.tokenizer)
-        return self.stream_tokens(ids, temperature, top_p, max_gen_len, logprobs, echo, **sampling)
+        ids, options["images"] = encode_texts(prompts, self.model, self.tokenizer)
+        return self.stream_tokens(ids, **options)
 
     def stream_chat(
-        self,
-        dialogs: Iterable[Dialog],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        max_gen_len: int | None = None,
-        logprobs: bool = False,
-        **options: Unpack[ChatSampling],
+        self, dialogs: Iterable[Dialog], **options: Unpack[ChatOptions]
     ) -> Generator[StreamEvent, None, None]:
         """What `chat_completion` does, as it happens; otherwise as `stream_text`."""
-        requests = self.chat_requests(
-            dialogs,
-            temperature=temperature,
-            top_p=top_p,
-            max_gen_len=max_gen_len,
-            logprobs=logprobs,
-            **options,
-        )
-        return stream(self.engine, self.tokenizer, requests)
+        return stream(self.engine, self.tokenizer, self.chat_requests(dialogs, **options))
 
     def stream_tokens(
-        self,
-        prompt_tokens: Iterable[Iterable[int]],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        max_gen_len: int | None = None,
-        logprobs: bool = False,
-        echo: bool = False,
-        **sampling: Unpack[Sampling],
+        self, prompt_tokens: Iterable[Iterable[int]], **options: Unpack[Options]
     ) -> Generator[StreamEvent, None, None]:
         """As `stream_text`, for prompts of token ids."""
-        requests = self.requests(
-            prompt_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            max_gen_len=max_gen_len,
-            logprobs=logprobs,
-            echo=echo,
-            **sampling,
-        )
-        return stream(self.engine, self.tokenizer, requests)
+        return stream(self.engine, self.tokenizer, self.requests(prompt_tokens, **options))
 
     def astream_text(
         self, prompts: Iterable[str | Sequence[Any]], **options: Unpack[Options]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama import backends
 from llama.backends import Plan
@@ -18,7 +18,7 @@ from llama.engine import Engine
 from llama.engine.static import compile_blocks
 from llama.errors import ArgumentError, OutOfMemoryError
 from llama.model import ModelArgs, Transformer
-from llama.parallel import Joined, Linear, ModelParallel, VocabParallelEmbedding, matrices
+from llama.parallel import Joined, Linear, ModelParallel, VocabParallelEmbedding
 from llama.quantization import (
     EMBEDDINGS,
     GROUP,
@@ -33,6 +33,7 @@ from llama.quantization import (
     plain,
     quantize,
 )
+from llama.ranks import together
 from llama.sampling import SamplingParams
 from llama.vision import VisionModel, VisionTransformer, make_model
 
@@ -117,7 +118,7 @@ def defer_tower(
 
     @torch.inference_mode(False)
     def load_tower() -> None:
-        with model.parallel.together():
+        with together(model.parallel):
             load_weights(tower, source, plan, device, dtype, scheme, prefix="vision_model.")
         model.vision_model = tower
 
@@ -203,6 +204,16 @@ def weight_bytes(
     return int(sum(bits.values()) / 8)
 
 
+def matrices(model: nn.Module) -> list[tuple[Applied, Mapping[str, Applied]]]:
+    """Each matrix that is applied as one: by whom, and its linears by the names of their weights."""
+    linears = {
+        module: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)
+    }
+    joined = [module for module in model.modules() if isinstance(module, Joined)]
+    found = [(module, {linears.pop(part): part for part in module.parts}) for module in joined]
+    return [*found, *((linear, {name: linear}) for linear, name in linears.items())]
+
+
 def load_weights(
     model: Transformer | VisionModel,
     source: TensorSource,
@@ -247,7 +258,7 @@ def load_weights(
                     kept[name] = plain(weights[name])
                 reader.done(name, copied=name not in kept)
 
-        todo: list[tuple[Applied, Mapping[str, Applied]]] = [found[1:] for found in matrices(model)]
+        todo = matrices(model)
         if plan.embeddings and text:
             todo.append((text.tok_embeddings, {EMBEDDINGS: text.tok_embeddings}))
         for module, parts in reversed(todo):  # the largest, which take most memory to make, come first

@@ -5,8 +5,8 @@ The guard itself is anything with `check`; `llama.Guard` is one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from llama.errors import ArgumentError
@@ -61,6 +61,52 @@ class Review:
         if not answer.strip():
             return None
         return judge(self.guard, [[*self.before, {"role": "assistant", "content": answer}]])[0]
+
+
+class EventReader(Protocol):
+    """What turns the engine's events of a request into a caller's, which are `StreamEvent`s."""
+
+    def read(self, event: Any) -> Iterable[Any]: ...
+
+
+class ReviewedReader:
+    """Reads as another reader does, and holds back what a guard has not seen yet.
+
+    cancel: ends the request, once the guard objects.
+    """
+
+    def __init__(self, reader: EventReader, review: Review, cancel: Callable[[], object]) -> None:
+        self._reader, self._review, self._cancel = reader, review, cancel
+        self._held: list[Any] = []
+        self._seen = ""  # the answer so far, its calls included
+        self._refused = False
+
+    def read(self, event: Any) -> Iterator[Any]:
+        """What an event brings, once the guard has no objection; or the end, if it has."""
+        for brought in self._reader.read(event):
+            if self._refused:
+                return
+            self._held.append(brought)
+            calls = "".join(delta.name + delta.arguments for delta in brought.tool_calls)
+            self._seen += brought.text + calls
+            if brought.finish_reason or len(self._held) == self._review.every:
+                yield from self._checked(brought)
+
+    def _checked(self, last: Any) -> list[Any]:
+        end: dict[str, Any]
+        try:
+            categories = self._review.refuses(self._seen)
+            if categories is None:
+                held, self._held = self._held, []
+                return held
+            end = {"finish_reason": "content_filter", "categories": categories, "error": None}
+        except ArgumentError as error:  # such as a conversation that is too long for the guard
+            message = f"prompt {last.index}: the guard cannot check the answer: {error}"
+            end = {"finish_reason": "error", "error": message}
+        self._refused = True
+        self._cancel()
+        nothing = {"token": None, "logprob": None, "top_logprobs": None, "tool_calls": (), "stop": None}
+        return [replace(last, text="", **nothing, **end)]
 
 
 def reviews(

@@ -5,8 +5,6 @@ the tensor-parallel layer of Megatron-LM (Shoeybi et al. 2019, section 3) in a f
 one matrix, then rows of the next, then one all-reduce.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,24 +68,6 @@ class ModelParallel:
         if self.size > 1:
             dist.broadcast(x, self.source, self.group)
         return x
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """A block, without collectives in it, that fails on every rank if it fails on one.
-
-        Without this a rank with a bad file would leave, and the others would wait for it for ever.
-        """
-        error = None
-        try:
-            yield
-        except Exception as own:
-            error = own
-        errors = [error]
-        if self.size > 1:
-            errors = [None] * self.size
-            dist.all_gather_object(errors, error, self.group)
-        if first := next((found for found in errors if found is not None), None):
-            raise first
 
 
 class Product(Protocol):
@@ -209,20 +189,3 @@ class Joined(nn.Module):
         if self.weight is not None:
             return F.linear(x, self.weight)
         return torch.cat([part(x) for part in self.parts], -1)
-
-
-def matrices(model: torch.nn.Module) -> list[tuple[str, Linear | Joined, dict[str, Linear]]]:
-    """Each matrix that is applied as one: its name, who applies it, and its linears by weights' names."""
-    linears = {module: name for name, module in model.named_modules() if isinstance(module, Linear)}
-    found: list[tuple[str, Linear | Joined, dict[str, Linear]]] = []
-    for name, joined in model.named_modules():
-        if isinstance(joined, Joined):
-            found.append((name, joined, {f"{linears.pop(part)}.weight": part for part in joined.parts}))
-    return [*found, *((name, linear, {f"{name}.weight": linear}) for linear, name in linears.items())]
-
-
-def resident_bytes(model: nn.Module) -> int:
-    """Memory that a loaded model's weights take, in whatever form; what is shared counts once."""
-    backends = {getattr(module, "backend", None) for module in model.modules()}
-    products = [backend.nbytes for backend in backends if backend is not None]
-    return sum(products) + sum(weight.nbytes for weight in model.parameters())

@@ -2,13 +2,61 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 from typing_extensions import NotRequired
 
+from llama.engine import TopLogprobs
 from llama.moderation import Category
-from llama.streaming import Answer, FinishReason
+from llama.streaming import FinishReason, StreamEvent
 from llama.tokenizer import Message, TextTokenizer
+from llama.tools.parser import ToolCall, add_deltas
+
+
+@dataclass
+class Answer:
+    """All events of one request, put together. stop: the stop string that ended it, if one did."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason = "cancelled"
+    calls: list[ToolCall] = field(default_factory=list)
+    categories: tuple[Category, ...] = ()
+    stop: str | None = None
+
+    def add(self, event: StreamEvent) -> None:
+        """Raises RuntimeError if the request failed."""
+        if event.finish_reason == "error":
+            raise RuntimeError(event.error)
+        self.text += event.text
+        add_deltas(self.calls, event.tool_calls)
+        if event.token is not None:
+            self.tokens.append(event.token)
+        if event.logprob is not None:
+            self.logprobs.append(event.logprob)
+        if event.top_logprobs is not None:
+            self.top_logprobs.append(event.top_logprobs)
+        if event.finish_reason:
+            self.finish_reason, self.categories, self.stop = event.finish_reason, event.categories, event.stop
+
+    def message(self) -> Message:
+        message: Message = {"role": "assistant", "content": self.text}
+        if self.calls:
+            message["tool_calls"] = [call.to_message() for call in self.calls]
+        return message
+
+
+def collect(events: Iterator[StreamEvent]) -> list[Answer]:
+    """Read a stream to its end. Raises RuntimeError if one of its requests failed."""
+    answers: defaultdict[int, Answer] = defaultdict(Answer)
+    for event in events:
+        answers[event.index].add(event)
+    return [answers[i] for i in sorted(answers)]
 
 
 class Scored(TypedDict, total=False):

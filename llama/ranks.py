@@ -110,6 +110,25 @@ def _shut_down() -> None:
 
 
 @contextlib.contextmanager
+def together(parallel: ModelParallel) -> Iterator[None]:
+    """A block, without collectives in it, that fails on every rank if it fails on one.
+
+    Without this a rank with a bad file would leave, and the others would wait for it for ever.
+    """
+    error = None
+    try:
+        yield
+    except Exception as own:
+        error = own
+    errors = [error]
+    if parallel.size > 1:
+        errors = [None] * parallel.size
+        dist.all_gather_object(errors, error, parallel.group)
+    if first := next((found for found in errors if found is not None), None):
+        raise first
+
+
+@contextlib.contextmanager
 def lost_rank_as_error(parallel: ModelParallel) -> Iterator[None]:
     """Say in one sentence what a broken connection means, where torch gives an address and a stack."""
     try:

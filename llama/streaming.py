@@ -1,90 +1,22 @@
-"""From the engine's tokens to pieces of text: whole characters, and never a part of a stop string."""
+"""From the engine's events to those of a caller: pieces of text and calls, as they become certain."""
 
 import asyncio
-import codecs
 import contextlib
 import functools
 import threading
 import time
-from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal
 
 from llama.arguments import TextRequest
 from llama.engine import Engine, Event, Request, TopLogprobs
 from llama.engine import FinishReason as EngineReason
-from llama.errors import ArgumentError
-from llama.moderation import Category, Review
-from llama.tokenizer import Message
-from llama.tools.parser import Delta, ToolCall, add_deltas
+from llama.moderation import Category, EventReader, ReviewedReader
+from llama.tokenizer.text_stream import Decoder, TextStream
+from llama.tools.parser import Delta
 
 FinishReason = EngineReason | Literal["tool_calls", "content_filter"]
-
-
-class Decoder(Protocol):
-    """What a tokenizer offers here."""
-
-    def decode(self, t: Sequence[int]) -> str: ...
-
-    def decode_bytes(self, t: Sequence[int]) -> bytes: ...
-
-
-class TextStream:
-    """Turns token ids into pieces of text, which joined are the decoded ids up to a stop string.
-
-    A token may end in the middle of a character or of a stop string. What could be the beginning of
-    either is held back until the next token tells. Bytes that are no UTF-8 become U+FFFD.
-
-    stop: strings that end the text and are not part of it. The one that is complete first counts,
-    and of two that end together the longer, however the tokens are cut.
-    """
-
-    def __init__(self, tokenizer: Decoder, stop: Sequence[str] = ()) -> None:
-        self.stopped: str | None = None  # the stop string that was hit
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._begun = False
-        self._held = ""
-
-    def push(self, token: int, *, prompt: bool = False) -> str:
-        """The text that is certain now; none any more once a stop string was hit.
-
-        prompt: a token that was given, not generated, so no stop string is looked for.
-        """
-        data = self._tokenizer.decode_bytes([token])
-        if data and not self._begun:
-            self._begun = True
-            # sentencepiece drops the space before a text's first word.
-            if data.startswith(b" ") and not self._tokenizer.decode([token]).startswith(" "):
-                data = data[1:]
-        text = self._utf8.decode(data)
-        return text if prompt else self._certain(text)
-
-    def flush(self) -> str:
-        """What was held back, once no token follows."""
-        text = self._certain(self._utf8.decode(b"", final=True))
-        if self.stopped is None:
-            text, self._held = text + self._held, ""
-        return text
-
-    def _certain(self, new: str) -> str:
-        text = self._held + new
-        if self.stopped is not None:
-            return ""
-        found = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            _, at, self.stopped = min(found)
-            return text[:at]
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
-        held = next(
-            n
-            for n in range(min(longest, len(text)), -1, -1)
-            if n == 0 or any(stop.startswith(text[-n:]) for stop in self._stop)
-        )
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
 
 
 @dataclass(frozen=True)
@@ -211,58 +143,20 @@ class Reader:
         )
 
 
-class ReviewedReader(Reader):
-    """A reader that holds back what a guard has not seen yet."""
-
-    def __init__(self, review: Review, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._review = review
-        self._held: list[StreamEvent] = []
-        self._seen = ""  # the answer so far, its calls included
-        self._refused = False
-
-    def read(self, event: Event) -> Iterator[StreamEvent]:
-        """What an event brings, once the guard has no objection; or the end, if it has."""
-        for brought in super().read(event):
-            if self._refused:
-                return
-            self._held.append(brought)
-            calls = "".join(delta.name + delta.arguments for delta in brought.tool_calls)
-            self._seen += brought.text + calls
-            if brought.finish_reason or len(self._held) == self._review.every:
-                yield from self._checked(brought)
-
-    def _checked(self, last: StreamEvent) -> list[StreamEvent]:
-        end = StreamEvent(self._index, finish_reason="content_filter", stats=last.stats)
-        try:
-            categories = self._review.refuses(self._seen)
-            if categories is None:
-                held, self._held = self._held, []
-                return held
-            end = replace(end, categories=categories)
-        except ArgumentError as error:  # such as a conversation that is too long for the guard
-            message = f"prompt {self._index}: the guard cannot check the answer: {error}"
-            end = replace(end, finish_reason="error", error=message)
-        self._refused = True
-        self._cancel()
-        return [end]
-
-
 def create_reader(
     tokenizer: Decoder, source: TextRequest, index: int, cancel: Callable[[], object]
-) -> Reader:
+) -> EventReader:
     """The reader that a request wants. For the arguments see `Reader`."""
-    if source.review:
-        return ReviewedReader(source.review, tokenizer, source, index, cancel)
-    return Reader(tokenizer, source, index, cancel)
+    reader = Reader(tokenizer, source, index, cancel)
+    return ReviewedReader(reader, source.review, cancel) if source.review else reader
 
 
 @contextlib.contextmanager
 def _queued(
     engine: Engine, tokenizer: Decoder, sources: Sequence[TextRequest]
-) -> Iterator[dict[Request, Reader]]:
+) -> Iterator[dict[Request, EventReader]]:
     """Queue requests, each with its reader; cancel at the end those that have not ended."""
-    readers: dict[Request, Reader] = {}
+    readers: dict[Request, EventReader] = {}
     try:
         for index, source in enumerate(sources):
             if source.review and source.review.refused is not None:
@@ -313,7 +207,7 @@ async def astream(
         yield end
     loop, events = asyncio.get_running_loop(), asyncio.Queue[StreamEvent | Exception | None]()
 
-    def run(readers: Mapping[Request, Reader]) -> None:
+    def run(readers: Mapping[Request, EventReader]) -> None:
         def post(event: StreamEvent | Exception | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
@@ -332,46 +226,3 @@ async def astream(
             if isinstance(piece, Exception):
                 raise piece
             yield piece
-
-
-@dataclass
-class Answer:
-    """All events of one request, put together. stop: the stop string that ended it, if one did."""
-
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[TopLogprobs] = field(default_factory=list)
-    finish_reason: FinishReason = "cancelled"
-    calls: list[ToolCall] = field(default_factory=list)
-    categories: tuple[Category, ...] = ()
-    stop: str | None = None
-
-    def add(self, event: StreamEvent) -> None:
-        """Raises RuntimeError if the request failed."""
-        if event.finish_reason == "error":
-            raise RuntimeError(event.error)
-        self.text += event.text
-        add_deltas(self.calls, event.tool_calls)
-        if event.token is not None:
-            self.tokens.append(event.token)
-        if event.logprob is not None:
-            self.logprobs.append(event.logprob)
-        if event.top_logprobs is not None:
-            self.top_logprobs.append(event.top_logprobs)
-        if event.finish_reason:
-            self.finish_reason, self.categories, self.stop = event.finish_reason, event.categories, event.stop
-
-    def message(self) -> Message:
-        message: Message = {"role": "assistant", "content": self.text}
-        if self.calls:
-            message["tool_calls"] = [call.to_message() for call in self.calls]
-        return message
-
-
-def collect(events: Iterator[StreamEvent]) -> list[Answer]:
-    """Read a stream to its end. Raises RuntimeError if one of its requests failed."""
-    answers: defaultdict[int, Answer] = defaultdict(Answer)
-    for event in events:
-        answers[event.index].add(event)
-    return [answers[i] for i in sorted(answers)]

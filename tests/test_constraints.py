@@ -12,7 +12,8 @@ import pytest
 
 from llama import Llama
 from llama.errors import ArgumentError
-from llama.streaming import collect, stream
+from llama.predictions import collect
+from llama.streaming import stream
 from llama.tokenizer import SentencePieceTokenizer
 from llama.tokenizer.huggingface import HFTokenizer
 from tests.support import formats

@@ -16,6 +16,7 @@ from llama.engine.request import Request, Work
 from llama.engine.static import StaticRunner, check_compile
 from llama.model import Row, Transformer
 from llama.sampling import SamplingParams
+from tests.support.engines import finish, prompt_of
 from tests.support.quantized import KEPT, PACKED, reloaded
 from tests.support.tiny import byte_tokenizer, save_model, small_model
 
@@ -24,11 +25,6 @@ def flexible(self: StaticRunner, model: Transformer, init: Any = StaticRunner.__
     """A runner that uses flex attention on a CPU too, to see it run."""
     init(self, model)
     self.flex = True
-
-
-def finish(engine: Engine, *requests: Request) -> None:
-    for _ in engine.run(requests):
-        pass
 
 
 class Launches:
@@ -55,10 +51,6 @@ CASES = [
     SamplingParams(temperature=1.0, seed=7, max_tokens=15, logprobs=True, top_logprobs=2),
     SamplingParams(temperature=0, max_tokens=25, stop_token_ids=frozenset(range(0, 64, 5))),
 ]
-
-
-def prompt_of(length: int, seed: int) -> list[int]:
-    return torch.randint(64, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 @pytest.mark.parametrize("shortcut", [1024, 2], ids=["", "nuclei larger than the shortcut"])

@@ -5,47 +5,10 @@ import math
 import pytest
 import torch
 
-from llama.engine import Engine, PromptError, Request
-from llama.engine.invariance import check_batch_invariance
+from llama.engine import Engine, PromptError
 from llama.sampling import SamplingParams
-from tests.support.quantized import KEPT, PACKED, reloaded
+from tests.support.engines import GREEDY, Counter, alone, finish, prompt_of
 from tests.support.tiny import small_model
-
-GREEDY = SamplingParams(temperature=0, max_tokens=8)
-
-
-class Counter:
-    """The rows of every call of the model."""
-
-    def __init__(self, model):
-        self.steps = []
-        hidden = model.hidden
-
-        def counting(tokens, rows):
-            self.steps.append(list(rows))
-            return hidden(tokens, rows)
-
-        model.hidden = counting
-
-    def lengths(self):
-        return [[row.length for row in rows] for rows in self.steps]
-
-
-def finish(engine: Engine, *requests: Request) -> None:
-    for _ in engine.run(requests):
-        pass
-
-
-def alone(prompt: list[int], params: SamplingParams, **changes) -> Request:
-    engine = Engine(small_model(max_batch_size=1, **changes), prefill_chunk=64)
-    request = engine.add(prompt, params)
-    finish(engine, request)
-    return request
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(64, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
 
 # A request's tokens depend on the request.
 
@@ -250,85 +213,6 @@ def test_a_consumer_that_stops_reading_misses_nothing_later():
     assert [first, *(event.token for event in events)] == [*slow.tokens, None]
 
 
-# Prefix reuse.
-
-
-def test_a_next_turn_reads_its_new_tokens_only():
-    model = small_model()
-    engine = Engine(model)
-    first = engine.add(prompt_of(20), GREEDY)
-    finish(engine, first)
-    count = Counter(model)
-    prompt = [*first.prompt, *first.tokens, 1, 2, 3]
-    turn = engine.add(prompt, GREEDY)
-    finish(engine, turn)
-    # The last token drawn was never read, and three are new.
-    assert count.lengths()[0] == [4]
-    assert turn.reused == len(prompt) - 4
-    assert turn.tokens == alone(prompt, GREEDY).tokens
-
-
-def test_a_slot_is_continued_where_the_whole_of_it_is_wanted():
-    engine = Engine(small_model(max_batch_size=3))
-    short = SamplingParams(max_tokens=1)
-    finish(engine, *(engine.add(prompt, short) for prompt in ([1, 2, 3], [1, 2], [7, 8, 9])))
-    assert [slot.tokens for slot in engine.slots.all] == [[1, 2, 3], [1, 2], [7, 8, 9]]
-    for prompt, expected in (
-        ([1, 2, 3, 4], [[1, 2, 3, 4], [1, 2], [7, 8, 9]]),  # the longest prefix, not the other
-        ([7, 8, 9, 9], [[1, 2, 3, 4], [1, 2], [7, 8, 9, 9]]),
-        ([20, 21], [[1, 2, 3, 4], [20, 21], [7, 8, 9, 9]]),  # nobody has it: the one unused for longest
-    ):
-        finish(engine, engine.add(prompt, short))
-        assert [slot.tokens for slot in engine.slots.all] == expected
-
-
-def test_chats_that_begin_alike_share_the_beginning_and_keep_their_slots():
-    engine = Engine(small_model(max_batch_size=4))
-    system, params = prompt_of(12), SamplingParams(max_tokens=3, logprobs=True)
-    first = engine.add([*system, 1], params)
-    engine.step()
-    others = [engine.add([*system, n, n], params) for n in (2, 3)]  # while the first still runs
-    finish(engine, first, *others)
-    assert [request.reused for request in others] == [12, 12]
-    turns = [engine.add([*r.prompt, *r.tokens, 9], params) for r in (*others, first)]
-    finish(engine, *turns)
-    for request in (*others, *turns):
-        single = alone(request.prompt, params)
-        assert request.tokens == single.tokens
-        torch.testing.assert_close(request.logprobs, single.logprobs, atol=1e-4, rtol=1e-4)
-    assert [len(r.prompt) - r.reused for r in turns] == [2, 2, 2]
-
-
-def test_the_same_prompt_again_still_has_its_logprobs():
-    engine = Engine(small_model(max_batch_size=1))
-    params = SamplingParams(max_tokens=3, logprobs=True, prompt_logprobs=True)
-    first, second = engine.add(prompt_of(9), params), engine.add(prompt_of(9), params)
-    finish(engine, first, second)
-    assert first.prompt_logprobs == second.prompt_logprobs
-    assert first.tokens == second.tokens
-
-
-@pytest.mark.parametrize("invariant", [False, True])
-def test_two_engines_may_take_turns_over_one_model(invariant):
-    """Each finds the cache overwritten by the other, and reads again what it needs."""
-    model = small_model(max_batch_size=2)
-    params = SamplingParams(max_tokens=20, logprobs=True, prompt_logprobs=True, seed=1)
-    engines = [Engine(model, prefill_chunk=8, batch_invariant=invariant) for _ in range(2)]
-    requests = [engine.add(prompt_of(11 + i, i), params) for i, engine in enumerate(engines)]
-    for steps in (5, 5, 1, 5):  # two for the prompt, and some tokens
-        for engine in engines:
-            for _ in range(steps):
-                engine.step()
-    assert all(2 < len(request.tokens) < 20 for request in requests)
-    for engine, request in zip(engines, requests, strict=True):
-        while engine.has_work():
-            engine.step()
-        single = alone(request.prompt, params)
-        assert request.tokens == single.tokens
-        torch.testing.assert_close(request.logprobs, single.logprobs, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(request.prompt_logprobs, single.prompt_logprobs, atol=1e-4, rtol=1e-4)
-
-
 # Faults.
 
 
@@ -423,76 +307,3 @@ def test_no_global_side_effects():
     finish(engine, engine.add(prompt_of(5), SamplingParams(seed=4, max_tokens=9)))
     assert torch.get_rng_state().equal(state)
     assert (torch.get_default_dtype(), torch.get_num_threads()) == (dtype, threads)
-
-
-# Batch invariance.
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("weights", ["fp32", "bf16", "packed", "int8", "int4"])
-def test_batch_invariance_is_bitwise(weights):
-    """Rows, slots, chunks, company, order of arrival, reuse: none of it shows in any bit."""
-    params = SamplingParams(
-        temperature=1.2, max_tokens=5, logprobs=True, prompt_logprobs=False, top_logprobs=2, seed=5
-    )
-
-    # Wide enough that products, and sums over the vocabulary, of one row and of eight do run other kernels.
-    shape = dict(dim=128, n_heads=8, n_kv_heads=4, vocab_size=20_000, max_batch_size=8)
-    model = small_model(std=0.1, dtype=torch.float32 if weights == "fp32" else torch.bfloat16, **shape)
-    if weights == "packed":
-        model = reloaded(model, PACKED)
-    elif weights.startswith("int"):
-        model = reloaded(model, KEPT, weights)
-
-    def engine_of():
-        return Engine(model, prefill_chunk=16, batch_invariant=True)
-
-    prompts = [prompt_of(n, n) for n in (3, 16, 17, 40, 1, 33, 32, 20, 9, 5)]
-    prompts += [[*prompts[3], *prompt_of(9, 77)], [*prompts[5][:32], 1], prompts[6]]
-    expected = []
-    for prompt in prompts:
-        engine = engine_of()
-        request = engine.add(prompt, params)
-        finish(engine, request)
-        expected.append(request)
-    engine = engine_of()
-    for order in (range(len(prompts)), reversed(range(len(prompts)))):
-        requests = {}
-        for i in order:
-            requests[i] = engine.add(prompts[i], params)
-            engine.step()
-        finish(engine, *requests.values())
-        for i, request in requests.items():
-            assert request.tokens == expected[i].tokens
-            assert request.logprobs == expected[i].logprobs
-            assert request.top_logprobs == expected[i].top_logprobs
-    assert max(request.reused for request in requests.values()) >= 32  # prefixes are reused all the same
-
-
-def test_batch_invariance_runs_fixed_shapes():
-    model = small_model()
-    shapes = []
-    hidden, logits = model.hidden, model.logits
-    engine = Engine(model, prefill_chunk=8, batch_invariant=True)
-    model.hidden = lambda tokens, rows: shapes.append(len(tokens)) or hidden(tokens, rows)
-    model.logits = lambda states: shapes.append(-len(states)) or logits(states)
-    finish(engine, *(engine.add(prompt_of(n), SamplingParams(max_tokens=n)) for n in (12, 3)))
-    assert shapes == [8, 3, -1, 4, -4, 4, -1] + [4, -4] * 11
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda x: x + torch.arange(len(x))[:, None] * 1e-3,  # depends on the place in the batch
-        lambda x: (x / x.abs().max() * 127).round() * x.abs().max() / 127,  # and on the company
-    ],
-    ids=["place", "company"],
-)
-def test_batch_invariance_is_refused_where_the_kernels_break_it(spoil):
-    model = small_model()
-    check_batch_invariance(model, 4)
-    w2 = model.layers[0].feed_forward.w2
-    forward = w2.forward
-    w2.forward = lambda x: forward(spoil(x))
-    with pytest.raises(ValueError, match="batch_invariant=True cannot be kept here: on cpu in float32"):
-        Engine(model, batch_invariant=True)

@@ -12,8 +12,8 @@ from llama import Llama, backends
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.convert import convert
 from llama.cli.info import as_text, info, inspect, memory
+from llama.device import resident_bytes
 from llama.model import ModelArgs
-from llama.parallel import resident_bytes
 from tests.support import formats
 from tests.support.quantized import KEPT
 

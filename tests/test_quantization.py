@@ -12,9 +12,10 @@ from llama.backends.grouped import Grouped
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.convert import convert
 from llama.checkpoint.reader import RankReader
+from llama.device import resident_bytes
 from llama.loading import check_quantize, weight_bytes
 from llama.model import ModelArgs, Transformer
-from llama.parallel import Joined, Linear, ModelParallel, resident_bytes
+from llama.parallel import Joined, Linear, ModelParallel
 from llama.quantization import QuantizedMatrix, alike, joined, quantize
 from tests.support import tiny
 from tests.support.quantized import KEPT, TOKENS, build, distance

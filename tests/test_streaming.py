@@ -10,7 +10,7 @@ import torch
 from llama import Llama
 from llama.engine import PromptError
 from llama.errors import ArgumentError
-from llama.streaming import TextStream
+from llama.tokenizer.text_stream import TextStream
 from tests.support.tiny import byte_tokenizer, small_model
 
 WORDS = ("the", " llama", "🦙", "and", "ands", "STOP")

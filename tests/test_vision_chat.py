@@ -191,6 +191,7 @@ def test_ranks_of_one_image_in_many_requests_encode_it_once(llama, count):
 
 
 def test_changed_weights_forget_images(llama, count):
+    llama.forget()
     count.reused(ask(image(WIDE), "the"))
     weight = llama.model.cross_attention_layers[0].attention.wk.weight
     with torch.inference_mode():

@@ -24,12 +24,12 @@ from tqdm import tqdm
 from llama.checkpoint import StrPath, open_checkpoint
 from llama.checkpoint.hf_export import template_of, write_hf_config, write_hf_tokenizer
 from llama.checkpoint.hf_view import HFView, hf_view
-from llama.checkpoint.huggingface import write_json
 from llama.checkpoint.native import file_name
 from llama.checkpoint.quantized import keys
 from llama.checkpoint.source import Checkpoint, Pages, check_finite, stored_weight, whole_parts
 from llama.device import parse_dtype
 from llama.errors import ArgumentError
+from llama.files import write_json
 from llama.quantization import LAYOUT, QUANTIZATIONS, QuantizedMatrix, few_bits, quantize
 from llama.tokenizer import Layout, SentencePieceTokenizer, TextTokenizer, Tokenizer
 from llama.tokenizer.chat_format import chat_format

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from llama.checkpoint.huggingface import write_json
 from llama.checkpoint.mllama import mllama_config
 from llama.checkpoint.source import Checkpoint
 from llama.errors import ArgumentError
+from llama.files import write_json
 from llama.model import ModelArgs
 from llama.tokenizer import DialogFormat, SentencePieceTokenizer, Tokenizer
 from llama.tokenizer.bpe import byte_alphabet

@@ -7,7 +7,6 @@ each head change places on the way.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.classifier import SCORE, is_classifier, read_classifier
-from llama.checkpoint.params import checked, feed_forward
+from llama.checkpoint.hf_config import read_config
 from llama.checkpoint.source import (
     Checkpoint,
     check_names,
@@ -28,7 +27,7 @@ from llama.checkpoint.source import (
     whole_parts,
 )
 from llama.errors import ArgumentError, CheckpointError, MissingPackageError, shown
-from llama.files import check_kinds, id_list, read_json
+from llama.files import id_list, read_json
 from llama.model import ModelArgs
 from llama.parallel import Span
 from llama.quantization import OUTPUT
@@ -52,46 +51,6 @@ NAMES = {
     "post_attention_layernorm": "ffn_norm",
 }
 HF_NAMES = {native: hf for hf, native in NAMES.items()}
-
-# Model types that are Llama in all but name, where their config says nothing that it lacks.
-MODEL_TYPES = ("llama", "mistral", "Yi", "aquila")
-# Of generation, which older configs repeat.
-GENERATION = {
-    "diversity_penalty", "do_sample", "encoder_no_repeat_ngram_size", "length_penalty", "max_length",
-    "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
-    "pruned_heads", "repetition_penalty", "temperature", "top_k", "top_p", "typical_p",
-}  # fmt: skip
-# Keys that a config may leave out for Llama, but not for others, whose own code fills in other values:
-# Mistral's a window of 4096 tokens and 8 key heads, Yi's 4 key heads and a theta of 5,000,000.
-EXPLICIT = ("num_key_value_heads", "rope_theta")
-# What a config may say beside the model's shape, whatever the value: it is about training, about
-# files, or read elsewhere.
-HARMLESS = {
-    "architectures", "attention_dropout", "auto_map", "bos_token_id", "cache_implementation", "dtype",
-    "eos_token_id", "id2label", "initializer_range", "label2id", "model_type", "pad_token_id",
-    "pretraining_tp", "return_dict", "rope_parameters", "rope_scaling", "task_specific_params",
-    "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "unsloth_fixed",
-    "unsloth_version", "use_cache", "output_attentions", "output_hidden_states", "chunk_size_feed_forward",
-    "is_encoder_decoder", "problem_type", *GENERATION,
-}  # fmt: skip
-# What must have this value where it is there at all.
-REQUIRED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "is_llama_config": True, "num_experts": 1}
-SHAPE: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"), (int,)),
-    **dict.fromkeys(("num_key_value_heads", "intermediate_size", "head_dim"), (int,)),
-    **dict.fromkeys(("rms_norm_eps", "rope_theta"), (float,)),
-    **{"max_position_embeddings": (int,), "tie_word_embeddings": (bool,), "layer_types": (list,)},
-}
-READ: dict[str, tuple[type, ...]] = {
-    **SHAPE,
-    **{"model_type": (str,), "architectures": (list,), "eos_token_id": (int, list)},
-    **{"rope_scaling": (dict,), "rope_parameters": (dict,)},
-}
-ROPE: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), (float,)),
-    **{"original_max_position_embeddings": (int,), "rope_type": (str,), "type": (str,)},
-    "partial_rotary_factor": (float,),
-}
 
 
 def native_name(name: str) -> str | None:
@@ -175,93 +134,6 @@ def open_huggingface(
         if classifies
         else None,
     )
-
-
-def read_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json as arguments for `ModelArgs`. Raises CheckpointError naming what this model lacks."""
-    check_kinds(path, config, READ)
-    kind = config.get("model_type") or "llama"
-    if kind not in MODEL_TYPES:
-        raise CheckpointError(
-            f"{path}: model_type={shown(kind)} is not supported; supported types: {', '.join(MODEL_TYPES)}"
-        )
-    given = {**config, **(config.get("rope_parameters") or {})}
-    for key in () if kind == "llama" else EXPLICIT:
-        if given.get(key) is None:
-            raise CheckpointError(
-                f"{path} lacks {key}, whose default for model_type={kind!r} is not Llama's: add it"
-            )
-    if kind == "mistral" and "sliding_window" not in config:
-        raise CheckpointError(
-            f"{path} lacks sliding_window, which means one of 4096 tokens, not implemented by this model; "
-            'if the model has none, add "sliding_window": null'
-        )
-    for key, value in config.items():
-        if key in HARMLESS or key in SHAPE or key.startswith("_") or value is None or value is False:
-            continue
-        if key not in REQUIRED or value != REQUIRED[key]:
-            raise CheckpointError(
-                f"{path} has {shown(key)[1:-1]}={shown(value)}, which this model does not implement"
-            )
-    if any(layer != "full_attention" for layer in config.get("layer_types") or ()):
-        raise CheckpointError(f"{path} has layer_types other than full_attention, which this model lacks")
-    try:
-        dim, heads = config["hidden_size"], config["num_attention_heads"]
-        params = {
-            "dim": dim,
-            "n_layers": config["num_hidden_layers"],
-            "n_heads": heads,
-            "n_kv_heads": heads if (kv := config.get("num_key_value_heads")) is None else kv,
-            "vocab_size": config["vocab_size"],
-            **feed_forward(path, dim, config["intermediate_size"]),
-            "norm_eps": config["rms_norm_eps"],
-        }
-    except KeyError as error:
-        raise CheckpointError(f"{path} lacks {error.args[0]}; download it again") from None
-    head_dim = config.get("head_dim")
-    if head_dim is not None and (heads is None or head_dim * heads != dim):
-        params["head_dim"] = head_dim
-    return checked(path, params | read_rope(path, config))
-
-
-def read_rope(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary embedding of a config.json, in its old form (rope_scaling) or its new (rope_parameters)."""
-    old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
-    if old and new and {**new, **old} != new:
-        raise CheckpointError(f"{path} has rope_scaling and rope_parameters that differ: keep one of them")
-    rope = {**old, **new}
-    check_kinds(path, rope, ROPE)
-    own, theta = rope.pop("rope_theta", None), config.get("rope_theta")
-    theta = own if own is not None else theta if theta is not None else 10000.0
-    kinds = [rope.pop(key, None) for key in ("rope_type", "type")]
-    kind = kinds[0] or kinds[1] or "default"
-    if rope.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise CheckpointError(f"{path} has partial_rotary_factor, which this model does not implement")
-    if kind == "default" and rope.keys() <= ROPE.keys():  # whose other values transformers ignores too
-        return {"rope_theta": theta}
-    if kind not in ("default", "llama3"):
-        raise CheckpointError(f"{path} has rope_type={shown(kind)}; this model implements default and llama3")
-    if unknown := sorted(rope.keys() - ROPE.keys()):
-        raise CheckpointError(
-            f"{path} has {shown(unknown[0])} for its RoPE, which this model does not implement"
-        )
-    try:
-        params = {
-            "rope_theta": theta,
-            "use_scaled_rope": True,
-            "rope_scaling_factor": rope.pop("factor"),
-        }
-        optional = {
-            "original_max_position_embeddings": 8192,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-        }
-        for key, default in optional.items():
-            if (value := rope.pop(key)) != default:
-                params[key] = value
-    except KeyError as error:
-        raise CheckpointError(f"{path} has rope_type='llama3' without {error.args[0]}") from None
-    return params
 
 
 class HFWeights:
@@ -444,7 +316,3 @@ def check_parts(paths: Sequence[Path], exact: Path) -> None:
 
 def tensor_names(path: Path) -> Sequence[str]:
     return list(open_weights(path).keys())
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

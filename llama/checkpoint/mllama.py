@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.checkpoint.huggingface import HFWeights, hf_name, open_huggingface, read_config
+from llama.checkpoint.hf_config import read_config
+from llama.checkpoint.huggingface import HFWeights, hf_name, open_huggingface
 from llama.checkpoint.params import checked
 from llama.checkpoint.source import Checkpoint
 from llama.errors import CheckpointError, shown

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 
 from llama.cli.options import BuildOptions
-from llama.device import gigabytes
+from llama.device import gigabytes, resident_bytes
 from llama.errors import ArgumentError
 from llama.generation import Llama
 from llama.model import Transformer
-from llama.parallel import resident_bytes
 from llama.sampling import SamplingParams
 
 try:

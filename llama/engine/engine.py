@@ -16,7 +16,8 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from operator import itemgetter
 
 from llama.engine.invariance import InvariantRunner
-from llama.engine.request import Event, FinishReason, Outcome, Request, Work
+from llama.engine.outcomes import Outcome
+from llama.engine.request import Event, FinishReason, Request, Work
 from llama.engine.runners import Pending, RaggedRunner, Runner
 from llama.engine.slots import Slot, Slots
 from llama.engine.static import StaticRunner
@@ -55,8 +56,7 @@ class Engine:
     ) -> None:
         if prefill_chunk < 1:
             raise ArgumentError(f"prefill_chunk must be 1 or more, not {prefill_chunk}")
-        self.model = model
-        self.prefill_chunk = prefill_chunk
+        self.model, self.prefill_chunk = model, prefill_chunk
         fixed_shapes = batch_invariant and not model.step_backend  # which is invariant by itself
         self.ragged = (InvariantRunner if fixed_shapes else RaggedRunner)(model, prefill_chunk)
         self.static = StaticRunner(model) if static and not batch_invariant else None
@@ -223,7 +223,7 @@ class Engine:
         self.steps += 1
         work = [self._next(slot, slot.request) for slot in self.slots.all if slot.request and not slot.free]
         reading = sorted(
-            (item for item in work if item.reads_prompt), key=lambda item: self.slots[item.row.slot].used
+            (item for item in work if item.reads_prompt), key=lambda item: self.slots.all[item.row.slot].used
         )
         scheduled = [item for item in work if not item.reads_prompt]
         room = self.prefill_chunk if scheduled else self.prefill_chunk * len(reading)
@@ -231,9 +231,8 @@ class Engine:
             if item.row.length <= room:
                 room -= item.row.length
                 scheduled.append(item)
-        for item in scheduled:
-            slot = self.slots[item.row.slot]
-            slot.reach = max(slot.reach, item.row.stop)
+        for _, row in scheduled:
+            self.slots.all[row.slot].reach = max(self.slots.all[row.slot].reach, row.stop)
         return scheduled
 
     def _next(self, slot: Slot, request: Request) -> Work:
@@ -264,7 +263,8 @@ class Engine:
             self.pending = [] if restart else self.pending[1:]
 
     def _enter(self, item: Work, outcome: Outcome) -> None:
-        request, row, slot, params = item.request, item.row, self.slots[item.row.slot], item.request.params
+        request, row, params = item.request, item.row, item.request.params
+        slot = self.slots.all[row.slot]
         slot.tokens[row.start :] = item.tokens
         slot.used = self.steps
         n = row.start + bool(row.start)  # the first token of a chunk was scored with the chunk before

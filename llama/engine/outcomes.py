@@ -1,17 +1,34 @@
 """From a step's hidden states and logits to what it brings: next tokens, and logprobs."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llama.engine.request import Outcome, Request, TopLogprobs, Work
+from llama.engine.request import Request, TopLogprobs, Work
 from llama.model import Transformer
 from llama.sampling import sample, token_logprobs, top_logprobs
 
 # Prompt positions projected to the vocabulary at once when a prompt's own logprobs are asked for:
 # at 128,256 entries of fp32 each, 256 of them take 131 MB, where a prompt of 8192 would take 4.2 GB.
 LOGPROB_ROWS = 256
+
+
+class Outcome(NamedTuple):
+    """What a step brings for one request.
+
+    token: the next one, BROKEN or FORBIDDEN; None if the step read a part of the prompt only.
+    prompt_logprobs, prompt_top_logprobs: of the part of the prompt that was read, if asked for.
+    restart: whether a step that began with another token must be thrown away.
+    """
+
+    token: int | None = None
+    logprob: float | None = None
+    top_logprobs: TopLogprobs | None = None
+    prompt_logprobs: Sequence[float] = ()
+    prompt_top_logprobs: Sequence[TopLogprobs] = ()
+    restart: bool = False
 
 
 def choose_next(

@@ -90,19 +90,3 @@ class Work(NamedTuple):
     @property
     def reads_prompt(self) -> bool:
         return self.row.start < len(self.request.prompt)
-
-
-class Outcome(NamedTuple):
-    """What a step brings for one request.
-
-    token: the next one, BROKEN or FORBIDDEN; None if the step read a part of the prompt only.
-    prompt_logprobs, prompt_top_logprobs: of the part of the prompt that was read, if asked for.
-    restart: whether a step that began with another token must be thrown away.
-    """
-
-    token: int | None = None
-    logprob: float | None = None
-    top_logprobs: TopLogprobs | None = None
-    prompt_logprobs: Sequence[float] = ()
-    prompt_top_logprobs: Sequence[TopLogprobs] = ()
-    restart: bool = False

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 
-from llama.engine.outcomes import choose_next, score_prompt
-from llama.engine.request import Outcome, Request, Work
+from llama.engine.outcomes import Outcome, choose_next, score_prompt
+from llama.engine.request import Request, Work
 from llama.model import Transformer
 from llama.ranks import lost_rank_as_error
 from llama.vision import VisionTransformer

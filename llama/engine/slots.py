@@ -39,9 +39,6 @@ class Slots:
         self.epoch: int | None = None  # of the cache, after this engine's last write; None: forget
         self.weights = 0
 
-    def __getitem__(self, index: int) -> Slot:
-        return self.all[index]
-
     def running(self) -> list[Request]:
         """The requests that have a slot, in the order of the slots."""
         return [slot.request for slot in self.all if slot.request and not slot.free]

@@ -21,8 +21,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from llama.device import to_device
 from llama.engine.cuda_graph import Graphs
-from llama.engine.outcomes import choose_next
-from llama.engine.request import Outcome, Request, Work
+from llama.engine.outcomes import Outcome, choose_next
+from llama.engine.request import Request, Work
 from llama.engine.runners import Done, Pending
 from llama.errors import ArgumentError
 from llama.model import Transformer

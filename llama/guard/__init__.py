@@ -18,8 +18,8 @@ from llama.guard.prompt import (
     parse_verdict,
 )
 from llama.moderation import Category
+from llama.predictions import collect
 from llama.prompts import with_image_token
-from llama.streaming import collect
 from llama.tokenizer import Dialog, SentencePieceTokenizer
 from llama.tokenizer.content import split_dialog, text_of
 from llama.tokenizer.template import ChatTemplate

@@ -12,10 +12,10 @@ from typing_extensions import NotRequired, TypedDict
 from llama.arguments import ChatOptions
 from llama.engine import TopLogprobs
 from llama.errors import ArgumentError
+from llama.predictions import Answer
 from llama.server.bodies import Content, Loose, Sampling, text_of
 from llama.server.replies import SSE, Stream, event, new_id, service_of, whole
 from llama.server.service import Generation, Service
-from llama.streaming import Answer
 from llama.tokenizer import Message, TextTokenizer
 from llama.tools.parser import Delta
 

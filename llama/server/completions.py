@@ -13,11 +13,11 @@ from typing_extensions import TypedDict
 from llama.arguments import Options
 from llama.engine import TopLogprobs
 from llama.errors import ArgumentError
+from llama.predictions import Answer
 from llama.server.bodies import Sampling
 from llama.server.chat_completions import Usage, finite, usage_of
 from llama.server.replies import SSE, Stream, event, new_id, service_of, whole
 from llama.server.service import Generation, Service
-from llama.streaming import Answer
 from llama.tokenizer import TextTokenizer
 
 router = APIRouter(tags=["OpenAI"])

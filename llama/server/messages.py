@@ -11,11 +11,11 @@ from typing_extensions import TypedDict
 
 from llama.arguments import ChatOptions
 from llama.errors import ArgumentError
+from llama.predictions import Answer
 from llama.server.bodies import Body, Loose
 from llama.server.errors import anthropic_error
 from llama.server.replies import SSE, Stream, event, new_id, service_of, whole
 from llama.server.service import Generation, Service
-from llama.streaming import Answer
 from llama.tokenizer import Message
 
 router = APIRouter(tags=["Anthropic"])

@@ -10,9 +10,9 @@ from fastapi import Request, Response
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
+from llama.predictions import Answer
 from llama.server.errors import openai_error, shape_of
 from llama.server.service import Generation, Service
-from llama.streaming import Answer
 
 SSE: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}

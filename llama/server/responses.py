@@ -14,11 +14,12 @@ from typing_extensions import TypedDict
 
 from llama.arguments import ChatOptions
 from llama.errors import ArgumentError
+from llama.predictions import Answer
 from llama.server.bodies import Body, Content, Loose, text_of
 from llama.server.chat_completions import JsonSchema, ResponseFormat
 from llama.server.replies import SSE, Stream, event, new_id, service_of, whole
 from llama.server.service import Generation, Service
-from llama.streaming import Answer, StreamEvent
+from llama.streaming import StreamEvent
 from llama.tokenizer import Message
 
 router = APIRouter(tags=["OpenAI"])

@@ -14,10 +14,12 @@ from llama.engine import Event, Request
 from llama.errors import ArgumentError
 from llama.generation import Llama
 from llama.guard import Guard
+from llama.moderation import EventReader
+from llama.predictions import Answer
 from llama.server.driver import Driver, Ticket
 from llama.server.errors import BusyError, DeadlineError, DrainingError, GenerationError, ModelNameError
 from llama.server.metrics import Metrics
-from llama.streaming import Answer, Reader, Stats, StreamEvent, create_reader, refusals
+from llama.streaming import Stats, StreamEvent, create_reader, refusals
 from llama.tokenizer import Dialog
 
 
@@ -56,7 +58,7 @@ class Generation:
         self._sources = sources
         self._refused = refusals(sources)
         self._tickets: list[Ticket] = []
-        self._readers: dict[int, Reader] = {}
+        self._readers: dict[int, EventReader] = {}
         for index, source in enumerate(sources):
             if source.review and source.review.refused is not None:
                 continue

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llama.streaming import TextStream
 from llama.tokenizer import Tokenizer
+from llama.tokenizer.text_stream import TextStream
 from llama.tools.formats import FORMATS
 from llama.tools.parser import Delta, ParsedAnswer, ToolParser, parse_answer
 from tests.tools import cases

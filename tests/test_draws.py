@@ -80,7 +80,7 @@ def check(vocab_size: int, count: int, folder: Path, torchrun) -> None:
     ("vocab_size", "count"),
     [
         pytest.param(8192, 10, marks=pytest.mark.slow),
-        pytest.param(8192, 200, marks=pytest.mark.soak),
+        pytest.param(128_256, 200, marks=[pytest.mark.soak, pytest.mark.timeout(900)]),
     ],
 )
 def test_requests_are_the_same_alone_in_batches_and_on_ranks(
@@ -89,6 +89,7 @@ def test_requests_are_the_same_alone_in_batches_and_on_ranks(
     check(vocab_size, count, tmp_path, torchrun)
 
 
+@pytest.mark.slow
 def test_with_the_vocabulary_of_llama_3_in_a_batch() -> None:
     assert texts(flat_model(128_256, 4), 4) == texts(flat_model(128_256, 1), 4)
 

@@ -56,6 +56,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
     return run
 
 
+@pytest.mark.slow
 def test_the_demo_model_is_the_default_where_it_lies(run, tmp_path: Path) -> None:
     tiny.write_checkpoint(tmp_path / "SmolLM2-135M-Instruct")
     code, out, error = run("example_text_completion.py", "--max_gen_len", "2")
@@ -71,6 +72,7 @@ def test_the_demo_model_is_the_default_where_it_lies(run, tmp_path: Path) -> Non
         assert way in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["example_chat_completion.py", "example_text_completion.py"])
 def test_quantized_as_told(run, script: str, tmp_path: Path) -> None:
     folder = tiny.write_checkpoint(tmp_path / "tiny")
@@ -82,6 +84,7 @@ def test_quantized_as_told(run, script: str, tmp_path: Path) -> None:
         assert f"Loaded {folder.name}" in error and "in int4 on cpu" in error
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(run) -> None:
     script = "example_chat_completion.py"
     told = "error: no folder nowhere: give the path of a downloaded checkpoint as ckpt_dir"

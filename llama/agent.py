@@ -39,7 +39,7 @@ class ToolLoop:
         builtin = builtin_tools or {}
         tools = parse_tools([*functions, *builtin])
         if missing := [tool.name for tool in tools if not tool.function and not tool.builtin]:
-            raise ArgumentError(f"run_tools calls Python functions, and {missing[0]!r} is only described")
+            raise ArgumentError(f"run_tools needs Python functions, but {missing[0]!r} is only a description")
         by_name = {tool.name: tool for tool in tools}
         choice = options.pop("tool_choice", "auto")
         messages = list(dialog)

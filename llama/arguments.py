@@ -209,7 +209,7 @@ def entries(values: Any, what: str) -> list[Any]:
             f"{what} must be a list, one entry per request, not a single {type(values).__name__}"
         )
     if not (found := list(values)):
-        raise ArgumentError(f"no {what}: give at least one")
+        raise ArgumentError(f"no {what}: pass at least one")
     return found
 
 
@@ -245,7 +245,7 @@ def _limit(values: dict[str, Any]) -> int | None:
     given = {name: values.pop(name) for name in LIMITS if name in values}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) > 1:
-        raise ArgumentError(f"{' and '.join(given)} are names of one limit: give one of them")
+        raise ArgumentError(f"{' and '.join(given)} are names for the same limit: pass only one")
     return next((whole(name, value, 0) for name, value in given.items()), None)
 
 
@@ -253,7 +253,7 @@ def _grammar(shapes: Mapping[str, Any], grammars: Callable[[], Grammars]) -> Gra
     """The grammar of the one shape that is given. Raises ArgumentError if there are more."""
     given = {name: shape for name, shape in shapes.items() if shape is not None}
     if len(given) > 1:
-        raise ArgumentError(f"an answer has one shape: give one of {' and '.join(given)}")
+        raise ArgumentError(f"{' and '.join(given)} cannot be combined: pass only one")
     for name, shape in given.items():
         made = grammars()
         return {"schema": made.schema, "regex": made.regex, "grammar": made.lark}[name](shape)
@@ -263,7 +263,7 @@ def _grammar(shapes: Mapping[str, Any], grammars: Callable[[], Grammars]) -> Gra
 def _stop_strings(stop: Any) -> Sequence[str]:
     stop = [stop] if isinstance(stop, str) else stop
     if not (isinstance(stop, Sequence) and all(isinstance(text, str) and text for text in stop)):
-        raise ArgumentError(f"stop must be a text or a list of texts, none of them empty, not {stop!r}")
+        raise ArgumentError(f"stop must be a string or a list of strings, none of them empty, not {stop!r}")
     return tuple(stop)
 
 
@@ -277,6 +277,6 @@ def _seeds(seed: Any, prompts: int, n: int, next_seed: Callable[[], int]) -> lis
     seeds = [whole("seed", value) for value in seed]
     if len(seeds) != prompts * n:
         raise ArgumentError(
-            f"seed has {len(seeds)} entries, but there are {prompts * n} answers: give each its own"
+            f"seed has {len(seeds)} entries, but there are {prompts * n} answers: pass one per answer"
         )
     return seeds

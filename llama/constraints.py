@@ -89,7 +89,7 @@ class Grammars:
     def _grammar(self, name: str, grammar: str) -> Grammar:
         matcher = self._package.LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise ArgumentError(f"{name} cannot constrain an answer: {matcher.get_error().strip()}")
+            raise ArgumentError(f"this {name} cannot constrain an answer: {matcher.get_error().strip()}")
         return Grammar(matcher, grammar)
 
 

@@ -19,7 +19,7 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         if local_rank >= (count := torch.cuda.device_count()):
             raise ArgumentError(
-                f"rank {local_rank} of this machine has no CUDA device of its own: there are {count}; "
+                f"rank {local_rank} on this machine has no CUDA device of its own: only {count} found; "
                 f"start with --nproc_per_node {count}, or pass device='cpu'"
             )
         return torch.device("cuda", local_rank)

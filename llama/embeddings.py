@@ -66,7 +66,7 @@ class Embeddings:
         last = self.model.params.n_layers
         wanted = [last] if layers is None else list(layers)
         if missing := [n for n in wanted if not (isinstance(n, int) and 0 <= n <= last)]:
-            raise ArgumentError(f"there is no layer {missing[0]!r}: this model has 0 (embeddings) to {last}")
+            raise ArgumentError(f"no layer {missing[0]!r}: this model has layers 0 (embeddings) to {last}")
         return [found for batch in self._batches(texts) for found in self._run(batch, wanted)]
 
     def embed(
@@ -96,7 +96,7 @@ class Embeddings:
         """
         if self.classifier is None:
             raise ArgumentError(
-                "this checkpoint has no classes: classify needs one whose config.json says "
+                "this checkpoint is not a classifier: classify needs one whose config.json says "
                 "LlamaForSequenceClassification"
             )
         weight = self.classifier.weight.float()

@@ -50,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); download it again") from None
     if re.search(r"\\u[dD]", text) and not _encodes(content):
-        raise CheckpointError(f"{path} has half a surrogate pair in a text; download it again")
+        raise CheckpointError(f"{path} contains an unpaired surrogate; download it again")
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object; download it again")
     return content

@@ -125,7 +125,7 @@ class Llama(Embeddings, ToolLoop):
         dtype = parse_dtype(dtype) if dtype is not None else default_dtype(device)
         check_quantize(quantize, device)
         if compile is True and batch_invariant:
-            raise ArgumentError("compile=True and batch_invariant=True exclude each other: choose one")
+            raise ArgumentError("compile=True and batch_invariant=True cannot be combined: choose one")
         compiles = check_compile(compile, device) and not batch_invariant
         group = ranks.connect(model_parallel_size, device)
         try:
@@ -348,7 +348,7 @@ class Llama(Embeddings, ToolLoop):
         guard, every = values.pop("guard", None), values.pop("guard_every", None)
         if use.schema is not None:
             if any(values.get(name) is not None for name in SHAPES):
-                raise ArgumentError("an answer that must be a tool call takes no other shape")
+                raise ArgumentError("a required tool call cannot be combined with schema, regex or grammar")
             values["schema"] = use.schema
         dialogs, ids, images = encode_dialogs(use, dialogs, self.model, self.tokenizer, self.formatter)
         requests = self.requests(ids, images=images, **values)

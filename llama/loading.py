@@ -84,13 +84,13 @@ def load(
     if checkpoint.context is not None and args.max_seq_len > checkpoint.context:
         say(
             f"warning: max_seq_len={args.max_seq_len} is more than the {checkpoint.context} tokens that this "
-            f"{checkpoint.family} model was trained for; answers beyond them degrade"
+            f"{checkpoint.family} model was trained for; quality degrades beyond them"
         )
     if whole_steps and plan.missing:
-        say(f"PyTorch's operators compute each step; the compiled step is missing: {plan.missing}")
+        say(f"Running on PyTorch's operators, without the compiled step: {plan.missing}")
     number = str(dtype).removeprefix("torch.")
     if scheme not in (None, "fp8") and plan.quantized is None:
-        say(f"The {scheme} weights are dequantized to {number}, for PyTorch's operators")
+        say(f"The {scheme} weights are dequantized to {number} for PyTorch's operators")
     if isinstance(model, VisionTransformer):
         defer_tower(model, checkpoint.weights, plan, device, dtype, scheme)
     load_weights(model, checkpoint.weights, plan, device, dtype, scheme)
@@ -142,7 +142,7 @@ def warm_up(engine: Engine, required: bool) -> None:
         reason = str(error).partition("\n")[0]
         engine.close()
         if required or model.parallel.size > 1:
-            raise RuntimeError(f"compiling failed, build with compile=False: {reason}") from error
+            raise RuntimeError(f"compilation failed, build with compile=False: {reason}") from error
         print(f"Compilation failed, continuing without it: {reason}", file=sys.stderr)
         for module in model.modules():
             module._compiled_call_impl = None
@@ -171,7 +171,7 @@ def scheme_of(checkpoint: Checkpoint, asked: str | None) -> str | None:
     if stored in QUANTIZATIONS and asked not in (None, stored):
         raise ArgumentError(
             f"{checkpoint.path} holds {stored} weights, so quantize={asked!r} is not possible: leave it out, "
-            "or use the folder that they were made from"
+            "or use the folder they were quantized from"
         )
     return asked or stored
 

@@ -281,7 +281,7 @@ class Transformer(nn.Module):
         self.parallel = parallel or current()
         if params.n_heads % self.parallel.size:
             raise ArgumentError(
-                f"{params.n_heads} attention heads do not divide onto {self.parallel.size} ranks; "
+                f"{params.n_heads} attention heads do not divide evenly among {self.parallel.size} ranks; "
                 f"use one of {[n for n in range(1, params.n_heads + 1) if params.n_heads % n == 0]}"
             )
         self.tok_embeddings = VocabParallelEmbedding(params.vocab_size, params.dim, self.parallel)
@@ -342,7 +342,7 @@ class Transformer(nn.Module):
         for row in rows:
             if not (0 <= row.slot < slots and 0 <= row.start < row.stop <= length):
                 raise ArgumentError(
-                    f"slot {row.slot}, positions {row.start} to {row.stop} do not fit into a cache of "
+                    f"slot {row.slot}, positions {row.start} to {row.stop} do not fit the cache of "
                     f"max_batch_size={slots}, max_seq_len={length}"
                 )
         if self.step_backend:

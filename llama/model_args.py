@@ -48,13 +48,15 @@ class ModelArgs:
         for name, most in LARGEST.items():
             if (value := getattr(self, name)) != getattr(ModelArgs, name):
                 check_number(name, value, most)
-        check_number("the feed-forward's size", self.hidden_dim, LARGEST["dim"])
+        check_number("the feed-forward size", self.hidden_dim, LARGEST["dim"])
         if self.low_freq_factor >= self.high_freq_factor:
             raise ArgumentError(f"low_freq_factor={self.low_freq_factor} must be less than high_freq_factor")
         if self.head_dim is None:
             self.head_dim = self.dim // self.n_heads if self.dim % self.n_heads == 0 else 1
         if self.head_dim % 2:
-            raise ArgumentError(f"dim={self.dim} does not split into n_heads={self.n_heads} even heads")
+            raise ArgumentError(
+                f"dim={self.dim} does not split into n_heads={self.n_heads} heads of even size"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ArgumentError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.use_scaled_rope and self.rope_scaling_factor is None:

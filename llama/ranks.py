@@ -137,6 +137,6 @@ def lost_rank_as_error(parallel: ModelParallel) -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise RankError(
-            f"rank {parallel.rank} of {parallel.size} lost another rank in the middle of its work; "
-            "the first failure is the one to look at"
+            f"rank {parallel.rank} of {parallel.size} lost another rank while working; "
+            "look at the first failure"
         ) from None

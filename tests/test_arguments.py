@@ -77,7 +77,7 @@ def test_numbers_of_numpy(llama: Llama) -> None:
         ({"echo": "yes"}, "echo must be True or False, not 'yes'"),
         ({"n": 0}, "n must be a whole number, 1 or more, not 0"),
         ({"max_new_tokens": 2.0}, "max_new_tokens must be a whole number, 0 or more, not 2.0"),
-        ({"max_gen_len": 2, "max_tokens": 2}, "max_gen_len and max_tokens are names of one limit"),
+        ({"max_gen_len": 2, "max_tokens": 2}, "max_gen_len and max_tokens are names for the same limit"),
         ({"temprature": 1}, r"unknown argument 'temprature' \(did you mean temperature\?\); use one of n, "),
         ({"qqq": 1}, "unknown argument 'qqq'; use one of .*max_gen_len"),
         ({"temperature": "hot"}, "temperature must be"),

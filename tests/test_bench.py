@@ -43,7 +43,7 @@ def test_bytes_and_operations_are_those_of_the_model() -> None:
 
 
 def test_refusals_are_sentences(ckpt: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="batch, prompt and runs must be 1 or more"):
+    with pytest.raises(ValueError, match="batch, prompt and runs must be at least 1"):
         bench(str(ckpt), batch=0)
     with pytest.raises(FileNotFoundError, match="no folder"):
         bench(str(ckpt), prompt=4, new=3, runs=1, profile=str(tmp_path / "missing" / "trace.json"))

@@ -73,10 +73,10 @@ def test_the_demo_model_wants_its_own_format(demo_ckpt: Path) -> None:
     [
         ([], "empty"),
         ([{"role": "robot", "content": "x"}], "unknown role 'robot': use one of system, user, assistant"),
-        ([{"content": "x"}], "a message is"),
-        ([{"role": "user", "content": None}], "content is text, not NoneType"),
-        ({"role": "user", "content": "x"}, "a dialog is a list of messages, not a dict"),
-        ("hello", "a dialog is a list of messages, not a str"),
+        ([{"content": "x"}], "a message must look like"),
+        ([{"role": "user", "content": None}], "content must be text, not NoneType"),
+        ({"role": "user", "content": "x"}, "a dialog must be a list of messages, not dict"),
+        ("hello", "a dialog must be a list of messages, not str"),
     ],
 )
 def test_what_is_no_dialog_is_refused(llama3: ChatFormat, dialog: Dialog, said: str) -> None:

@@ -156,12 +156,12 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "truncated": (
         truncate,
         CheckpointError,
-        r"consolidated\.01\.pth cannot be read, it may be truncated \([\d,]+ bytes\)",
+        r"consolidated\.01\.pth cannot be read and may be truncated \([\d,]+ bytes\)",
     ),
     "empty file": (
         lambda d: os.truncate(d / "consolidated.00.pth", 0),
         CheckpointError,
-        r"00\.pth cannot be read, it may be truncated \(0 bytes\)",
+        r"00\.pth cannot be read and may be truncated \(0 bytes\)",
     ),
     "web page": (
         lambda d: (d / "consolidated.00.pth").write_text("<html>Sign in</html>"),
@@ -171,7 +171,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "foreign pickle": (
         lambda d: torch.save({"x": Evil()}, d / "consolidated.00.pth"),
         CheckpointError,
-        r"00\.pth holds more than tensors, so it was not loaded",
+        r"00\.pth contains more than tensors, so it was not loaded",
     ),
     "old pickle": (
         lambda d: (d / "consolidated.00.pth").write_bytes(pickle.dumps(Evil())),
@@ -181,7 +181,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "no table": (
         lambda d: torch.save(torch.zeros(3), d / "consolidated.00.pth"),
         CheckpointError,
-        r"00\.pth is not a table of tensors by name",
+        r"00\.pth does not map names to tensors",
     ),
     "tensor missing": (
         lambda d: edit(d, lambda t: t.pop("layers.1.attention.wo.weight"), 1),
@@ -191,7 +191,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "tensor too many": (
         lambda d: edit(d, lambda t: t.update({"layers.9.attention.wq.bias": torch.zeros(2)}), 1),
         CheckpointError,
-        r"01\.pth has layers\.9\.attention\.wq\.bias, which the model of params\.json has not",
+        r"01\.pth: unexpected layers\.9\.attention\.wq\.bias: not part of the model that params\.json",
     ),
     "tensor misshaped": (
         lambda d: edit(d, lambda t: t.update({"norm.weight": torch.zeros(65)})),
@@ -291,12 +291,12 @@ QUANTIZED: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "twice": (
         lambda d: edit(d, lambda t: t.update({"norm.weight": torch.zeros(64)})),
         CheckpointError,
-        r"02\.pth has norm\.weight that consolidated\.00\.pth has too",
+        r"02\.pth and consolidated\.00\.pth both contain norm\.weight",
     ),
     "another scheme": (
         lambda d: params(d, quantization={"scheme": "int3", "layout": 2}),
         CheckpointError,
-        r"params\.json has quantization=.*int3.*, which is of another version of this package: run",
+        r"params\.json has quantization=.*int3.*, written by another version of this package: run",
     ),
     "an older layout": (
         lambda d: params(d, quantization="int4"),
@@ -328,7 +328,7 @@ def test_a_folder_must_say_whether_it_is_quantized(tmp_path: Path) -> None:
     given = json.loads((saved / "params.json").read_text())
     del given["quantization"]
     (saved / "params.json").write_text(json.dumps(given))
-    with pytest.raises(CheckpointError, match=r"00\.pth has .*scales and \d+ other tensors, which"):
+    with pytest.raises(CheckpointError, match=r"00\.pth: unexpected .*scales and \d+ other tensors: not"):
         Llama.build(saved, max_seq_len=16, max_batch_size=1)
 
 

@@ -219,7 +219,7 @@ def test_logprobs_are_those_of_the_raw_logits(llama):
         ({"regex": "("}, "regex cannot constrain an answer: .*unclosed group"),
         ({"regex": 1}, "regex must be a string"),
         ({"grammar": "begin: a"}, "grammar cannot constrain an answer"),
-        ({"grammar": None, "regex": "a", "schema": {}}, "give one of schema and regex"),
+        ({"grammar": None, "regex": "a", "schema": {}}, "schema and regex cannot be combined"),
     ],
 )
 def test_what_cannot_be_enforced_is_refused_by_name(llama, options, says):

@@ -218,9 +218,9 @@ def test_quantized_weights_are_converted_no_further(tmp_path: Path) -> None:
     source, _ = native(tmp_path / "source", "llama3")
     folder = convert(source, tmp_path / "int8", quantize="int8")
     for options in ({"to": "hf"}, {"to": "native", "shards": 2}, {"quantize": "int8"}, {"quantize": "int4"}):
-        with pytest.raises(ValueError, match="holds int8 weights, and what they lost does not come back"):
+        with pytest.raises(ValueError, match="holds int8 weights, whose lost precision cannot be restored"):
             convert(folder, tmp_path / "again", **options)
-    with pytest.raises(ValueError, match="holds int8 weights, which an adapter cannot be merged into"):
+    with pytest.raises(ValueError, match="holds int8 weights, and adapters merge only"):
         open_checkpoint(folder, adapter=tmp_path / "adapter")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "int8"}
 
@@ -230,7 +230,7 @@ def test_existing_folder_is_kept_unless_asked(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
     (target / "mine").touch()
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         convert(source, target, "hf")
     assert (target / "mine").exists()
     convert(source, target, "hf", overwrite=True)
@@ -245,10 +245,10 @@ def test_existing_folder_is_kept_unless_asked(tmp_path: Path) -> None:
     [
         ({"to": "onnx"}, "native or hf"),
         ({"shards": 0}, "whole number"),
-        ({"shards": 3}, "do not divide"),
+        ({"shards": 3}, "does not split into"),
         ({"shards": 1000, "to": "hf"}, "more than the"),
         ({"dtype": "int3"}, "dtype must be"),
-        ({"quantize": "fp8"}, "--quantize must be int8 or int5 or int4 to be written, not 'fp8'"),
+        ({"quantize": "fp8"}, "--quantize must be one of int8, int5, int4 in a conversion, not 'fp8'"),
         ({"quantize": "int8", "to": "hf"}, "leave out --to hf"),
         ({"quantize": "int8", "shards": 1000}, "more than the"),
     ],
@@ -349,7 +349,7 @@ def test_command_line(command_line, tmp_path: Path) -> None:
     code, _, error = command_line(*line)
     assert code == 1
     assert error.startswith("error: ")
-    assert "exists already" in error
+    assert "already exists" in error
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "float32"
 
 

@@ -31,7 +31,7 @@ def test_the_device_is_the_best_there_is(machine) -> None:
 def test_more_ranks_than_cuda_devices_are_refused(machine) -> None:
     machine(cuda=2, local_rank=2)
     with pytest.raises(
-        ValueError, match=r"rank 2 .* there are 2; start with --nproc_per_node 2, or pass device='cpu'"
+        ValueError, match=r"rank 2 .* only 2 found; start with --nproc_per_node 2, or pass device='cpu'"
     ):
         default_device()
 

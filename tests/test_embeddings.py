@@ -110,9 +110,9 @@ def test_a_head_that_does_not_fit_is_refused(classifier):
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
-        (lambda llama: llama.classify(["a"]), ArgumentError, "this checkpoint has no classes"),
+        (lambda llama: llama.classify(["a"]), ArgumentError, "this checkpoint is not a classifier"),
         (lambda llama: llama.embed(["a"], pooling="max"), ArgumentError, "pooling must be"),
-        (lambda llama: llama.hidden_states(["a"], layers=[4]), ArgumentError, "there is no layer 4"),
+        (lambda llama: llama.hidden_states(["a"], layers=[4]), ArgumentError, "no layer 4"),
         (lambda llama: llama.embed(["word " * 80]), PromptError, "text 0 has .* max_seq_len=64"),
         (lambda llama: llama.embed([]), ArgumentError, "no texts"),
         (lambda llama: llama.embed("a"), ArgumentError, "texts must be a list"),

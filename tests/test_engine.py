@@ -220,7 +220,7 @@ def test_a_consumer_that_stops_reading_misses_nothing_later():
     ("prompt", "message"),
     [
         ([], "the prompt is empty"),
-        ([1, 64], "64 is not a token id: the vocabulary has 0 to 63"),
+        ([1, 64], "64 is not a token id: ids run from 0 to 63"),
         ([-1], "-1 is not a token id"),
         (["a"], "'a' is not a token id"),
         ([1.0], "1.0 is not a token id"),

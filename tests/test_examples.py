@@ -87,9 +87,9 @@ def test_quantized_as_told(run, script: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_mistakes_are_one_line(run) -> None:
     script = "example_chat_completion.py"
-    told = "error: no folder nowhere: give the path of a downloaded checkpoint as ckpt_dir"
+    told = "error: no folder nowhere: pass the path of a downloaded checkpoint as ckpt_dir"
     assert run(script, "--ckpt_dir", "nowhere") == (1, "", told)
-    told = "error: there is no --temprature; did you mean --temperature?"
+    told = "error: unknown argument --temprature; did you mean --temperature?"
     assert run(script, "--temprature", "1") == (1, "", told)
 
 

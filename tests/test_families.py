@@ -159,7 +159,7 @@ def test_embeddings_cut_along_two_dimensions_are_refused(tmp_path: Path) -> None
     shard = torch.load(folder / "consolidated.01.pth")
     shard["tok_embeddings.weight"] = weights["tok_embeddings.weight"][200:].clone()
     torch.save(shard, folder / "consolidated.01.pth")
-    with pytest.raises(CheckpointError, match="another dimension"):
+    with pytest.raises(CheckpointError, match="a different dimension"):
         open_checkpoint(folder)
 
 

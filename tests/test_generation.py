@@ -247,7 +247,7 @@ def test_chat_completion_returns_messages(llama: Llama) -> None:
 def test_one_where_a_list_belongs_is_refused(llama: Llama) -> None:
     with pytest.raises(ValueError, match="prompts must be a list"):
         llama.text_completion("hello")
-    with pytest.raises(ValueError, match="a dialog is a list of messages, not a dict"):
+    with pytest.raises(ValueError, match="a dialog must be a list of messages, not dict"):
         llama.chat_completion([{"role": "user", "content": "x"}])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="unknown role 'bot'"):
         llama.chat_completion([[{"role": "bot", "content": "x"}]])  # type: ignore[typeddict-item]

@@ -232,5 +232,7 @@ def test_versions_are_told_by_the_chat_template(llama, template, name):
     guard.formatter = ChatTemplate(guard.tokenizer, source, Path(template))
     assert Guard(guard).version.name == name
     guard.formatter = ChatTemplate(guard.tokenizer, "{{ messages }}", Path("other"))
-    with pytest.raises(ArgumentError, match="is not that of a Llama Guard; if it is one, pass version="):
+    with pytest.raises(
+        ArgumentError, match="not Llama Guard's; if the model is a Llama Guard, pass version="
+    ):
         Guard(guard)

@@ -222,7 +222,7 @@ def test_tensors_that_are_not_plain_are_refused(tensor: torch.Tensor, kind: str,
     folder = native(tmp_path / "model")
     weights = torch.load(folder / "consolidated.00.pth")
     torch.save({**weights, "norm.weight": tensor}, folder / "consolidated.00.pth")
-    with pytest.raises(CheckpointError, match=rf"consolidated.00.pth.*({kind}|holds more than tensors)"):
+    with pytest.raises(CheckpointError, match=rf"consolidated.00.pth.*({kind}|contains more than tensors)"):
         open_checkpoint(folder)
 
 
@@ -275,13 +275,13 @@ def test_damaged_weights_are_named_as_they_load(value: float, dtype: torch.dtype
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("YQ== 260", "line 265 has a token that an earlier line has too"),
-        ("enp6eg== 263", "each of them once"),
+        ("YQ== 260", "line 265 repeats a token from an earlier line"),
+        ("enp6eg== 263", "each exactly once"),
         ("enp6eg== 264", ""),
-        ("enp6eg== 999999", "each of them once"),
-        ("YWE= 265", "each of them once"),
-        ("enp6eg== -1", "each of them once"),
-        ("enp6eg== 99999999999999999999", "each of them once"),
+        ("enp6eg== 999999", "each exactly once"),
+        ("YWE= 265", "each exactly once"),
+        ("enp6eg== -1", "each exactly once"),
+        ("enp6eg== 99999999999999999999", "each exactly once"),
     ],
 )
 def test_ranks_are_unique_and_no_special_tokens(line: str, sentence: str, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_ranks_are_unique_and_no_special_tokens(line: str, sentence: str, tmp_pa
     with pytest.raises(CheckpointError, match=sentence):
         Tokenizer(path)
     special = Layout.llama3(264)
-    with pytest.raises(ArgumentError, match="each of them once"):
+    with pytest.raises(ArgumentError, match="each exactly once"):
         Tokenizer.from_ranks(formats.tiktoken_ranks(9), special)
 
 

@@ -77,5 +77,5 @@ def test_batch_invariance_is_refused_where_the_kernels_break_it(spoil):
     w2 = model.layers[0].feed_forward.w2
     forward = w2.forward
     w2.forward = lambda x: forward(spoil(x))
-    with pytest.raises(ValueError, match="batch_invariant=True cannot be kept here: on cpu in float32"):
+    with pytest.raises(ValueError, match="batch_invariant=True is not possible here: on cpu in float32"):
         Engine(model, batch_invariant=True)

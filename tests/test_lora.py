@@ -157,8 +157,8 @@ def test_adapted_embeddings_do_not_reach_a_tied_output(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"alpha_pattern": {"(a+)+$": 4}}, "too complicated"),
-        ({"alpha_pattern": {"[": 4}}, "too complicated"),
+        ({"alpha_pattern": {"(a+)+$": 4}}, "too complex"),
+        ({"alpha_pattern": {"[": 4}}, "too complex"),
         ({"alpha_pattern": {"q_proj": "4"}}, "must be a number"),
         ({"lora_alpha": float("nan")}, "must be a number"),
         ({"lora_alpha": None}, "must be a number"),

@@ -213,6 +213,6 @@ def test_a_vocabulary_must_be_given() -> None:
 
 def test_ranks_must_divide_the_heads() -> None:
     with pytest.raises(
-        ValueError, match=r"8 attention heads do not divide onto 3 ranks; use one of \[1, 2, 4, 8\]"
+        ValueError, match=r"8 attention heads do not divide evenly among 3 ranks; use one of \[1, 2, 4, 8\]"
     ):
         Transformer(ModelArgs(**tiny.PARAMS), ModelParallel(0, 3))

@@ -239,7 +239,7 @@ def test_a_loaded_model_gives_its_steps_away() -> None:
     model = loaded(model)
     assert isinstance(model.step_backend, NativeStep)
     torch.testing.assert_close(model(tokens, 0), expected, atol=1e-4, rtol=1e-4)
-    with pytest.raises(ArgumentError, match="do not fit into a cache"):
+    with pytest.raises(ArgumentError, match="do not fit the cache"):
         model(tokens, LONG)
 
 

@@ -71,7 +71,7 @@ def test_without_a_working_compiler_a_sentence_and_the_other_way(tmp_path: Path)
     assert "Compiling" not in build()[1]
     broken = build(CXX="false")
     assert broken[0] == working[0].replace("True", "False")
-    assert "the compiled step is missing: false failed" in broken[1]
+    assert "without the compiled step: false failed" in broken[1]
     assert "no C++ compiler was found" in build(PATH="/nowhere")[1]
     (tmp_path / "cache" / "native").chmod(0o777)
     assert "others can write to" in build()[1]

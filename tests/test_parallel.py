@@ -112,7 +112,8 @@ def test_a_fault_on_one_rank_is_said_once_and_ends_all(ckpt: Path, torchrun) -> 
 def test_too_many_ranks_are_told_which_numbers_fit(ckpt: Path, torchrun) -> None:
     done = torchrun(3, *MODULE, "every_checkpoint", ckpt.parent, ckpt, timeout=60)
     assert done.returncode != 0
-    assert errors(done) == ["error: 8 attention heads do not divide onto 3 ranks; use one of [1, 2, 4, 8]"]
+    refusal = "error: 8 attention heads do not divide evenly among 3 ranks; use one of [1, 2, 4, 8]"
+    assert errors(done) == [refusal]
 
 
 @pytest.mark.slow

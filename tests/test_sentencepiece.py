@@ -96,18 +96,18 @@ def test_llama_2_next_turn(tokenizer: SentencePieceTokenizer) -> None:
     answer = tokenizer.encode("world", bos=False, eos=False)
     kept = chat.encode_dialog_prompt(dialog[:1]) + answer + chat.encode_next_turn(texts[2])
     assert kept == chat.encode_dialog_prompt(dialog)
-    with pytest.raises(ValueError, match="keeps for itself"):
+    with pytest.raises(ValueError, match="reserves; remove it"):
         chat.encode_next_turn("[INST]")
 
 
 @pytest.mark.parametrize(
     ("roles", "match"),
     [
-        (["user", "user"], "in turn"),
-        (["system"], "in turn"),
-        (["assistant"], "in turn"),
-        (["user", "assistant"], "in turn"),
-        (["user", "system", "user"], "in turn"),
+        (["user", "user"], "alternating"),
+        (["system"], "alternating"),
+        (["assistant"], "alternating"),
+        (["user", "assistant"], "alternating"),
+        (["user", "system", "user"], "alternating"),
         (["user", "tool"], "unknown role"),
         ([], "empty"),
     ],
@@ -124,5 +124,5 @@ def test_llama_2_refuses_other_orders(
 def test_llama_2_refuses_its_tags(tokenizer: SentencePieceTokenizer, tag: str, at: int) -> None:
     dialog = [{"role": role, "content": "x"} for role in ("system", "user", "assistant", "user")]
     dialog[at]["content"] = f"a {tag} b"
-    with pytest.raises(ValueError, match="keeps for itself"):
+    with pytest.raises(ValueError, match="reserves; remove it"):
         Llama2Chat(tokenizer).encode_dialog_prompt(dialog)

@@ -319,7 +319,7 @@ def test_the_terminal_chat_shows_images(llama, capsys, tmp_path):
     WIDE.save(path := tmp_path / "wide.png")
     chat = Chat(llama, Conversation(), SamplingOptions(temperature=0, max_gen_len=4))
     chat.take(f"/image {path}")
-    assert said(capsys) == "[wide.png goes with your next message]\n"
+    assert said(capsys) == "[wide.png will be sent with your next message]\n"
     chat.take("the llama")
     first = said(capsys)
     assert first.startswith(answers(llama, [ask(image(WIDE), "the llama")], max_gen_len=4)[0][0])

@@ -151,7 +151,7 @@ def test_tables_that_differ_between_canvases_are_refused(hugging_face, tmp_path)
     save_file(tensors, tmp_path / "model.safetensors")
     for path in hugging_face.glob("*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(CheckpointError, match="differ from canvas to canvas"):
+    with pytest.raises(CheckpointError, match="differ between canvases"):
         logits(tmp_path)
 
 

@@ -42,8 +42,8 @@ def open_checkpoint(
     if adapter is not None:
         if checkpoint.quantization in QUANTIZATIONS:
             raise ArgumentError(
-                f"{path} holds {checkpoint.quantization} weights, which an adapter cannot be merged into: "
-                "give the folder that they were made from, or quantize with the adapter: "
+                f"{path} holds {checkpoint.quantization} weights, and adapters merge only into unquantized "
+                "ones: pass the folder they were converted from, or quantize with the adapter: "
                 "python -m llama convert SOURCE NEW --quantize ... --adapter ..."
             )
         adapted = Adapted(checkpoint.weights, local_folder(adapter), make_args(checkpoint.params))
@@ -63,7 +63,7 @@ def local_folder(path: StrPath) -> Path:
 
 def _open(path: Path, tokenizer_path: Path | None) -> Checkpoint:
     if not path.exists():
-        raise FileNotFoundError(f"no folder {path}: give the path of a downloaded checkpoint as ckpt_dir")
+        raise FileNotFoundError(f"no folder {path}: pass the path of a downloaded checkpoint as ckpt_dir")
     if path.is_file():
         return open_gguf(path, tokenizer_path)
     native = any(path.glob("consolidated*.pth"))
@@ -77,8 +77,8 @@ def _open(path: Path, tokenizer_path: Path | None) -> Checkpoint:
         )
     if native and hugging_face:
         raise CheckpointError(
-            f"{path} mixes native files (consolidated.*.pth) with Hugging Face's (config.json, "
-            "*.safetensors): keep one model, in one format, in a folder"
+            f"{path} mixes native files (consolidated.*.pth) with Hugging Face files "
+            "(config.json, *.safetensors): keep one model, in one format, per folder"
         )
     if hugging_face:
         mllama = read_json(path / "config.json").get("model_type") == "mllama"

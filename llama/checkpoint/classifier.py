@@ -35,7 +35,7 @@ def read_classifier(
     if weight.shape != (len(labels), dim) or not all(isinstance(label, str) for label in labels):
         raise CheckpointError(
             f"{SCORE} has shape {tuple(weight.shape)}, but {path} implies ({len(names)}, {dim}): "
-            "num_labels and id2label must name every row"
+            "num_labels and id2label must cover every row"
         )
     if len(names) != len(labels):
         raise CheckpointError(f"{path} names {len(names)} labels, but {SCORE} has {len(labels)} rows")

@@ -76,20 +76,22 @@ def convert(
         raise ArgumentError(f"--shards must be a whole number, 1 or more, not {shards!r}")
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise ArgumentError(
-            f"--quantize must be {' or '.join(QUANTIZATIONS)} to be written, not {quantize!r}"
+            f"--quantize must be one of {', '.join(QUANTIZATIONS)} in a conversion, not {quantize!r}"
         )
     if quantize is not None and to != "native":
-        raise ArgumentError(f"--quantize {quantize} writes a folder for this runtime: leave out --to {to}")
+        raise ArgumentError(f"--quantize {quantize} writes this runtime's own format: leave out --to {to}")
     if destination.exists() and not overwrite:
-        raise FileExistsError(f"{destination} exists already; remove it, name another folder, or --overwrite")
+        raise FileExistsError(
+            f"{destination} already exists; remove it, choose another folder, or pass --overwrite"
+        )
     wanted = parse_dtype(dtype) if dtype is not None else None
     checkpoint = open_checkpoint(source, tokenizer_path, adapter)
     if destination.exists() and destination.resolve() == checkpoint.path.resolve():
-        raise ArgumentError(f"{destination} is the source itself; name another folder")
+        raise ArgumentError(f"{destination} is the source itself; choose another folder")
     if checkpoint.quantization in QUANTIZATIONS:
         raise ArgumentError(
-            f"{source} holds {checkpoint.quantization} weights, and what they lost does not come back: "
-            "convert the folder that they were made from"
+            f"{source} holds {checkpoint.quantization} weights, whose lost precision cannot be restored: "
+            "convert the folder they were quantized from"
         )
     wanted = wanted or checkpoint.weights.dtype
     write = write_native if to == "native" else write_hf
@@ -125,8 +127,9 @@ def write_native(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype
     count = shards or default_shards(checkpoint, dtype)
     for name, part in parts.items():
         if part.dim is not None and part.shape[part.dim] % count:
+            size = part.shape[part.dim]
             raise ArgumentError(
-                f"{count} shards do not divide {name} {part.shape}; use a divisor of {part.shape[part.dim]}"
+                f"{name} {part.shape} does not split into {count} shards; use a divisor of {size}"
             )
     pages = Pages(source, READ_AHEAD)
     total = sum(prod(part.shape) // (count if part.dim is not None else 1) for part in parts.values())
@@ -280,7 +283,7 @@ def spread(
     """Names of tensors, file by file: in `count` files of about one size, or in files of a usual size."""
     size = sum(prod(shape) for shape in shapes.values()) * itemsize
     if count is not None and count > len(shapes):
-        raise ArgumentError(f"{count} shards are more than the {len(shapes)} tensors; use fewer")
+        raise ArgumentError(f"{count} shards are more than the model's {len(shapes)} tensors; use fewer")
     limit = size / count if count else largest
     files: list[list[str]] = [[]]
     written, left = 0, len(shapes)

@@ -67,10 +67,12 @@ def open_gguf(path: Path, tokenizer_path: Path | None = None) -> Checkpoint:
     file that cannot be read.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise FileNotFoundError(f"no file {path}: pass the path of a GGUF file")
     reader, fields = read(path)
     if (parts := fields.get("split.count", 1)) > 1:
-        raise GGUFError(f"{path} is one of {parts} parts; merge them first (llama-gguf-split --merge)")
+        raise GGUFError(
+            f"{path} is one of {parts} parts of a model; merge them first (llama-gguf-split --merge)"
+        )
     params = read_params(path, fields, {tensor.name: tensor for tensor in reader.tensors})
     weights = GGUFWeights(path, reader.tensors, ModelArgs(**params))
     tokenizer = read_tokenizer(path, fields) if tokenizer_path is None else load_tokenizer(tokenizer_path)
@@ -101,7 +103,7 @@ def read(path: Path) -> tuple[Any, dict[str, Any]]:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # the package checks nothing, so that numpy raises what it likes
-        raise GGUFError(f"{path} is not a GGUF file, or not whole: {error}") from None
+        raise GGUFError(f"{path} is not a GGUF file, or is truncated: {error}") from None
     check_kinds(path, fields, FIELDS)
     return reader, fields
 
@@ -215,7 +217,7 @@ def native_name(name: str) -> str:
     """blk.0.attn_q.weight to layers.0.attention.wq.weight."""
     match = re.fullmatch(r"(blk\.\d+\.)?(\w+)\.weight", name)
     if not match or match[2] not in NAMES:
-        raise GGUFError(f"the file has a tensor {name}, which a Llama model has not")
+        raise GGUFError(f"unexpected tensor {name}: not part of a Llama model")
     return f"{(match[1] or '').replace('blk', 'layers')}{NAMES[match[2]]}.weight"
 
 
@@ -224,7 +226,7 @@ def read_params(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any
     if (architecture := fields.get("general.architecture")) != "llama":
         raise GGUFError(f"{path}: architecture {shown(architecture)} is not supported; only 'llama' is")
     if fields.get("llama.expert_count"):
-        raise GGUFError(f"{path} has llama.expert_count, a mixture of experts, which cannot be read")
+        raise GGUFError(f"{path} has llama.expert_count: mixture-of-experts models are not supported")
     try:
         params: dict[str, Any] = {
             "dim": fields["llama.embedding_length"],
@@ -246,7 +248,7 @@ def read_params(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any
     for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
         if fields.get(key, head_dim) != head_dim:
             raise GGUFError(
-                f"{path} has {key}={shown(fields[key])}, other than {head_dim}, which cannot be read"
+                f"{path} has {key}={shown(fields[key])}; only {head_dim} is supported for this model"
             )
     if "rope_freqs.weight" in tensors:
         # What each frequency is divided by. The largest divisor is the factor; the rest must follow.
@@ -255,10 +257,10 @@ def read_params(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any
         params |= {"use_scaled_rope": True, "rope_scaling_factor": float(divisors.max())}
         scaled = rope_frequencies(ModelArgs(**checked(path, params)))
         if divisors.shape != plain.shape or not torch.allclose(plain / divisors, scaled, rtol=1e-4):
-            raise GGUFError(f"{path} has rope_freqs of another kind than Llama 3.1's, which cannot be read")
+            raise GGUFError(f"{path} has rope_freqs that differ from Llama 3.1's, which is not supported")
     elif fields.get("llama.rope.scaling.type", "none") != "none":
         raise GGUFError(
             f"{path} has llama.rope.scaling.type={shown(fields['llama.rope.scaling.type'])}, "
-            "which cannot be read"
+            "which is not supported"
         )
     return checked(path, params)

@@ -50,7 +50,7 @@ def read_tokenizer(path: Path, fields: Mapping[str, Any]) -> Tokenizer | Sentenc
         return read_sentencepiece(path, fields)
     if kind != "gpt2" or pre not in PATTERNS:
         raise GGUFError(
-            f"{path}: tokenizer {shown(kind)} with {shown(pre)} is not supported; 'llama' can be read, "
+            f"{path}: tokenizer {shown(kind)} with {shown(pre)} is not supported; supported: 'llama', "
             f"and 'gpt2' with {', '.join(PATTERNS)}"
         )
     texts, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
@@ -63,17 +63,17 @@ def read_tokenizer(path: Path, fields: Mapping[str, Any]) -> Tokenizer | Sentenc
             if text not in special
         }
     except KeyError as error:
-        raise GGUFError(f"{path}: a token has the character {error}, which stands for no byte") from None
+        raise GGUFError(
+            f"{path}: a token contains the character {error}, which does not stand for a byte"
+        ) from None
     # tiktoken merges the pair whose result has the lowest id first: that must be the merges' order.
     number = {text: i for i, text in enumerate(texts)}
     try:
         merged = [number["".join(merge.split(" "))] for merge in fields["tokenizer.ggml.merges"]]
     except KeyError as error:
-        raise GGUFError(f"{path}: merging gives {shown(error.args[0])}, which is not a token") from None
+        raise GGUFError(f"{path}: a merge yields {shown(error.args[0])}, which is not a token") from None
     if any(a > b for a, b in pairwise(merged)):
-        raise GGUFError(
-            f"{path}: the merges are not in the order of their ids, which tiktoken cannot express"
-        )
+        raise GGUFError(f"{path}: the merges are not in the order of their ids, which tiktoken requires")
 
     template = fields.get("tokenizer.chat_template", "")
     eos = texts[fields["tokenizer.ggml.eos_token_id"]]
@@ -111,7 +111,7 @@ def check_lists(path: Path, fields: Mapping[str, Any]) -> None:
     tokens = fields["tokenizer.ggml.tokens"]
     for name in needed:
         if name != "merges" and len(fields[f"tokenizer.ggml.{name}"]) != len(tokens):
-            raise GGUFError(f"{path} has {len(tokens)} tokens, but another number of tokenizer.ggml.{name}")
+            raise GGUFError(f"{path} has {len(tokens)} tokens, but tokenizer.ggml.{name} has another length")
     if fields.get("tokenizer.ggml.eos_token_id") is None:
         raise GGUFError(f"{path} lacks tokenizer.ggml.eos_token_id; download it again")
     for name in ("bos", "eos", "eot", "eom", "padding", "unknown"):
@@ -156,7 +156,7 @@ def read_sentencepiece(path: Path, fields: Mapping[str, Any]) -> SentencePieceTo
         for text, kind in zip(texts, fields[f"{prefix}.token_type"], strict=True)
     ]
     if not (scores := fields.get(f"{prefix}.scores")):
-        raise GGUFError(f"{path}: the tokenizer has no scores, without which its pieces cannot be merged")
+        raise GGUFError(f"{path}: the tokenizer has no scores, which are needed to merge its pieces")
     ids = {name: fields.get(f"{prefix}.{key}_token_id") for name, key in SENTENCEPIECE_IDS.items()}
     unk = ids["unk"] if ids["unk"] is not None else types.index(UNKNOWN) if UNKNOWN in types else 0
     # Field numbers are those of sentencepiece_model.proto.

@@ -63,12 +63,12 @@ def read_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     for key in () if kind == "llama" else EXPLICIT:
         if given.get(key) is None:
             raise CheckpointError(
-                f"{path} lacks {key}, whose default for model_type={kind!r} is not Llama's: add it"
+                f"{path} lacks {key}, and the default for model_type={kind!r} differs from Llama's: add it"
             )
     if kind == "mistral" and "sliding_window" not in config:
         raise CheckpointError(
-            f"{path} lacks sliding_window, which means one of 4096 tokens, not implemented by this model; "
-            'if the model has none, add "sliding_window": null'
+            f"{path} lacks sliding_window, and its default of 4096 tokens is not implemented by this model; "
+            'if the model has no sliding window, add "sliding_window": null'
         )
     for key, value in config.items():
         if key in HARMLESS or key in SHAPE or key.startswith("_") or value is None or value is False:
@@ -78,7 +78,9 @@ def read_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
                 f"{path} has {shown(key)[1:-1]}={shown(value)}, which this model does not implement"
             )
     if any(layer != "full_attention" for layer in config.get("layer_types") or ()):
-        raise CheckpointError(f"{path} has layer_types other than full_attention, which this model lacks")
+        raise CheckpointError(
+            f"{path} has layer_types other than full_attention, which this model does not implement"
+        )
     try:
         dim, heads = config["hidden_size"], config["num_attention_heads"]
         params = {
@@ -102,7 +104,7 @@ def read_rope(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary embedding of a config.json, in its old form (rope_scaling) or its new (rope_parameters)."""
     old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
     if old and new and {**new, **old} != new:
-        raise CheckpointError(f"{path} has rope_scaling and rope_parameters that differ: keep one of them")
+        raise CheckpointError(f"{path} has rope_scaling and rope_parameters that disagree: keep only one")
     rope = {**old, **new}
     check_kinds(path, rope, ROPE)
     own, theta = rope.pop("rope_theta", None), config.get("rope_theta")
@@ -117,7 +119,7 @@ def read_rope(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{path} has rope_type={shown(kind)}; this model implements default and llama3")
     if unknown := sorted(rope.keys() - ROPE.keys()):
         raise CheckpointError(
-            f"{path} has {shown(unknown[0])} for its RoPE, which this model does not implement"
+            f"{path} has the RoPE parameter {shown(unknown[0])}, which this model does not implement"
         )
     try:
         params = {

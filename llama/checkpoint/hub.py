@@ -34,7 +34,7 @@ def fetch_repository(name: str) -> Path:
         import huggingface_hub as hub
     except ImportError:
         raise MissingPackageError(
-            f'no folder {name} here; to fetch it from the Hugging Face hub: pip install -e ".[hub]"'
+            f'no folder {name} here; to download it from the Hugging Face hub: pip install -e ".[hub]"'
         ) from None
 
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
@@ -49,12 +49,12 @@ def fetch_repository(name: str) -> Path:
         ) from None
     except hub.errors.RepositoryNotFoundError:
         raise FileNotFoundError(
-            f"no folder {name} here, and no such repository on the Hugging Face hub, or it is private: "
-            "hf auth login"
+            f"no folder {name} here, and no such repository on the Hugging Face hub; if it is private, "
+            "log in: hf auth login"
         ) from None
     except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise OSError(f"{name} could not be fetched from the Hugging Face hub: {reason}") from None
+        raise OSError(f"{name} could not be downloaded from the Hugging Face hub: {reason}") from None
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("consolidated.*.pth")):
         raise FileNotFoundError(
             f"{name} on the Hugging Face hub has neither *.safetensors nor original/consolidated.*.pth"

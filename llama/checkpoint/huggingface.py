@@ -65,7 +65,7 @@ def hf_name(name: str) -> str:
     """layers.0.attention.wq.weight to model.layers.0.self_attn.q_proj.weight."""
     match = re.fullmatch(r"(layers\.\d+\.)?(\S+)\.weight", name)
     if not match:
-        raise ArgumentError(f"{name} is not a native tensor's name")
+        raise ArgumentError(f"{name} is not the name of a native tensor")
     return f"{'model.' + match[1] if match[1] else ''}{HF_NAMES[match[2]]}.weight"
 
 
@@ -118,7 +118,7 @@ def open_huggingface(
     if tokenizer.n_words > args.vocab_size + isinstance(args, VisionArgs):  # for the image token
         raise CheckpointError(
             f"the tokenizer has {tokenizer.n_words} tokens, but {folder / 'config.json'} says "
-            f"vocab_size={args.vocab_size}: is it the tokenizer of this model?"
+            f"vocab_size={args.vocab_size}: does the tokenizer belong to this model?"
         )
     return Checkpoint(
         path=folder,
@@ -200,7 +200,7 @@ class HFWeights:
     def stored(self, name: str) -> Any:
         """A tensor of those beside the model's. Raises CheckpointError if there is none."""
         if name not in self._beside:
-            raise CheckpointError(f"{name} is missing, which a classifier needs")
+            raise CheckpointError(f"{name} is missing; a classifier needs it")
         return self._open(self._beside[name], name)
 
     def _stored(self, name: str) -> Any:
@@ -245,7 +245,7 @@ def open_weights(path: Path) -> Any:
         return safetensors.safe_open(path, framework="pt")
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} cannot be read, it may be truncated ({path.stat().st_size:,} bytes): {error}"
+            f"{path} cannot be read and may be truncated ({path.stat().st_size:,} bytes): {error}"
         ) from None
 
 
@@ -270,7 +270,9 @@ def find_weights(folder: Path) -> dict[str, Path]:
             for path in paths:
                 names = tensor_names(path)
                 if twice := [name for name in names if name in where]:
-                    raise CheckpointError(f"{path} has {some(twice)} that {where[twice[0]].name} has too")
+                    raise CheckpointError(
+                        f"{path} and {where[twice[0]].name} both contain {some(twice)}; keep one of the files"
+                    )
                 where.update(dict.fromkeys(names, path))
         else:
             continue
@@ -290,7 +292,7 @@ def indexed(folder: Path, index: Path) -> dict[str, Path]:
     held = {path: {*tensor_names(path)} for path in paths}
     if absent := [name for name, path in where.items() if name not in held[path]]:
         raise CheckpointError(
-            f"{index} expects {shown(absent[0])} in {where[absent[0]].name}, which does not hold it"
+            f"{index} expects {shown(absent[0])} in {where[absent[0]].name}, which does not contain it"
         )
     return where
 
@@ -303,8 +305,8 @@ def check_parts(paths: Sequence[Path], exact: Path) -> None:
         and len({(m[1], m[3]) if m else path for m, path in zip(parts, paths, strict=True)}) > 1
     ):
         raise CheckpointError(
-            f"{exact.parent} has several files that could be its weights, and no index: "
-            f"{', '.join(path.name for path in paths)}; keep one model, or name its file {exact.name}"
+            f"{exact.parent} has several files that could be the weights, but no index: "
+            f"{', '.join(path.name for path in paths)}; keep one, or rename the right one to {exact.name}"
         )
     if first := parts[0]:
         numbers = {int(m[2]) for m in parts if m}

@@ -82,7 +82,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if kind not in (*PLAIN, *SUBTRACTED):
         raise CheckpointError(
             f"{path} has init_lora_weights={shown(kind)}, which changed the base model in a way that these "
-            "files do not tell: let PEFT turn the adapter into a plain one as it is saved "
+            "files do not record: save the adapter as a plain LoRA with PEFT "
             "(path_initial_model_for_weight_conversion)"
         )
     patterns = config.get("alpha_pattern") or {}
@@ -91,7 +91,7 @@ def read_config(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: the alpha of {shown(key)} must be a number, not {shown(value)}")
         # Keys are regular expressions: without groups, and with few repetitions, none takes long.
         if len(key) > 200 or "(" in key or len(re.findall(r"[*+?{]", key)) > 3 or not _compiles(key):
-            raise CheckpointError(f"{path}: the pattern {shown(key)} of alpha_pattern is too complicated")
+            raise CheckpointError(f"{path}: the alpha_pattern key {shown(key)} is too complex")
     return config
 
 
@@ -131,18 +131,18 @@ def read_adapter(
             native = native_name(f"{whole[1]}.weight")
             if native is None or tuple(tensor.shape) != base.shapes.get(native):
                 raise CheckpointError(
-                    f"{path} has a {whole[1]} of {tuple(tensor.shape)}, which this model's is not: "
-                    "is the adapter for another base, or one with tokens added?"
+                    f"{path} has {whole[1]} of shape {tuple(tensor.shape)}, which does not match this model: "
+                    "was the adapter trained on another base model, or with added tokens?"
                 )
             check_float(path, name, tensor)
             replaced[native] = tensor
             continue
         if not match:
-            raise CheckpointError(f"{path} has {shown(name)}, which is not a part of a plain LoRA")
+            raise CheckpointError(f"{path} has {shown(name)}, which is not part of a plain LoRA")
         check_float(path, name, tensor)
         if tensor.dim() != 2 or tensor.numel() == 0:
             raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, but is a matrix in a LoRA"
+                f"{path}: {name} has shape {tuple(tensor.shape)}, but a LoRA factor must be a matrix"
             )
         # Embeddings are looked up by row, so their factors are stored the other way round.
         which = match[3] if not match[2] else "BA"["AB".index(match[3])]
@@ -167,11 +167,13 @@ def _delta(
     if name == OUTPUT and is_tied(shapes):
         raise CheckpointError(f"{path} adapts {module}, which this model shares with its embeddings")
     if name is None or name not in shapes:
-        raise CheckpointError(f"{path} adapts {module}, which this model has not: is it for another base?")
+        raise CheckpointError(
+            f"{path} adapts {module}, which this model does not have: was it trained on another base model?"
+        )
     if (b.shape[0], a.shape[1]) != tuple(shapes[name]) or a.shape[0] != b.shape[1]:
         raise CheckpointError(
             f"{path} adapts a {module} of {b.shape[0]} × {a.shape[1]}, but this model's is "
-            f"{' × '.join(map(str, shapes[name]))}: is the adapter for another base?"
+            f"{' × '.join(map(str, shapes[name]))}: was it trained on another base model?"
         )
     patterns = config.get("alpha_pattern") or {}
     alpha = next(
@@ -186,7 +188,7 @@ def _delta(
     if (kind := config.get("init_lora_weights")) in SUBTRACTED:
         if name == EMBEDDINGS:
             raise CheckpointError(
-                f"{path} adapts {module} from init_lora_weights={kind!r}, which linears only have"
+                f"{path} adapts {module} with init_lora_weights={kind!r}, which only linear layers support"
             )
         out, into = initial(base.read(name).float(), rank, scale, kind)
         b, a = torch.cat((b, -out), 1), torch.cat((a, into))

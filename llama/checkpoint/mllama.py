@@ -115,7 +115,7 @@ def mllama_params(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     args = VisionArgs(**checked(path, params))
     if cross != [layer + i for i, layer in enumerate(args.fusion)]:
         raise CheckpointError(
-            f"{path} has cross_attention_layers={shown(cross)}; only evenly spread ones are supported"
+            f"{path} has cross_attention_layers={shown(cross)}; only evenly spaced ones are supported"
         )
     if vision.get("intermediate_size", 4 * args.vision_dim) != 4 * args.vision_dim:
         raise CheckpointError(f"{path} has a vision_config whose intermediate_size is not 4 · hidden_size")
@@ -204,8 +204,8 @@ def from_table(table: Tensor, shape: tuple[int, ...]) -> Tensor:
         places[:h, :w] = row[: h * w].unflatten(0, (h, w))
     if not torch.equal(to_table(places)[1:], table[1:]):
         raise CheckpointError(
-            "the tables of tile positions differ from canvas to canvas, as in no model of Meta's: "
-            "was this one trained further with another program?"
+            "the tile position tables differ between canvases, which no Meta model's do: "
+            "was this one fine-tuned with another program?"
         )
     return places
 

@@ -44,7 +44,7 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
         m = re.fullmatch(r"consolidated\.(\d{1,6})\.pth", path.name)
         if m and (twin := found.setdefault(int(m[1]), path)) is not path:
             raise CheckpointError(
-                f"{ckpt_dir} has both {twin.name} and {path.name}: keep one model in a folder"
+                f"{ckpt_dir} has both {twin.name} and {path.name}: keep one model per folder"
             )
     if not found and (single := ckpt_dir / "consolidated.pth").is_file():
         return [single]  # as Hugging Face's original/ folders have it
@@ -209,8 +209,8 @@ class NativeShards:
                 raise CheckpointError(f"{path}: {name} {error}") from None
             if cut != self.cut(name, self._mapped[self.paths[0]][name].shape):
                 raise CheckpointError(
-                    f"{path}: {name} is cut along another dimension than in {self.paths[0].name}; "
-                    "do all files belong to one model?"
+                    f"{path}: {name} is split along a different dimension than in {self.paths[0].name}; "
+                    "do all files belong to the same model?"
                 )
 
     def _tensors(self, number: int) -> Mapping[str, Tensor]:

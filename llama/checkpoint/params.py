@@ -19,7 +19,7 @@ def read_params(ckpt_dir: Path) -> dict[str, Any]:
     Raises FileNotFoundError where there is none, CheckpointError where it is not a model's.
     """
     if not ckpt_dir.is_dir():
-        raise FileNotFoundError(f"no folder {ckpt_dir}: give the path of a downloaded checkpoint as ckpt_dir")
+        raise FileNotFoundError(f"no folder {ckpt_dir}: pass the path of a downloaded checkpoint as ckpt_dir")
     path = ckpt_dir / "params.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -39,8 +39,8 @@ def read_params(ckpt_dir: Path) -> dict[str, Any]:
         scheme = found.get("scheme") if isinstance(found, dict) and found.get("layout") == LAYOUT else None
         if scheme not in QUANTIZATIONS:
             raise CheckpointError(
-                f"{path} has quantization={shown(found)}, which is of another version of this package: run "
-                "`python -m llama convert --quantize` again on the folder that this one was made from"
+                f"{path} has quantization={shown(found)}, written by another version of this package: run "
+                "`python -m llama convert --quantize` again on the folder it was converted from"
             )
         params["quantization"] = scheme
     # LLaMA 1 and 2 came before the key, with the original paper's theta.

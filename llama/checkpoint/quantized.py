@@ -39,8 +39,8 @@ class QuantizedShards:
         for path, tensors in self._mapped.items():
             if twice := [name for name in tensors if name in self._where]:
                 raise CheckpointError(
-                    f"{path} has {some(twice)} that {self._where[twice[0]].name} has too; "
-                    "do all files belong to one model?"
+                    f"{path} and {self._where[twice[0]].name} both contain {some(twice)}; "
+                    "do all files belong to the same model?"
                 )
             self._where.update(dict.fromkeys(tensors, path))
         self.shapes = {name: part.shape for name, part in whole_parts(args, self._where).items()}
@@ -48,7 +48,7 @@ class QuantizedShards:
         if missing := [name for name in self.shapes if name not in self._where]:
             raise CheckpointError(
                 f"{folder} lacks {some(missing)} of a quantized model; is a file missing, or is params.json "
-                "that of another model?"
+                "from another model?"
             )
         expected = {name: self._expected(name) for name in self.shapes}
         self._keys = {name: [*tensors] for name, tensors in expected.items()}
@@ -64,7 +64,7 @@ class QuantizedShards:
             if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
                 raise CheckpointError(
                     f"{self._where[key]}: {key} is {tensor.dtype} of shape {tuple(tensor.shape)}, but "
-                    f"params.json implies {dtype} of {shape}; do all files belong to one model?"
+                    f"params.json implies {dtype} of {shape}; do all files belong to the same model?"
                 )
         self.dtype = self._tensor("norm.weight").dtype
 

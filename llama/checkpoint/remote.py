@@ -59,7 +59,7 @@ def check_url(url: str) -> None:
         )
     if not re.fullmatch("[!-~]+", url):
         raise ArgumentError(
-            f"the {scheme}:// URL has a space or a character outside ASCII: write each as %XX, a space as %20"
+            f"the {scheme}:// URL contains a space or a non-ASCII character: encode it as %XX, a space as %20"
         )
     try:
         parts = urlsplit(url)
@@ -67,7 +67,7 @@ def check_url(url: str) -> None:
     except ValueError:
         whole = False
     if not whole:
-        raise ArgumentError(f"the {scheme}:// URL has no valid host and port: copy it once more")
+        raise ArgumentError(f"the {scheme}:// URL has no valid host and port: copy it again")
 
 
 def fetch(url: str) -> Path:
@@ -103,7 +103,7 @@ def check_private(folder: Path) -> None:
     state = folder.lstat()
     if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
         raise CheckpointError(
-            f"{folder} is a link or belongs to another user: set LLAMA_CACHE to a folder of yours"
+            f"{folder} is a link or belongs to another user: set LLAMA_CACHE to a folder of your own"
         )
     folder.chmod(0o700)
 
@@ -112,9 +112,7 @@ def check_links(folder: Path) -> None:
     """Raise CheckpointError if anything in a folder of the cache is not a plain file."""
     for entry in os.scandir(folder):
         if not entry.is_file(follow_symlinks=False):
-            raise CheckpointError(
-                f"{entry.path} is not a plain file: remove {folder}, and it is fetched again"
-            )
+            raise CheckpointError(f"{entry.path} is not a regular file: remove {folder} to download it again")
 
 
 def is_web(url: str) -> bool:
@@ -141,7 +139,7 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"Waiting for another process that fills {path.parent}", file=sys.stderr)
+            print(f"Waiting for another process that is downloading to {path.parent}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -192,7 +190,7 @@ class Web:
         except urllib.error.URLError as error:
             raise OSError(f"{public(address)} cannot be reached: {error.reason}") from None
         except http.client.HTTPException as error:
-            raise OSError(f"{public(address)} does not answer in HTTP: {type(error).__name__}") from None
+            raise OSError(f"{public(address)} does not speak HTTP: {type(error).__name__}") from None
         return response, response.length
 
 
@@ -202,7 +200,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         target = urlsplit(newurl).scheme
         if target not in ("http", "https") or (req.type, target) == ("https", "http"):
-            raise urllib.error.URLError(f"it redirects to {target}://, which is not followed")
+            raise urllib.error.URLError(f"it redirects to {target}://, which is not supported")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -264,7 +262,7 @@ def copy(source: Web | Bucket, folder: Path) -> None:
                 size = size if size is not None else -1  # broken off in the middle of a chunk
         if size is not None and part.stat().st_size != size:
             raise OSError(
-                f"{public(source.base)}: {name} broke off after {part.stat().st_size:,} bytes; try again"
+                f"{public(source.base)}: {name} was cut off after {part.stat().st_size:,} bytes; try again"
             )
         expected = checklist(folder).get(name)
         if expected is not None and md5(part) != expected:
@@ -276,7 +274,7 @@ def copy(source: Web | Bucket, folder: Path) -> None:
         found += 1
     if missing := [name for name in checklist(folder) if not (folder / name).is_file()]:
         raise FileNotFoundError(
-            f"{public(source.base)} lacks {', '.join(missing)}, which checklist.chk names"
+            f"{public(source.base)} lacks {', '.join(missing)}, which checklist.chk lists"
         )
     if not found or not any(WEIGHTS.fullmatch(path.name) or source.single for path in folder.iterdir()):
         raise FileNotFoundError(

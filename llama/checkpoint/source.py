@@ -184,7 +184,7 @@ def check_shapes(
         if tuple(shapes[name]) != part.shape:
             raise CheckpointError(
                 f"{where}: {name} has shape {tuple(shapes[name])}, but {config} implies {part.shape}; "
-                "do weights and configuration belong to one model?"
+                "do weights and configuration belong to the same model?"
             )
 
 
@@ -214,9 +214,11 @@ def check_names(
 ) -> None:
     """Raise CheckpointError unless a file, or several, has the model's tensors and no others."""
     if missing := [name for name in wanted if name not in found]:
-        raise CheckpointError(f"{where} lacks {some(missing)}; is {config} that of this model?")
+        raise CheckpointError(f"{where} lacks {some(missing)}; does {config} belong to this model?")
     if unknown := [name for name in found if name not in wanted]:
-        raise CheckpointError(f"{where} has {some(unknown)}, which the model of {config} has not")
+        raise CheckpointError(
+            f"{where}: unexpected {some(unknown)}: not part of the model that {config} describes"
+        )
 
 
 def some(names: list[str]) -> str:
@@ -235,7 +237,7 @@ def listed_weights(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index} has no weight_map; download it again")
     for file in listed.values():
         if not isinstance(file, str) or not WEIGHTS.fullmatch(file):
-            raise CheckpointError(f"{index} names {shown(file)}, which is not the name of a file of weights")
+            raise CheckpointError(f"{index} names {shown(file)}, which is not a valid name for a weight file")
     return listed
 
 
@@ -248,14 +250,14 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = _plain_line(error)
-        raise CheckpointError(f"{path} holds more than tensors, so it was not loaded: {reason}") from None
+        raise CheckpointError(f"{path} contains more than tensors, so it was not loaded: {reason}") from None
     except Exception as error:  # a damaged pickle can raise anything
         reason = _plain_line(error)
         raise CheckpointError(
-            f"{path} cannot be read, it may be truncated ({path.stat().st_size:,} bytes): {reason}"
+            f"{path} cannot be read and may be truncated ({path.stat().st_size:,} bytes): {reason}"
         ) from None
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
-        raise CheckpointError(f"{path} is not a table of tensors by name")
+        raise CheckpointError(f"{path} does not map names to tensors")
     for name, tensor in tensors.items():
         kinds = {"sparse": tensor.layout != torch.strided, "meta": tensor.is_meta}
         kinds |= {"nested": tensor.is_nested, "quantized": tensor.is_quantized}

@@ -67,7 +67,7 @@ def load(name: str) -> Callable[..., Any]:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else "llama help lists them"
-        sys.exit(f"error: there is no command {name!r}; {hint}")
+        sys.exit(f"error: unknown command {name!r}; {hint}")
     handler = signal.getsignal(signal.SIGINT)
     try:
         if handler is signal.default_int_handler:

@@ -137,7 +137,9 @@ def parse(command: Callable[..., Any], words: Sequence[str], name: str) -> dict[
         if flag := FLAG.fullmatch(word):
             option = known.get(flag[1].replace("-", "_"))
             if option is None:
-                raise ArgumentError(f"there is no {word.partition('=')[0]}{_nearest(flag[1], known, name)}")
+                raise ArgumentError(
+                    f"unknown argument {word.partition('=')[0]}{_nearest(flag[1], known, name)}"
+                )
             text = flag[2]
             if text is None and left and _is_value(left[0], option):
                 text = left.popleft()
@@ -146,7 +148,7 @@ def parse(command: Callable[..., Any], words: Sequence[str], name: str) -> dict[
             if text is None:
                 raise ArgumentError(f"--{option.name} needs a value: {option.help}")
             if option.name in given:
-                raise ArgumentError(f"{option.name} is given twice")
+                raise ArgumentError(f"{option.name} was given twice")
             given[option.name] = option.parse(text)
         else:
             while places and places[0].name in given:

@@ -49,9 +49,9 @@ def bench(
         json: print one JSON object, in seconds, tokens per second and bytes
     """
     if min(batch, prompt, runs) < 1 or new < 3:
-        raise ArgumentError("batch, prompt and runs must be 1 or more, and new 3 or more")
+        raise ArgumentError("batch, prompt and runs must be at least 1, and new at least 3")
     if profile is not None and not Path(profile).absolute().parent.is_dir():
-        raise FileNotFoundError(f"no folder {Path(profile).parent} to write {profile} to")
+        raise FileNotFoundError(f"cannot write {profile}: no folder {Path(profile).parent}")
     needed = replace(
         build,
         max_seq_len=max(build.max_seq_len, prompt + new),

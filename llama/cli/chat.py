@@ -103,7 +103,7 @@ class Chat:
     def run(self) -> None:
         """Read and answer until the end of the input, or /quit."""
         if self.terminal.interactive:
-            print("Type a message, or /help. Ctrl-C stops an answer, Ctrl-D leaves.")
+            print("Type a message, or /help. Ctrl-C stops an answer, Ctrl-D quits.")
         with self.terminal.ctrl_c_as_key():
             while not self.left and (line := self.terminal.read_line("> ")) is not None:
                 try:
@@ -120,7 +120,7 @@ class Chat:
         elif name in self.commands:
             self.commands[name](rest.strip())
         else:
-            raise ArgumentError(f"there is no {name}; /help lists the commands")
+            raise ArgumentError(f"unknown command {name}; /help lists the commands")
 
     def answer(self, message: str) -> None:
         """Answer a message, as the conversation's next turn, and print the answer as it comes."""
@@ -153,15 +153,15 @@ class Chat:
             limit = self.sampling.max_gen_len
             reached = len(tokens) == limit
             print(
-                f"[cut at max_gen_len={limit}]"
+                f"[cut off at max_gen_len={limit}]"
                 if reached
-                else f"[cut: the context of {self.context} tokens is full]"
+                else f"[cut off: the context of {self.context} tokens is full]"
             )
         if self.speed and end and end.stats:
             s = end.stats
             print(
-                f"[{s.new_tokens} tokens at {s.tokens_per_second:.1f} a second, the first after "
-                f"{s.first_token_seconds:.2f} s; of {s.prompt_tokens} prompt tokens {s.reused_tokens} were "
+                f"[{s.new_tokens} tokens at {s.tokens_per_second:.1f} per second, the first after "
+                f"{s.first_token_seconds:.2f} s; {s.reused_tokens} of {s.prompt_tokens} prompt tokens were "
                 f"in the cache; context {s.prompt_tokens + s.new_tokens} of {self.context}]"
             )
 
@@ -183,8 +183,8 @@ class Chat:
                 break
         if len(ids) >= self.context:
             raise ArgumentError(
-                f"the message takes {len(ids)} tokens with what surrounds it, and the context has "
-                f"{self.context}: shorten it, or start with a larger --max_seq_len"
+                f"the message and system prompt need {len(ids)} tokens, but the context holds "
+                f"{self.context}: shorten them, or start with a larger --max_seq_len"
             )
         if skip:
             dropped = ", ".join(json.dumps(_short(turn.message), ensure_ascii=False) for turn in turns[:skip])
@@ -205,13 +205,13 @@ class Chat:
         sighted(self.llama.model)
         if len(self.images) >= self.max_images:
             raise ArgumentError(
-                f"a chat has room for {self.max_images} image(s): start with a larger --max_images"
+                f"this chat has room for {self.max_images} image(s): start with a larger --max_images"
             )
         path = _path(name)
         data = self.terminal.once(path.read_bytes)
         tiled(data, self.llama.model)  # a bad file is refused here
         self.images.append(data)
-        print(f"[{path.name} goes with your next message]")
+        print(f"[{path.name} will be sent with your next message]")
 
     @property
     def max_images(self) -> int:
@@ -220,11 +220,11 @@ class Chat:
     def reset(self, _: str) -> None:
         self.images = []
         self.conversation.turns.clear()
-        print("[all turns forgotten]")
+        print("[history cleared]")
 
     def retry(self, _: str) -> None:
         if not self.conversation.turns:
-            raise ArgumentError("there is no message to answer again")
+            raise ArgumentError("there is no message to retry")
         last = self.conversation.turns.pop()
         self.images = list(last.images)
         try:
@@ -253,14 +253,14 @@ class Chat:
         for item in shlex.split(text):
             name, _, value = item.partition("=")
             if name not in known or not value:
-                raise ArgumentError(f"{item!r} is not name=value with one of {', '.join(known)}")
+                raise ArgumentError(f"expected name=value, not {item!r}; the names are {', '.join(known)}")
             changes[name] = known[name].parse(value)
         self.sampling = replace(self.sampling, **changes)
         print(f"[{' '.join(f'{name}={value}' for name, value in asdict(self.sampling).items())}]")
 
     def toggle_markdown(self, _: str) -> None:
         self.write = Plain if self.write is Markdown else writer(True)
-        print(f"[answers are {'rendered' if self.write is Markdown else 'shown as they are'}]")
+        print(f"[answers are {'rendered as Markdown' if self.write is Markdown else 'shown as plain text'}]")
 
     def toggle_speed(self, _: str) -> None:
         self.speed = not self.speed
@@ -275,7 +275,7 @@ class Chat:
 
 def _path(name: str) -> Path:
     if not name:
-        raise ArgumentError("which file? put its name after the command")
+        raise ArgumentError("no file given: put its name after the command")
     return Path(name).expanduser()
 
 

@@ -80,7 +80,7 @@ class Conversation:
             ]
             return Conversation(data["system"] + "", turns)
         except (ValueError, KeyError, TypeError):
-            raise ArgumentError("this is not a conversation that /save wrote") from None
+            raise ArgumentError("this is not a conversation written by /save") from None
 
 
 def _content(message: str, images: Sequence[bytes]) -> str | list[dict[str, str]]:

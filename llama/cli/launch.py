@@ -41,7 +41,7 @@ def launch(
             if isinstance(command, Mapping):
                 first, *words = words or [""]
                 if first not in command:
-                    raise ArgumentError(f"{name}: give one of {', '.join(command)}, not {first!r}")
+                    raise ArgumentError(f"{name}: expected one of {', '.join(command)}, not {first!r}")
                 command, name = command[first], f"{name} {first}"
             if {"-h", "--help"} & {*words}:
                 print(usage(command, name))
@@ -70,8 +70,8 @@ def _is_sentence(error: Exception) -> bool:
 
 def _terminated(*_: object) -> None:
     raise RankError(
-        f"rank {os.environ['RANK']} was stopped by torchrun, as happens when another rank has failed; "
-        "the first failure is the one to look at"
+        f"rank {os.environ['RANK']} was stopped by torchrun, probably because another rank failed; "
+        "look at the first failure"
     )
 
 

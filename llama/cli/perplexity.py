@@ -44,7 +44,7 @@ def negative_log_likelihoods(llama: Llama, tokens: Sequence[int], stride: int) -
     """
     length = llama.model.params.max_seq_len
     if len(tokens) < 2:
-        raise ArgumentError(f"the text has {len(tokens)} token(s): to score one, two are needed")
+        raise ArgumentError(f"the text has {len(tokens)} token(s): scoring needs at least two")
     if not 1 <= stride < length:
         raise ArgumentError(f"stride={stride} must be 1 or more, and less than max_seq_len={length}")
     scores: list[float] = []

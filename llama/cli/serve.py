@@ -66,7 +66,7 @@ def serve(
         raise ArgumentError("TLS needs both --ssl_certfile and --ssl_keyfile")
     keys = [*api_key, *(Path(api_key_file).read_text("utf-8").split() if api_key_file else ())]
     if api_key_file and not keys:
-        raise ArgumentError(f"there is no key in {api_key_file}")
+        raise ArgumentError(f"{api_key_file} contains no API key")
     ckpt_dir = ckpt_dir or str(default_ckpt_dir())
     address = run.Address(host, port, keys, cors, ssl_certfile, ssl_keyfile)
     with contextlib.ExitStack() as stack:

@@ -51,7 +51,8 @@ class Terminal:
         if parallel.size > 1:
             if parallel.size != dist.get_world_size():
                 raise ArgumentError(
-                    f"this wants one model on all {dist.get_world_size()} ranks, not on {parallel.size} each"
+                    f"this needs one model across all {dist.get_world_size()} ranks, not one per "
+                    f"{parallel.size} ranks"
                 )
             # The other ranks wait as long as somebody thinks before typing.
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))

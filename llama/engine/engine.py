@@ -77,7 +77,7 @@ class Engine:
             raise PromptError("the prompt is empty: it needs at least one token")
         for token in prompt:
             if not (isinstance(token, int) and not isinstance(token, bool) and 0 <= token < known):
-                raise PromptError(f"{token!r} is not a token id: the vocabulary has 0 to {vocab_size - 1}")
+                raise PromptError(f"{token!r} is not a token id: ids run from 0 to {vocab_size - 1}")
         if max_seq_len - len(prompt) < (params.max_tokens != 0):
             raise PromptError(
                 f"the prompt has {len(prompt)} tokens, which leaves no room for a new one in "
@@ -85,8 +85,7 @@ class Engine:
             )
         if unknown := [token for token in params.logit_bias if token >= vocab_size]:
             raise ArgumentError(
-                f"logit_bias names {unknown[0]}, which is not a token id: the vocabulary has 0 to "
-                f"{vocab_size - 1}"
+                f"logit_bias names {unknown[0]}, which is not a token id: ids run from 0 to {vocab_size - 1}"
             )
         if list(params.logit_bias.values()).count(-math.inf) == vocab_size:
             raise ArgumentError("logit_bias forbids every token: leave at least one without -inf")

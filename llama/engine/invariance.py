@@ -56,7 +56,7 @@ def check_batch_invariance(model: Transformer, width: int) -> None:
         worst = model.parallel.broadcast(torch.tensor([fits], device=model.device))
     if not worst.item():
         raise ArgumentError(
-            f"batch_invariant=True cannot be kept here: on {model.device} in {str(model.dtype)[6:]}, with "
-            f"{model.parallel.size} rank(s) and max_batch_size={n}, a row's logits change with its place in "
+            f"batch_invariant=True is not possible here: on {model.device} in {str(model.dtype)[6:]}, with "
+            f"{model.parallel.size} rank(s) and max_batch_size={n}, a row's logits depend on its position in "
             "the batch; try another max_batch_size or dtype, fewer ranks, or build without it"
         )

@@ -161,7 +161,7 @@ class StaticRunner:
                 if isinstance(error, torch.OutOfMemoryError | dist.DistError) or "gloo" in str(error):
                     raise  # for other reasons
                 reason = str(error).partition("\n")[0]
-                warnings.warn(f"decoding without flex attention, which failed: {reason}", stacklevel=2)
+                warnings.warn(f"flex attention failed, decoding without it: {reason}", stacklevel=2)
                 self.flex = False
                 self.close()
         live = power_of_two(max(reach + 1, BLOCK), self.model.params.max_seq_len)

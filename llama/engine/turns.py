@@ -42,6 +42,6 @@ class Turns:
         """Raise LlamaError in a child that was forked after its parent ran the model."""
         if self._process not in (None, os.getpid()):
             raise LlamaError(
-                "this process was forked from one that has generated, and threads do not survive a fork: "
-                'build the model in the child, or start it by the "spawn" method of multiprocessing'
+                "this process was forked after the model had generated, and threads do not survive a fork: "
+                'build the model in the child, or use multiprocessing\'s "spawn" start method'
             )

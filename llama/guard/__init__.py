@@ -191,8 +191,8 @@ def recognize(llama: Llama) -> GuardVersion:
         if "<BEGIN UNSAFECONTENT CATEGORIES>" in source:
             return VERSIONS["3-11b-vision"]
         raise ArgumentError(
-            "the chat template of this checkpoint is not that of a Llama Guard; "
-            f"if it is one, pass version= one of {', '.join(VERSIONS)}"
+            "this checkpoint's chat template is not Llama Guard's; "
+            f"if the model is a Llama Guard, pass version=, one of {', '.join(VERSIONS)}"
         )
     if isinstance(llama.tokenizer, SentencePieceTokenizer):
         return VERSIONS["1"]

@@ -145,7 +145,7 @@ def check_conversation(dialog: Sequence[Mapping[str, Any]]) -> Judged:
         expected: Judged = "assistant" if i % 2 else "user"
         if not isinstance(message, Mapping) or message.get("role") != expected:
             raise ArgumentError(
-                "a guard checks messages of user and assistant in turn, beginning with the user; "
+                "a guard checks alternating user and assistant messages, starting with the user; "
                 f"message {i} must be the {expected}'s, got {message!r}"
             )
         if not isinstance(message.get("content"), str):

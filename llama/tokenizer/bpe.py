@@ -95,12 +95,12 @@ class Layout:
         content = read_json(path)
         check_kinds(path, content, LAYOUT)
         if unknown := sorted(content.keys() - LAYOUT.keys()):
-            raise CheckpointError(f"{path} has {shown(unknown[0])}, which no tokenizer layout has")
+            raise CheckpointError(f"{path} has {shown(unknown[0])}, which is not a tokenizer layout setting")
         if nulls := sorted(key for key in content.keys() - {"bos", "context"} if content[key] is None):
             raise CheckpointError(f"{path}: {nulls[0]} must not be null")
         layout = replace(default, **content)
         if not all(is_kind(i, int) for i in layout.special_tokens.values()):
-            raise CheckpointError(f"{path}: special_tokens must be an object of ids by text")
+            raise CheckpointError(f"{path}: special_tokens must map texts to ids")
         named = [layout.eos, layout.pad, *layout.stop, *layout.added, *([layout.bos] if layout.bos else [])]
         for name in named:
             if not isinstance(name, str) or name not in layout.special_tokens:
@@ -130,7 +130,7 @@ class Tokenizer:
         path = Path(model_path)
         if not path.is_file():
             raise FileNotFoundError(
-                f"no tokenizer at {path}: give the path of a checkpoint's tokenizer.model"
+                f"no tokenizer at {path}: pass the path of a checkpoint's tokenizer.model"
             )
         ranks = read_ranks(path)
         beside = path.with_name("format.json")
@@ -160,7 +160,7 @@ class Tokenizer:
         if len(ids) < self.n_words or min(ids) or max(ids) >= self.n_words or b"" in ranks:
             raise ArgumentError(
                 f"{len(ranks)} ranks and {len(self.special_tokens)} special tokens must have the ids 0 to "
-                f"{self.n_words - 1}, each of them once"
+                f"{self.n_words - 1}, each exactly once"
             )
         # A vocabulary without a token for some byte would make tiktoken panic. Such bytes get a
         # rank behind all others, which no merge uses, and `encode` drops it.
@@ -215,7 +215,7 @@ class Tokenizer:
         """Bytes of ids: one token may hold a part of a character. Raises ValueError for an unknown id."""
         for token in t:
             if not 0 <= token < self.n_words:
-                raise ArgumentError(f"{token} is not a token id: the vocabulary has 0 to {self.n_words - 1}")
+                raise ArgumentError(f"{token} is not a token id: ids run from 0 to {self.n_words - 1}")
         return self.model.decode_bytes(t)
 
 
@@ -230,7 +230,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             word, rank = line.split()
             token = base64.b64decode(word, validate=True)
             if token in ranks:
-                raise CheckpointError(f"{path}: line {number} has a token that an earlier line has too")
+                raise CheckpointError(f"{path}: line {number} repeats a token from an earlier line")
             ranks[token] = int(rank)
         except CheckpointError:
             raise

@@ -22,9 +22,9 @@ def check_dialog(dialog: Dialog, roles: Sequence[str], calls: bool = False, imag
     images: whether messages may have images between their text.
     """
     if isinstance(dialog, str | dict) or not isinstance(dialog, Sequence):
-        raise ArgumentError(f"a dialog is a list of messages, not a {type(dialog).__name__}")
+        raise ArgumentError(f"a dialog must be a list of messages, not {type(dialog).__name__}")
     if not dialog:
-        raise ArgumentError("the dialog is empty: it needs one message at least")
+        raise ArgumentError("the dialog is empty: it needs at least one message")
     for message in dialog:
         check_message(message, roles, calls, images)
 
@@ -32,18 +32,20 @@ def check_dialog(dialog: Dialog, roles: Sequence[str], calls: bool = False, imag
 def check_message(message: Message, roles: Sequence[str], calls: bool = False, images: bool = False) -> None:
     made = message.get("tool_calls") if isinstance(message, dict) else None
     if made and not calls:
-        raise ArgumentError("this chat format has no tool calls: leave tool_calls out of the messages")
+        raise ArgumentError(
+            "this chat format does not support tool calls: leave tool_calls out of the messages"
+        )
     if made and message.get("content") is None and message.get("role") in roles:
         return
     if not isinstance(message, dict) or "role" not in message or "content" not in message:
-        raise ArgumentError(f'a message is {{"role": ..., "content": ...}}, not {message!r}')
+        raise ArgumentError(f'a message must look like {{"role": ..., "content": ...}}, not {message!r}')
     if message["role"] not in roles:
         raise ArgumentError(f"unknown role {message['role']!r}: use one of {', '.join(roles)}")
     if is_parts(content := message["content"]) and not isinstance(content, str):
         if not images:
-            raise ArgumentError("this chat format has no images: leave them out of the messages")
+            raise ArgumentError("this chat format does not support images: leave them out of the messages")
     elif not isinstance(content, str):
-        raise ArgumentError(f"a message's content is text, not {type(content).__name__}")
+        raise ArgumentError(f"a message's content must be text, not {type(content).__name__}")
 
 
 def parse_call(call: Any) -> tuple[str, Mapping[str, Any]]:
@@ -192,8 +194,8 @@ class Llama2Chat:
         for message in dialog:
             if found := [tag for tag in self.tags if tag in message["content"]]:
                 raise ArgumentError(
-                    f"the {message['role']} message contains {found[0]}, which Llama 2's chat format keeps "
-                    "for itself; take it out of the content"
+                    f"the {message['role']} message contains {found[0]}, which Llama 2's chat format "
+                    "reserves; remove it from the content"
                 )
         texts = [message["content"] for message in dialog]
         roles = [message["role"] for message in dialog]
@@ -203,8 +205,8 @@ class Llama2Chat:
             texts[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{texts[0]}"
         if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
             raise ArgumentError(
-                "Llama 2's chat format takes an optional system message, then user and assistant in turn, "
-                f"and the last message from the user; got {', '.join(m['role'] for m in dialog)}"
+                "Llama 2's chat format takes an optional system message, then alternating user and assistant "
+                f"messages, ending with the user's; got {', '.join(m['role'] for m in dialog)}"
             )
         ids = []
         for user, answer in zip(texts[::2], texts[1::2], strict=False):
@@ -232,8 +234,8 @@ class NoChat:
     def encode_next_turn(self, content: Any) -> list[int]:
         """Raises ValueError, with what to use instead."""
         raise ArgumentError(
-            "this is a base model, which was not trained to chat: use text_completion with a text for it to "
-            "continue, or load the chat model of its family (named -chat in Llama 2, -Instruct since Llama 3)"
+            "this is a base model, not trained to chat: use text_completion to continue a text, or load "
+            "the chat model of the same family (named -chat in Llama 2, -Instruct since Llama 3)"
         )
 
 
@@ -255,5 +257,5 @@ def chat_format(tokenizer: TextTokenizer, name: str | None = None) -> DialogForm
     if name not in formats:
         raise ArgumentError(f"unknown chat format {shown(name)}: use one of {', '.join(formats)}")
     if missing := [text for text in NEEDED.get(name, ()) if text not in tokenizer.special_tokens]:
-        raise ArgumentError(f"the tokenizer has no {missing[0]}, which the chat format {name} needs")
+        raise ArgumentError(f"the tokenizer has no {missing[0]}, which the {name} chat format needs")
     return formats[name]()

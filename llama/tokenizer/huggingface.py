@@ -122,7 +122,7 @@ class HFTokenizer:
 
     def _piece(self, token: int) -> bytes:
         if not 0 <= token < self.n_words:
-            raise ArgumentError(f"{token} is not a token id: the vocabulary has 0 to {self.n_words - 1}")
+            raise ArgumentError(f"{token} is not a token id: ids run from 0 to {self.n_words - 1}")
         if token in self._added:
             return self._added[token].encode()
         piece = self.model.id_to_token(token)

@@ -60,7 +60,7 @@ def check_growth(values: tuple[Any, ...]) -> None:
         elif isinstance(value, int):
             size *= max(1, abs(value))
     if size > LARGEST:
-        raise OverflowError(f"it makes a value of more than {LARGEST:,} characters")
+        raise OverflowError(f"it creates a value longer than {LARGEST:,} characters")
     BUDGET.get(Budget()).spend(0)
 
 

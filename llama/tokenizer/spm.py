@@ -36,7 +36,7 @@ class SentencePieceTokenizer:
             path = Path(model)
             where = str(path)
             if not path.is_file():
-                raise FileNotFoundError(f"no tokenizer at {path}: give the path of a tokenizer.model")
+                raise FileNotFoundError(f"no tokenizer at {path}: pass the path of a tokenizer.model")
             model = path.read_bytes()
             if (beside := path.with_name("format.json")).is_file():
                 content = read_json(beside)
@@ -47,19 +47,19 @@ class SentencePieceTokenizer:
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
-            raise CheckpointError(f"{where} is not a sentencepiece model; is it whole?") from None
+            raise CheckpointError(f"{where} is not a sentencepiece model, or is truncated") from None
         self.proto = model
         self.n_words: int = self.model.vocab_size()
         self.bos_id: int | None = self.model.bos_id() if self.model.bos_id() >= 0 else None
         self.eos_id: int = self.model.eos_id()
         if self.eos_id < 0:
-            raise CheckpointError(f"{where} has no token for the end of a text; download it again")
+            raise CheckpointError(f"{where} has no end-of-text token; download it again")
         self.pad_id: int = self.model.pad_id()
         self.stop_tokens = [self.eos_id]
         try:
             pieces = [self.model.id_to_piece(i) for i in range(self.n_words)]
         except UnicodeDecodeError:
-            raise CheckpointError(f"{where} has a piece that is not UTF-8; download it again") from None
+            raise CheckpointError(f"{where} contains a piece that is not UTF-8; download it again") from None
         self.special_tokens = {piece: i for i, piece in enumerate(pieces) if self.model.is_control(i)}
 
     def encode(self, s: str, *, bos: bool, eos: bool) -> list[int]:
@@ -89,7 +89,7 @@ class SentencePieceTokenizer:
 
     def _piece(self, token: int) -> bytes:
         if not 0 <= token < self.n_words:
-            raise ArgumentError(f"{token} is not a token id: the vocabulary has 0 to {self.n_words - 1}")
+            raise ArgumentError(f"{token} is not a token id: ids run from 0 to {self.n_words - 1}")
         if self.model.is_control(token):
             return b""
         if self.model.is_unknown(token):

@@ -136,7 +136,7 @@ class ChatTemplate:
         """Private characters that neither a dialog nor the template has. Raises ArgumentError after all."""
         for block in (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)):
             yield from (c for c in map(chr, block) if c not in used and c not in self.source)
-        raise ArgumentError("the dialog has every private character of Unicode: take some out")
+        raise ArgumentError("the dialog uses every private-use Unicode character: remove some")
 
     def _render(self, names: Mapping[str, Any]) -> str:
         try:
@@ -154,7 +154,7 @@ class ChatTemplate:
                 ) from None
             if kind == "OverflowError":
                 raise ArgumentError(f"the chat template of {self.origin} was stopped: {error}") from None
-            raise ArgumentError(f"the model's chat template refuses this dialog: {error}") from None
+            raise ArgumentError(f"the model's chat template rejects this dialog: {error}") from None
 
 
 def _map_texts(value: Any, function: Callable[[str], Any]) -> Any:

@@ -145,7 +145,9 @@ def arguments_schema(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         schema: dict[str, Any] = pydantic.TypeAdapter(function).json_schema(schema_generator=Untitled)
     except pydantic.errors.PydanticUserError as error:
-        raise ArgumentError(f"the arguments of {name!r} have no JSON Schema: {error.message}") from None
+        raise ArgumentError(
+            f"the arguments of {name!r} cannot be described by a JSON Schema: {error.message}"
+        ) from None
     if schema.get("type") != "object":
         raise ArgumentError(
             f"{name!r} has positional-only or variadic arguments; a tool's arguments must have names"

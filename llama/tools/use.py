@@ -60,7 +60,7 @@ class ToolUse:
             inner = tool_choice.get("function", tool_choice)
             choice = inner.get("name") if isinstance(inner, Mapping) else None
             if choice not in [tool.name for tool in parsed]:
-                raise ArgumentError(f"tool_choice {tool_choice!r} names no tool of this call")
+                raise ArgumentError(f"tool_choice {tool_choice!r} does not name one of the tools")
         elif choice not in ("auto", "none", "required"):
             raise ArgumentError(
                 f'tool_choice must be "auto", "none", "required" or {{"name": …}}, not {tool_choice!r}'
@@ -118,14 +118,16 @@ class ToolUse:
         if not self.offered and not any(message.get("tool_calls") for message in dialog):
             return formatter.encode_dialog_prompt(dialog)
         if self.form and any(not isinstance(message.get("content") or "", str) for message in dialog):
-            raise ArgumentError(f"tool_format={self.form.name!r} has no images: leave out images or tools")
+            raise ArgumentError(
+                f"tool_format={self.form.name!r} does not support images: leave out the images or the tools"
+            )
         if self.form:
             return self._encode_by_form(dialog, self.form, formatter, tokenizer)
         if isinstance(formatter, ChatTemplate) and formatter.knows_tools:
             return self._encode_by_template(dialog, formatter)
         raise ArgumentError(
-            "this checkpoint was not trained to call tools; to try it all the same, choose the form of the "
-            f"prompt by tool_format=, one of {', '.join(FORMATS)}"
+            "this checkpoint was not trained to call tools; to try anyway, pass tool_format=, "
+            f"one of {', '.join(FORMATS)}"
         )
 
     def _encode_by_template(self, dialog: Dialog, formatter: ChatTemplate) -> list[int]:

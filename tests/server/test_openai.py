@@ -129,7 +129,7 @@ def test_tools_are_called_and_answered(create) -> None:
         [*MESSAGES, choice.message, result], tools=tools[:1], max_tokens=4, logit_bias={"120": 100}
     )
     assert answer.choices[0].message.content == "xxxx"
-    with pytest.raises(openai.BadRequestError, match="names no tool"):
+    with pytest.raises(openai.BadRequestError, match="does not name one of the tools"):
         create(tools=tools, tool_choice={"type": "function", "function": {"name": "other"}})
     assert create(tools=tools[1:], tool_choice="auto", max_tokens=2).choices[0].message.tool_calls is None
 

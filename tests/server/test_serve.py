@@ -127,7 +127,7 @@ def test_mistakes_are_told_before_the_model_loads(
         (["--timeout", "0"], "timeout must be more than 0"),
         (["--queue", "-1"], "queue must be a whole number, 0 or more"),
         (["--ssl_certfile", "x"], "TLS needs both"),
-        (["--api_key_file", str(tmp_path / "empty")], "there is no key in"),
+        (["--api_key_file", str(tmp_path / "empty")], "contains no API key"),
         (["--api_key_file", str(tmp_path / "none")], "No such file"),
         (["--qeue", "3"], "did you mean --queue"),
     ):

@@ -127,7 +127,7 @@ def test_a_models_code_goes_to_the_callers_own_sandbox():
     )
     assert ran == ["print(6 * 7)"]
     assert messages[-1]["content"] == "The answer is 42."
-    with pytest.raises(ArgumentError, match="'get_weather' is only described"):
+    with pytest.raises(ArgumentError, match="'get_weather' is only a description"):
         llama.run_tools(DIALOG, [WEATHER], **GREEDY)
 
 
@@ -140,10 +140,10 @@ def test_a_models_code_goes_to_the_callers_own_sandbox():
         ),
         ({"tool_format": "xml"}, "unknown tool_format 'xml'"),
         ({"tool_choice": "always"}, 'tool_choice must be "auto", "none", "required" or'),
-        ({"tool_choice": {"name": "other"}}, "names no tool of this call"),
+        ({"tool_choice": {"name": "other"}}, "does not name one of the tools"),
         ({"tools": [], "tool_choice": "required"}, "needs tools"),
         ({"parallel_tool_calls": 1}, "parallel_tool_calls must be True or False"),
-        ({"tool_choice": "required", "regex": "a"}, "takes no other shape"),
+        ({"tool_choice": "required", "regex": "a"}, "cannot be combined with schema"),
         ({"tool": [WEATHER]}, r"unknown argument 'tool'"),
     ],
 )

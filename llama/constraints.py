@@ -90,6 +90,10 @@ class Grammars:
         matcher = self._package.LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise ArgumentError(f"{name} cannot constrain an answer: {matcher.get_error().strip()}")
+        begun = matcher.deep_copy()
+        begun.compute_logit_bias()
+        if begun.is_stopped() and not begun.is_accepting():
+            raise ArgumentError(f"{name} cannot constrain an answer: no text fits it")
         return Grammar(matcher, grammar)
 
 

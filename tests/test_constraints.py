@@ -220,6 +220,8 @@ def test_logprobs_are_those_of_the_raw_logits(llama):
         ({"regex": 1}, "regex must be a string"),
         ({"grammar": "begin: a"}, "grammar cannot constrain an answer"),
         ({"grammar": None, "regex": "a", "schema": {}}, "give one of schema and regex"),
+        ({"schema": {"$ref": "#"}}, "schema cannot constrain an answer: no text fits it"),
+        ({"grammar": "start: a\na: b\nb: a"}, "grammar cannot constrain an answer: no text fits it"),
     ],
 )
 def test_what_cannot_be_enforced_is_refused_by_name(llama, options, says):

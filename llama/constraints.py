@@ -90,6 +90,12 @@ class Grammars:
         matcher = self._package.LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise ArgumentError(f"this {name} cannot constrain an answer: {matcher.get_error().strip()}")
+        begun = matcher.deep_copy()
+        begun.compute_logit_bias()
+        if begun.is_error():
+            reason = begun.get_error().partition("\n")[0]
+            reason = "no text fits it" if reason == "NoExtensionBias" else reason
+            raise ArgumentError(f"this {name} cannot constrain an answer: {reason}")
         return Grammar(matcher, grammar)
 
 
@@ -111,7 +117,8 @@ class Grammar:
 class GrammarConstraint:
     """Keeps one answer within a grammar; see `Constraint` in `llama.sampling`.
 
-    It keeps its place in the grammar, and goes on, or back, to where an answer has got to.
+    It keeps its place in the grammar, and goes on, or back, to where an answer has got to. If llguidance
+    gives up, because the grammar takes too much work, it forbids every token.
 
     text: of the grammar.
     """
@@ -125,6 +132,8 @@ class GrammarConstraint:
         """Set the logits, fp32 (vocab_size), of tokens that must not follow to -inf, in place."""
         self._go_to(answer)
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
+        if self._matcher.is_error():
+            allowed.zero_()
         logits.masked_fill_(allowed.to(logits.device) == 0, -torch.inf)
 
     def forced(self, answer: Sequence[int]) -> list[int]:
@@ -135,7 +144,7 @@ class GrammarConstraint:
     def finished(self, answer: Sequence[int]) -> bool:
         """Whether nothing may follow."""
         self._go_to(answer)
-        return bool(self._matcher.is_stopped())
+        return bool(self._matcher.is_stopped() and not self._matcher.is_error())
 
     def _go_to(self, answer: Sequence[int]) -> None:
         common = len(self._consumed)
@@ -146,8 +155,8 @@ class GrammarConstraint:
             )
             self._matcher.rollback(len(self._consumed) - common)
         following = list(answer[common:])
-        if following and not self._matcher.consume_tokens(following):
-            raise RuntimeError(f"an answer left its grammar: {self._matcher.get_error()}")
+        if following:
+            self._matcher.consume_tokens(following)
         self._consumed[common:] = following
 
 

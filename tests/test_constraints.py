@@ -220,8 +220,24 @@ def test_logprobs_are_those_of_the_raw_logits(llama):
         ({"regex": 1}, "regex must be a string"),
         ({"grammar": "begin: a"}, "grammar cannot constrain an answer"),
         ({"grammar": None, "regex": "a", "schema": {}}, "schema and regex cannot be combined"),
+        ({"schema": {"$ref": "#"}}, "schema cannot constrain an answer: no text fits it"),
+        ({"grammar": "start: a\na: b\nb: a"}, "grammar cannot constrain an answer: no text fits it"),
     ],
 )
 def test_what_cannot_be_enforced_is_refused_by_name(llama, options, says):
     with pytest.raises(ArgumentError, match=f"(?s){says}"):
         llama.text_completion(["Hi"], **options)
+
+
+def test_a_grammar_that_turns_out_too_complex_ends_its_own_request_only(llama):
+    """llguidance gives up on it, once it is in the middle of the answer."""
+    names = [f"x{i}" for i in range(3000)]
+    rules = "\n".join(f"{name}: /[a-z ]{{0,50}}{name}[a-z ]*/ y" for name in names)
+    grammar = f'start: /[a-z]{{3,9}}/ "!" y\ny: {" | ".join(names)} | ""\n{rules}'
+    (free,) = llama.text_completion(["Hi"], max_gen_len=30, seed=1)
+    beside = llama.stream_text(["Hi"], max_gen_len=30, seed=1)
+    next(beside)
+    events = list(llama.stream_text(["Hi"], grammar=grammar, max_gen_len=30))
+    assert "too complex" in events[-1].error
+    assert len(events) > 3
+    assert collect(beside)[0].text in free["generation"]

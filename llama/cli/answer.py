@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate, chain
 from typing import Any, Protocol
@@ -42,11 +43,12 @@ class Markdown:
     def __init__(self) -> None:
         from rich import console, live, markdown, segment
 
-        self._block = ""
+        self._block, self._gap = "", False
         self._console = console.Console()
-        self._live = live.Live(
-            console=self._console, auto_refresh=False, transient=True, redirect_stdout=False
+        self._create_live = partial(
+            live.Live, console=self._console, auto_refresh=False, transient=True, redirect_stdout=False
         )
+        self._live = self._create_live()
         self._rendered = lambda: markdown.Markdown(self._block.strip("\n"))
         self._joined: Callable[[Any], Any] = lambda lines: segment.Segments(chain.from_iterable(lines))
 
@@ -55,8 +57,10 @@ class Markdown:
         while end := block_end(text):
             self._block, text = text[:end], text[end:]
             self.close()
+            self._gap = True
         self._block = text
         if text.strip():
+            self._separate()
             lines = self._console.render_lines(self._rendered(), new_lines=True, pad=False)
             self._live.start()
             # Of a block taller than the screen, its end.
@@ -64,9 +68,17 @@ class Markdown:
 
     def close(self) -> None:
         self._live.stop()
+        self._live = self._create_live()  # one that is started again erases as many lines as it had before
         if self._block.strip():
+            self._separate()
             self._console.print(self._rendered())
         self._block = ""
+
+    def _separate(self) -> None:
+        """Print the empty line between two blocks."""
+        if self._gap:
+            self._console.print()
+        self._gap = False
 
 
 def block_end(text: str) -> int:

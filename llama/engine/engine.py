@@ -29,7 +29,7 @@ from llama.vision import PlacedImage, TiledImage, sighted
 
 ERRORS = {
     BROKEN: "the model's logits are not finite; is the checkpoint damaged?",
-    FORBIDDEN: "no token may follow: logit_bias or the constraint forbids all of them",
+    FORBIDDEN: "no token may follow: logit_bias forbids all, or the constraint does or is too complex",
 }
 
 

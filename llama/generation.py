@@ -99,7 +99,7 @@ class Llama(Embeddings, ToolLoop):
         device: "cpu", "cuda", "cuda:1", "mps"; by default this rank's CUDA device, else MPS, else CPU.
         dtype: "bfloat16", "float16" or "float32"; by default bf16 if the device computes in it.
         adapter: a folder with a LoRA adapter in PEFT's format, merged into the weights.
-        batch_invariant: make a request's logprobs bit-identical whatever runs beside it, at some cost in
+        batch_invariant: make a request's logprobs bit-identical whatever runs alongside it, at some cost in
             speed; an error if this machine's kernels cannot guarantee it.
         quantize: "int8", "int5" or "int4" weights, or "fp8" on CUDA; by default as stored in the files.
         compile: compile the model and decode at fixed shapes, on CUDA as a captured graph; slow to

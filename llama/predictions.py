@@ -60,7 +60,7 @@ def collect(events: Iterator[StreamEvent]) -> list[Answer]:
 
 
 class Scored(TypedDict, total=False):
-    """With `logprobs`, and `top_logprobs` if asked for."""
+    """With `logprobs`, and `top_logprobs` if requested."""
 
     tokens: list[str]  # each token as text
     logprobs: list[float]

@@ -40,7 +40,7 @@ class Engine:
     prefill_chunk: maximum prompt tokens per step: of one prompt, or of all prompts together while other
       requests wait for their next token.
     batch_invariant: run every matrix product at a shape that depends only on the request, so that its
-      logprobs are bit-identical whatever runs beside it. Raises ArgumentError if the kernels' results
+      logprobs are bit-identical whatever runs alongside it. Raises ArgumentError if the kernels' results
       for a row depend on its position in the batch or on the other rows.
     static: decode at fixed shapes, for a compiled model, and one step ahead of the tokens already read.
       Ignored with batch_invariant, which has shapes of its own.

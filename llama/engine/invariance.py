@@ -1,4 +1,4 @@
-"""Batch invariance: a request's results are bit-identical whatever runs beside it."""
+"""Batch invariance: a request's results are bit-identical whatever runs alongside it."""
 
 from collections.abc import Sequence
 

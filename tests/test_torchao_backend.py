@@ -51,7 +51,7 @@ def test_a_device_is_asked_for_its_capability(
     monkeypatch.setattr(torchao, "find_spec", lambda name: name)
     if found >= (8, 9):
         return check_float8(CUDA)
-    with pytest.raises(ValueError, match=rf"needs a CUDA .* 8\.9, and this one has {found[0]}\."):
+    with pytest.raises(ValueError, match=rf"needs a CUDA .* 8\.9, but this one has {found[0]}\."):
         check_float8(CUDA)
 
 

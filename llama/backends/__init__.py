@@ -1,4 +1,4 @@
-"""How a matrix, or a whole step, is computed: one file a backend, and one place that chooses."""
+"""How a matrix, or a whole step, is computed: one file per backend, and one place that chooses."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from llama.quantization import QuantizedMatrix, Weight, joined
 
 @dataclass(frozen=True)
 class Plan:
-    """What a machine offers to compute a model with.
+    """How a machine will compute a model.
 
-    plain: makes the product of a plain weight, x (…, in) to (…, out). None: F.linear, by the weight itself.
-    quantized: the same for a quantized weight. None: it is dequantized as it loads, and then a plain one.
-    joins: whether matrices that read the same input are applied as one.
-    embeddings: whether the embeddings are a product too; if they serve as output layer, the same one.
-    least_rows: the fewest rows that are worth giving to a product.
-    step: makes what computes whole steps of a model, once that has its weights.
+    plain: makes the product for a plain weight, x (…, in) to (…, out). None: F.linear with the weight.
+    quantized: the same for a quantized weight. None: it is dequantized as it loads, and is then plain.
+    joins: whether matrices with the same input are applied as one.
+    embeddings: whether the embeddings are a product too; shared with the output layer if they are tied.
+    least_rows: the minimum number of rows worth passing to a product.
+    step: makes the backend for whole steps of a model that has its weights.
     missing: why there is no such step.
     """
 
@@ -39,7 +39,7 @@ class Plan:
     missing: str = ""
 
     def product(self, *weights: Weight) -> Product | None:
-        """The product of a weight, or of several that are alike, joined; None if it is F.linear's."""
+        """The product for a weight, or for several that are `alike`, joined; None for F.linear."""
         make: Any = self.quantized if isinstance(weights[0], QuantizedMatrix) else self.plain
         return make(joined(weights)) if make else None
 
@@ -54,18 +54,18 @@ def plan(
     mapped: bool = False,
     threads: int | None = None,
 ) -> Plan:
-    """The best plan for a model (which may be on the meta device still) on a device, in a dtype.
+    """The best plan for a model (which may still be on the meta device), for a device and dtype.
 
-    scheme: "fp8" if its plain weights are to be computed with as such.
-    whole_steps: whether the model's layers may be replaced by one call, which compilers cannot look into.
-    mapped: leave plain weights where they are mapped from their files.
-    threads: of a whole step; by default as many as PyTorch uses.
+    scheme: "fp8" to compute with plain weights in fp8.
+    whole_steps: whether one call, opaque to compilers, may replace the model's layers.
+    mapped: leave plain weights mapped from their files.
+    threads: for a whole step; by default as many as PyTorch uses.
     """
     if scheme == "fp8":
         return Plan(plain=Float8, joins=True)
     if device.type == "cuda":
-        return Plan(quantized=Grouped, joins=True, missing="it is for CPUs, and this model is on cuda")
-    missing = "a compiler is to see each layer"
+        return Plan(quantized=Grouped, joins=True, missing="it is for CPUs, but this model is on cuda")
+    missing = "a compiler needs to see each layer"
     if whole_steps:
         try:
             native.check(model, device, dtype)

@@ -1,6 +1,6 @@
-"""Quantized weights in plain operators, for devices with a compiler that fuses them.
+"""Quantized weights with plain operators, for devices with a compiler that fuses them.
 
-Fused, a weight is widened in registers as it is read, so a step reads the few bits that are stored.
+When fused, a weight is widened in registers as it is read, so a step reads only the bits that are stored.
 """
 
 import torch
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from llama.quantization import GROUP, QuantizedMatrix
 
-# Rows of x that are multiplied while the weight is read. For more, a wide copy is made once and multiplied.
+# Maximum rows of x to multiply while the weight is read. For more, a wide copy is made once.
 FEW = 8
 
 
 class Grouped:
-    """x Wᵀ for a quantized weight, (…, in) of any float dtype to (…, out) of the same."""
+    """x Wᵀ for a quantized weight, (…, in) to (…, out) in the same float dtype."""
 
     def __init__(self, weight: QuantizedMatrix) -> None:
         self.weight = weight.contiguous()
@@ -26,7 +26,7 @@ class Grouped:
         weight = self.weight.widened()
         if x.dim() != 2 or len(x) > FEW:
             return F.linear(x, weight.flatten(1).to(x.dtype))
-        # A number of rows of its own would be a variant of its own, so there are 1 or FEW.
+        # Every number of rows would compile another variant, so use only 1 and FEW.
         padded = x if len(x) == 1 else F.pad(x, (0, 0, 0, FEW - len(x)))
         rows = padded.float().unflatten(1, (-1, GROUP)).unbind()
         return torch.stack([(weight * row).sum((-1, -2)) for row in rows])[: len(x)].to(x.dtype)

@@ -1,8 +1,8 @@
 """bf16 weights in oneDNN's own layout, for CPUs.
 
-A matrix laid out for the kernel streams at the memory's bandwidth for a single row, where a plain
-bf16 `F.linear` reaches a quarter of it. The operators are private to PyTorch (Inductor uses them), so
-they are tried first, and where they are missing nothing changes.
+A matrix laid out for the kernel streams at memory bandwidth for a single row; a plain bf16 `F.linear`
+reaches a quarter of it. The operators are private to PyTorch (Inductor uses them), so they are tried
+first; if they are missing, nothing changes.
 """
 
 import torch
@@ -16,7 +16,7 @@ class Packed:
         self.nbytes = weight.nbytes
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the compiler knows no packed tensors
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the compiler does not know packed tensors
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 

@@ -1,4 +1,4 @@
-"""fp8 on CUDA, as torchao's tensors: a scale for each row of a weight, and for each token's activations."""
+"""fp8 on CUDA, with torchao's tensors: one scale per row of a weight and per token's activations."""
 
 from importlib.util import find_spec
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from llama.errors import ArgumentError, MissingPackageError
 
-CAPABILITY = (8, 9)  # the least that has fp8
+CAPABILITY = (8, 9)  # the lowest with fp8
 
 
 def check_float8(device: torch.device) -> None:
@@ -20,7 +20,7 @@ def check_float8(device: torch.device) -> None:
     if (found := torch.cuda.get_device_capability(device)) < CAPABILITY:
         raise ArgumentError(
             f"quantize='fp8' needs a CUDA device of compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, "
-            f"and this one has {found[0]}.{found[1]}: use 'int8' or 'int4' instead"
+            f"but this one has {found[0]}.{found[1]}: use 'int8' or 'int4' instead"
         )
     if find_spec("torchao") is None:
         raise MissingPackageError(
@@ -29,9 +29,9 @@ def check_float8(device: torch.device) -> None:
 
 
 class Float8:
-    """x Wᵀ for a plain weight (out, in) rounded to fp8, (…, in) of any float dtype to (…, out) of the same.
+    """x Wᵀ for a plain weight (out, in) rounded to fp8, (…, in) to (…, out) in the same float dtype.
 
-    In bf16 instead, if a side of the weight is no multiple of 16.
+    Uses bf16 instead if a side of the weight is not a multiple of 16.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -40,7 +40,7 @@ class Float8:
         rows, columns = weight.shape
         linear = nn.Linear(columns, rows, bias=False, device="meta")
         linear.weight = nn.Parameter(weight.bfloat16(), requires_grad=False)
-        # Inductor's settings are whole programs', and not for a library to change.
+        # Inductor's settings are global to the program, so a library must not change them.
         config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
         quantize_(linear, config)
         self.weight, self.nbytes = linear.weight, weight.numel()

@@ -1,4 +1,4 @@
-"""A whole step of the model in one call of compiled code, on a CPU: step.cpp beside model.py."""
+"""A whole step of the model in one call of compiled code, on a CPU: step.cpp mirrors model.py."""
 
 from llama.backends.native.compiler import UnavailableError, library
 from llama.backends.native.step import NativeStep, PackedMatrix, check, pack, pack_quantized

@@ -1,4 +1,4 @@
-"""The C++ source, compiled at first use by the system's compiler and kept for the next."""
+"""The C++ source, compiled on first use by the system's compiler and cached."""
 
 import ctypes
 import hashlib
@@ -21,7 +21,7 @@ NATIVE = {"x86_64": "-march=native", "aarch64": "-mcpu=native", "arm64": "-mcpu=
 
 
 class UnavailableError(Exception):
-    """Why there is no native step here: a clause that a sentence can end with."""
+    """Why there is no native step here, as a clause that can end a sentence."""
 
 
 class Matrix(ctypes.Structure):
@@ -61,7 +61,7 @@ class Row(ctypes.Structure):
     _fields_ = [(name, c_int32) for name in ("slot", "start", "length")]
 
 
-SIGNATURES: dict[str, list[Any]] = {  # what each function returns, and its arguments
+SIGNATURES: dict[str, list[Any]] = {  # each function's result and arguments
     "llama_lanes": [c_int32],
     "llama_tile_bytes": [c_int64, c_int32, c_int32],
     "llama_pack": [None, c_int32, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int32],
@@ -77,12 +77,12 @@ SIGNATURES: dict[str, list[Any]] = {  # what each function returns, and its argu
 
 @cache
 def library(target: str | None = None) -> ctypes.CDLL:
-    """The compiled source, from the cache where an equal one was compiled before.
+    """The compiled source, from the cache if it has been compiled before.
 
-    target: the compiler's option for the processor; by default this machine's own, "" for the least that
-    every machine of its kind has.
+    target: the compiler's option for the processor; by default this machine's own, "" for the baseline of
+    its architecture.
 
-    Raises UnavailableError if there is no compiler, or it fails.
+    Raises UnavailableError if there is no compiler or it fails.
     """
     if target is None:
         target = NATIVE.get(platform.machine(), "")
@@ -94,13 +94,13 @@ def library(target: str | None = None) -> ctypes.CDLL:
 
 
 def compiled(target: str, folder: Path) -> Path:
-    """The shared library for a target in a folder; made where it is missing, with a word on stderr."""
+    """The shared library for a target in a folder; compiled if missing, with a message on stderr."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         raise UnavailableError("no C++ compiler was found (install g++ or clang++, or set CXX)")
     options = ["-O3", "-std=c++20", "-ffp-contract=off", "-fPIC", "-shared", "-pthread"]
     command = [compiler, *options, *([target] if target else [])]
-    # All that the result depends on: two machines may share the folder, and a compiler may be updated.
+    # Everything the result depends on: machines may share the folder, and compilers may be updated.
     key = hashlib.sha256("\0".join([*command, _run([compiler, "--version"]), _processor()]).encode())
     for source in SOURCES:
         key.update(source.read_bytes())
@@ -128,7 +128,7 @@ def _run(command: list[str]) -> str:
 
 
 def _error_line(output: str) -> str:
-    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it said nothing"]
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it printed nothing"]
     return next((line for line in lines if "error" in line), lines[0])
 
 
@@ -141,7 +141,7 @@ def _processor() -> str:
 
 
 def _private(folder: Path) -> Path:
-    """The folder, made if need be: a library that others could put there would run as ours."""
+    """The folder, created if necessary and private: a library put there by others would run as ours."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()

@@ -1,12 +1,12 @@
-// Vectors of LANES numbers as each machine has them, how a matrix is laid out for them, and its products.
+// Vectors of LANES numbers for each kind of machine, the layout of matrices for them, and their products.
 //
-// A matrix is stored in tiles of LANES output rows, units of 4 bytes of each row side by side: a vector
+// A matrix is stored in tiles of LANES output rows, with units of 4 bytes of each row interleaved: a vector
 // holds the same few inputs of LANES rows, so every sum stays in its lane. A unit is 1 fp32, 2 bf16 or 4
-// int8. int8, int5 and int4 come in groups of 32 inputs with an fp16 scale (and min) for each output row,
-// w = scale * q + min; they multiply activations of int8, with a scale for each 32 as well.
+// int8. int8, int5 and int4 have groups of 32 inputs with an fp16 scale (and min) per output row,
+// w = scale * q + min; they multiply int8 activations, which also have a scale per 32 inputs.
 //
-// Sums must come out the same however many rows a step has, so the compiler may not fuse a product and
-// a sum where it likes (-ffp-contract=off): `fma` says where.
+// Sums must be the same however many rows a step has, so the compiler must not choose where to fuse a
+// product and a sum (-ffp-contract=off): `fma` does so explicitly.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -31,7 +31,7 @@
 #include <unistd.h>
 #endif
 
-// acc + 4 products of bytes a lane. Where the weights w are unsigned in it, int8 is stored as value + 128.
+// acc + 4 products of bytes per lane. If it takes the weights w as unsigned, int8 is stored as value + 128.
 #if LANES == 16
 #define DOT4(acc, w, x) (I)_mm512_dpbusd_epi32((__m512i)(acc), (__m512i)(w), (__m512i)(x))
 #elif LANES == 8 && defined(__AVXVNNI__)
@@ -47,7 +47,7 @@ constexpr uint32_t FLIP = 0;
 #if LANES == 16 && defined(__AVX512BF16__)
 constexpr bool BF16_PRODUCTS = true;
 #else
-constexpr bool BF16_PRODUCTS = false;  // bf16 weights are widened, and meet activations in fp32
+constexpr bool BF16_PRODUCTS = false;  // bf16 weights are widened, and activations are fp32
 #endif
 
 typedef float F __attribute__((vector_size(4 * LANES)));
@@ -79,7 +79,7 @@ static inline F fma(F a, F b, F c) {  // a · b + c
 #endif
 }
 
-// ---- numbers of 16 bits
+// ---- 16-bit numbers
 
 static inline float from_bf16(uint16_t h) { uint32_t u = uint32_t(h) << 16; return load<float>(&u); }
 static inline F from_bf16(Halves h) { return (F)(__builtin_convertvector(h, U) << 16); }
@@ -93,7 +93,7 @@ static inline Halves to_bf16(F f) {  // to nearest even; NaN stays NaN
 }
 static inline float from_half(uint16_t h) {
   const uint32_t shifted = (h & 0x7fffu) << 13, sign = (h & 0x8000u) << 16;
-  const float scaled = load<float>(&shifted) * 0x1p112f;  // which makes subnormal numbers normal
+  const float scaled = load<float>(&shifted) * 0x1p112f;  // makes subnormal numbers normal
   const uint32_t bits = load<uint32_t>(&scaled) | sign | ((h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u);
   return load<float>(&bits);
 }
@@ -113,7 +113,7 @@ static inline F from_half(Halves h) {
 
 // ---- products
 
-// acc + two products a lane. w: 2 bf16. x: as `activation_pair` gives them.
+// acc + two products per lane. w: 2 bf16. x: from `activation_pair`.
 static inline F dot2(F acc, U w, const uint32_t* x) {
 #if LANES == 16 && defined(__AVX512BF16__)
   return (F)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)splat(*x));  // x: 2 bf16
@@ -123,8 +123,8 @@ static inline F dot2(F acc, U w, const uint32_t* x) {
 #endif
 }
 
-// start + products of 32 inputs a lane: w has 4 in each of 8 vectors, x is int8 and the same for all lanes.
-// w: signed, or value + 128 where FLIP says so; with SMALL 0 … 31. The sum is exact.
+// start + products of 32 inputs per lane: w has 4 in each of 8 vectors, x is int8 and the same for all lanes.
+// w: signed, or value + 128 if FLIP; 0 … 31 if SMALL. The sum is exact.
 template <bool SMALL> static inline F dot32(const Bytes w[8], const uint8_t* x, int32_t start) {
 #ifdef DOT4
   I acc = splat(start);
@@ -132,7 +132,7 @@ template <bool SMALL> static inline F dot32(const Bytes w[8], const uint8_t* x, 
   for (int j = 0; j < 8; j++) acc = DOT4(acc, w[j], splat(load<int32_t>(x + 4 * j)));
   return to_float(acc);
 #elif LANES == 8
-  // Pairs of products add up in 16 bits: four small ones fit, and one of |w| times x with w's sign.
+  // Pairs of products are summed in 16 bits: four small ones fit, or one pair of |w| times x with w's sign.
   __m256i acc = (__m256i)splat(start);
 #pragma GCC unroll 2
   for (int half = 0; half < 8; half += 4) {
@@ -168,7 +168,7 @@ static inline F exponential(F x) {  // Cephes' polynomial, error 2e-7; NaN stays
   return fma(p, r * r, r + 1.f) * (F)((n + 127) << 23);
 }
 
-// Rows of LANES numbers of 32 bits become columns: log2(LANES) rounds of a perfect shuffle.
+// Transposes rows of LANES 32-bit numbers: log2(LANES) rounds of a perfect shuffle.
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -199,7 +199,7 @@ static inline void transpose(U v[LANES]) {
 // ---- the layout of matrices
 
 constexpr int GROUP = 32;                  // inputs that share a scale
-constexpr int ROWS = LANES == 16 ? 8 : 4;  // of activations, multiplied at once: as registers allow
+constexpr int ROWS = LANES == 16 ? 8 : 4;  // rows of activations multiplied at once, limited by registers
 
 enum Kind : int32_t { FP32, BF16, INT8, INT5, INT4 };
 
@@ -210,13 +210,13 @@ struct Matrix {                  // (rows, cols)
 };
 constexpr int tiles_of(int rows) { return (rows + LANES - 1) / LANES; }
 constexpr bool grouped(int kind) { return kind >= INT8; }
-// Bytes of LANES rows and one group. int5: a vector with the fifth bits, then as int4.
+// Bytes of LANES rows of one group. int5: a vector with the fifth bits, then as int4.
 constexpr int group_bytes(int kind) { return 4 * LANES * (kind == INT8 ? 8 : kind == INT5 ? 5 : 4); }
 static size_t tile_bytes(int kind, int cols) {
   return grouped(kind) ? size_t(cols / GROUP) * group_bytes(kind) : size_t(cols) * LANES * (kind == FP32 ? 4 : 2);
 }
 
-// `rows` ≤ LANES rows of `units`, each `stride` bytes behind the last, as one tile; rows that are missing are 0.
+// `rows` ≤ LANES rows of `units`, `stride` bytes apart, as one tile; missing rows are 0.
 static void tile_units(const uint8_t* from, size_t stride, int rows, int units, uint32_t* to) {
   int k = 0;
   for (; k + LANES <= units; k += LANES, to += LANES * LANES) {
@@ -240,7 +240,7 @@ template <int K> static inline void unpack(const uint8_t* group, Bytes w[8]) {
     const U both = load<U>(group + (j + (K == INT5)) * sizeof(U));
     U low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
     if (K == INT5) {
-      const U fifth = load<U>(group);  // bit j of a byte: of vector j
+      const U fifth = load<U>(group);  // bit j of a byte belongs to vector j
       low |= (fifth << (4 - j)) & 0x10101010, high |= (fifth >> j) & 0x10101010;
     }
     w[j] = (Bytes)low, w[j + 4] = (Bytes)high;
@@ -259,7 +259,7 @@ static void pack_group(int kind, const uint8_t* from, size_t stride, int rows, u
   }
 }
 
-// What int5 and int4 without a min subtract from each value, times the scale.
+// What int5 and int4 without a min subtract from each value, in units of the scale.
 constexpr float middle(int kind) { return kind == INT5 ? 16 : kind == INT4 ? 8 : 0; }
 
 // One row as fp32: an embedding.
@@ -286,15 +286,15 @@ static void read_row(const Matrix& m, int row, float* out) {
 
 // ---- products
 
-// Rows of activations in the form that a kind of matrix multiplies: bf16, fp32, or int8 in groups.
+// Rows of activations in the form that a kind of matrix needs: bf16, fp32, or int8 in groups.
 struct Inputs {
   std::vector<uint32_t> values;
-  std::vector<float> scale, scaled_sum;  // of each group
-  std::vector<int32_t> offset;           // where its sum starts, if int8 weights have 128 added
+  std::vector<float> scale, scaled_sum;  // per group
+  std::vector<int32_t> offset;           // start of its sum, if int8 weights have 128 added
   int stride = 0, groups = 0;
 
   void resize(int rows, int cols) {
-    // A row takes one cache line more than it needs, or rows of 2^n would all fall into the same cache set.
+    // A row takes one extra cache line; otherwise rows of 2^n would all map to the same cache set.
     stride = cols + 16, groups = cols / GROUP;
     values.resize(size_t(rows) * stride);
     scale.resize(size_t(rows) * groups), scaled_sum.resize(scale.size()), offset.resize(scale.size());
@@ -312,7 +312,7 @@ struct Inputs {
     }
     int8_t* to = (int8_t*)(values.data() + size_t(i) * stride);
     for (int g = 0; g < m.cols / GROUP; g++, x += GROUP, to += GROUP) {
-      I bits = {};  // the largest size, found among whole numbers: there NaN is larger than all others
+      I bits = {};  // the largest magnitude, compared as integers, where NaN is the largest
       for (int k = 0; k < GROUP; k += LANES) {
         const I v = load<I>(x + k) & 0x7fffffff;
         bits = v > bits ? v : bits;
@@ -322,7 +322,7 @@ struct Inputs {
       const float most = load<float>(&most_bits), inverse = most > 1e-30f ? 127 / most : 0;
       I total = {};
       for (int k = 0; k < GROUP; k += LANES) {
-        const F rounded = load<F>(x + k) * inverse + 12582912.f;  // 1.5 · 2^23: what is left is the integer
+        const F rounded = load<F>(x + k) * inverse + 12582912.f;  // 1.5 · 2^23 leaves only the integer part
         const I q = (I)rounded - 0x4b400000;
         total += q;
         store(to + k, __builtin_convertvector(q, Quarters));
@@ -337,7 +337,7 @@ struct Inputs {
 
 struct Tile { const uint8_t* weight; const uint16_t *scale, *min; };
 
-// Tile i of a matrix; if it is not stored in tiles, its rows are laid out as one in the buffer.
+// Tile i of a matrix; if it is not stored in tiles, its rows are arranged as one in the buffer.
 static Tile tile_of(const Matrix& m, int i, uint32_t* buffer) {
   const size_t scales = size_t(i) * (m.cols / GROUP) * LANES, bytes = size_t(m.cols) * (m.kind == FP32 ? 4 : 2);
   if (m.tiled) return {m.weight + i * tile_bytes(m.kind, m.cols), m.scale + scales, m.min ? m.min + scales : nullptr};
@@ -352,7 +352,7 @@ __attribute__((noinline)) static void product(const Tile* tiles, int cols, const
   const uint32_t* from = x.row(first);
   const size_t stride = x.stride;
   if constexpr (grouped(K)) {
-    constexpr int TOGETHER = B > 2 ? 1 : T;  // tiles at once: as registers allow
+    constexpr int TOGETHER = B > 2 ? 1 : T;  // tiles at once, limited by registers
     const float *scales = &x.scale[size_t(first) * x.groups], *sums = &x.scaled_sum[size_t(first) * x.groups];
     const int32_t* offsets = &x.offset[size_t(first) * x.groups];
     for (int pass = 0; pass < T; pass += TOGETHER)
@@ -372,7 +372,7 @@ __attribute__((noinline)) static void product(const Tile* tiles, int cols, const
           }
         }
   } else {
-    constexpr int STEP = K == BF16 && !BF16_PRODUCTS ? 2 : 1;  // numbers of x that meet a unit of w
+    constexpr int STEP = K == BF16 && !BF16_PRODUCTS ? 2 : 1;  // numbers of x per unit of w
     const int units = K == FP32 ? cols : cols / 2;
     for (int k = 0; k < units; k++)
 #pragma GCC unroll 2
@@ -389,7 +389,7 @@ __attribute__((noinline)) static void product(const Tile* tiles, int cols, const
 }
 
 #ifdef AMX
-// Linux lends a process the registers of AMX when it asks for them.
+// On Linux, a process must request permission to use AMX registers.
 static bool has_amx() {
   constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18;
   static const bool granted = !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA);
@@ -397,16 +397,16 @@ static bool has_amx() {
 }
 constexpr int BLOCK = 32;  // rows of activations that AMX multiplies at once, in two halves
 
-// As `product`, for bf16 and up to BLOCK rows. A tile is the transposed matrix that AMX wants, 32 inputs in
-// 1 KB. Its sums are in an order of its own, but the same for any number of rows.
+// Like `product`, for bf16 and up to BLOCK rows. A tile is the transposed matrix that AMX needs, 32 inputs in
+// 1 KB. Its sums have their own order, but the same one for any number of rows.
 template <int T>
 __attribute__((noinline)) static void product_by_amx(const Tile* tiles, int cols, const Inputs& x, int first, int rows, F (*out)[T]) {
   struct alignas(64) { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {1, 0, {}, {}, {}};
   const int upper = std::min(rows, 16), lower = rows - upper;
-  // Registers 0 and 1 have the upper rows' sums, 2 and 3 the lower ones', 4 and 5 their inputs, 6 and 7 weights.
+  // Registers 0 and 1 hold the upper rows' sums, 2 and 3 the lower rows', 4 and 5 their inputs, 6 and 7 weights.
   const int heights[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
   for (int i = 0; i < 8; i++) shape.rows[i] = uint8_t(heights[i]), shape.bytes[i] = heights[i] ? 64 : 0;
-  _tile_loadconfig(&shape);  // which sets them to 0
+  _tile_loadconfig(&shape);  // also clears the registers
   const uint8_t *a = (const uint8_t*)x.row(first), *w0 = tiles[0].weight, *w1 = tiles[T - 1].weight;
   const size_t stride = size_t(x.stride) * 4;
   for (int k = 0; k < cols / 32; k++, a += 64, w0 += 1024, w1 += 1024) {
@@ -422,14 +422,14 @@ __attribute__((noinline)) static void product_by_amx(const Tile* tiles, int cols
   if (lower) _tile_stored(2, &out[16][0], sizeof out[0]);
   if (lower && T == 2) _tile_stored(3, &out[16][T - 1], sizeof out[0]);
   _tile_release();
-  for (int unit = cols / 32 * 16; unit < cols / 2; unit++)  // of heads of 16 or 80 channels
+  for (int unit = cols / 32 * 16; unit < cols / 2; unit++)  // for heads of 16 or 80 channels
     for (int t = 0; t < T; t++)
       for (int b = 0; b < rows; b++)
         out[b][t] = dot2(out[b][t], load<U>(tiles[t].weight + unit * sizeof(U)), x.row(first + b) + unit);
 }
 #endif
 
-// use(row, products of T tiles) for n rows of x.
+// Calls use(row, products of T tiles) for n rows of x.
 template <int T, int B = ROWS, class Use>
 static void for_rows(int kind, const Tile (&tiles)[T], int cols, const Inputs& x, int first, int n, Use& use) {
 #ifdef AMX
@@ -456,15 +456,15 @@ static void for_rows(int kind, const Tile (&tiles)[T], int cols, const Inputs& x
   }
 }
 
-// ---- products of attention weights with cached values, which lie by position
+// ---- products of attention weights with cached values, which are stored by position
 
-constexpr int CHUNK = 256;  // positions of the cache that are attended to as one
+constexpr int CHUNK = 256;  // cache positions that are processed together
 
 static inline F from_cache(const uint16_t* at) { return from_bf16(load<Halves>(at)); }
 static inline F from_cache(const float* at) { return load<F>(at); }
 
 // For Q queries: their sums of values, weighted by scores (Q, CHUNK), over the positions each can see.
-// C vectors of channels; values has hd channels a position.
+// C vectors of channels; values has hd channels per position.
 template <int Q, int C, class Element>
 static inline void weigh(const Element* values, int hd, const float* scores, const int* visible, float* to, int stride) {
   F acc[Q][C] = {};

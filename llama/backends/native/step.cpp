@@ -1,8 +1,8 @@
 // One step of a Llama model on a CPU, all layers in one call: model.py's forward pass for any rows.
 //
-// An output element is summed in one order, whatever else is computed beside it: along its inputs, or its
-// positions, one after the other. So a sequence gets the same bits alone, in company, in one prefill or
-// token by token, with any number of threads.
+// Every output element is summed in a fixed order, whatever else is computed: along its inputs, or its
+// positions, sequentially. So a sequence gets the same bits alone or in a batch, in one prefill or token by
+// token, with any number of threads.
 #include "matrix.h"
 
 #include <atomic>
@@ -14,7 +14,7 @@
 #include <sched.h>
 #endif
 
-constexpr int QUERY_TOKENS = 8;  // of one sequence, that attend together
+constexpr int QUERY_TOKENS = 8;  // tokens of one sequence that attend together
 
 struct Layer {
   Matrix wq, wk, wv, wo, w1, w2, w3;
@@ -40,8 +40,8 @@ static inline void relax() {
 #endif
 }
 
-// A team of threads that runs one function at a time, the caller being its first member. They spin for
-// a moment where they wait, then sleep: whoever else needs the core gets it.
+// A team of threads that runs one function at a time; the caller is its first member. Waiting threads spin
+// for a moment, then sleep, so that other processes can use the core.
 class Pool {
  public:
   const int threads;
@@ -55,7 +55,7 @@ class Pool {
     job.notify_all();
     for (auto& worker : workers) worker.join();
   }
-  // function(t) on every thread t.
+  // Calls function(t) on every thread t.
   template <class Function> void run(Function function) {
     call = [](void* f, int t) { (*(Function*)f)(t); };
     argument = &function;
@@ -64,7 +64,7 @@ class Pool {
     function(0);
     barrier();
   }
-  // Until every thread is here. Then `take` begins anew.
+  // Waits for every thread, then resets `take`.
   void barrier() {
     const uint32_t now = phase.load(std::memory_order_relaxed);
     if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < uint32_t(threads)) return wait(phase, now);
@@ -73,8 +73,8 @@ class Pool {
     phase.store(now + 1, std::memory_order_release);
     phase.notify_all();
   }
-  // The next few of `total` pieces of work, from … to - 1; false when none are left. The fewer remain,
-  // the fewer are taken at once, so that all threads end together, even one that was interrupted.
+  // Takes the next few of `total` pieces of work, from … to - 1; false when none are left. The fewer remain,
+  // the fewer are taken at once, so that all threads finish together, even if one was interrupted.
   bool take(int total, int& from, int& to) {
     uint32_t first = taken.load(std::memory_order_relaxed);
     do {
@@ -105,7 +105,7 @@ class Pool {
   }
   void work(int t) {
 #if defined(__linux__)
-    // OpenMP pins the thread that made this one, and its children would inherit that one core.
+    // OpenMP pins the creating thread, and its children would inherit that one core.
     if (getenv("OMP_PROC_BIND") || getenv("GOMP_CPU_AFFINITY") || getenv("KMP_AFFINITY")) {
       cpu_set_t all;
       memset(&all, 0xff, sizeof all);
@@ -124,14 +124,14 @@ class Pool {
 // ---- attention
 
 // A partial result of one query: head_dim sums of weighted values, the largest score, the sum of weights.
-// `more` is of the positions behind those of `into`.
+// `more` covers the positions after those of `into`.
 static void merge(float* into, const float* more, int hd) {
   const float most = std::max(into[hd], more[hd]), a = std::exp(into[hd] - most), b = std::exp(more[hd] - most);
   for (int d = 0; d < hd; d += LANES) store(into + d, fma(load<F>(more + d), splat(b), load<F>(into + d) * a));
   into[hd] = most, into[hd + 1] = into[hd + 1] * a + more[hd + 1] * b;
 }
 
-// Scores (n, CHUNK) to weights, and the last two numbers of each query's partial result.
+// Scores (n, CHUNK) to weights; also fills the last two numbers of each query's partial result.
 static void softmax(int n, float* scores, const int* visible, float* partial, int stride, int hd) {
   for (int q = 0; q < n; q++, scores += CHUNK, partial += stride) {
     F most = splat(-INFINITY), total = {};
@@ -150,7 +150,7 @@ struct Span { int first, count, slot, position; };  // some consecutive tokens o
 
 // ---- the step
 
-struct Scratch {  // of one thread
+struct Scratch {  // per thread
   Inputs inputs;
   std::vector<float> row, scores, partial, more;
   std::vector<uint32_t> tiles;
@@ -161,19 +161,19 @@ struct Runtime {
   const Model m;
   Pool pool;
   std::mutex mutex;
-  const int q_dim, share, widest;  // share: query heads to a key head
+  const int q_dim, share, widest;  // share: query heads per key head
   int room = 0;                    // tokens that the buffers below hold
   std::vector<float> x, attended, hidden, partials;  // residual stream, attention's and w1/w3's output
   Inputs inputs, queries;                            // queries: n_kv_heads · tokens · share
   std::vector<Scratch> scratch;
-  // Of the step that runs:
+  // For the current step:
   const int32_t* tokens;
   std::vector<Span> spans;
   std::vector<int> slots, positions;  // of each token
   const float* rotations;             // (max_seq_len, head_dim / 2, 2): cosine and sine
   uint8_t* cache;                     // (n_layers, 2, max_batch_size, n_kv_heads, max_seq_len, head_dim)
   int n, chunks;                      // chunks: of the longest sequence
-  bool split;                         // attention over positions too
+  bool split;                         // split attention over positions too
 
   Runtime(const Model& model, int threads)
       : m(model), pool(threads), q_dim(m.n_heads * m.head_dim), share(m.n_heads / m.n_kv_heads),
@@ -196,7 +196,7 @@ struct Runtime {
     queries.resize(rows * m.n_heads, m.head_dim);
   }
 
-  // What a matrix reads, made of row(i, thread's buffer) for n rows: few by every thread for itself, many together.
+  // A matrix's inputs, from row(i, thread's buffer) for n rows: few are computed by every thread, many together.
   template <class GetRow> const Inputs& read(const Matrix& matrix, int t, int n, GetRow row) {
     float* buffer = scratch[t].row.data();
     if (n <= ROWS) {
@@ -218,7 +218,7 @@ struct Runtime {
   Tile tile(const Matrix& w, int i, int t, int which) {  // which: of a thread's two buffers
     return tile_of(w, i, scratch[t].tiles.data() + which * LANES * size_t(widest));
   }
-  // use(row of x, first column of the product, LANES products) for tiles from … to - 1.
+  // Calls use(row of x, first column of the product, LANES products) for tiles from … to - 1.
   template <class Use> void multiply(const Matrix& w, int from, int to, int t, const Inputs& x, int n, Use use) {
     for (; from < to; from += 2) {
       if (from + 1 < to) {
@@ -268,8 +268,8 @@ struct Runtime {
     const Inputs& out = read(l.wo, t, n, [&](int i, float*) { return &attended[size_t(i) * q_dim]; });
     multiply(l.wo, t, out, n, [&](int i, int col, F v) { add(i, col, v); });
   }
-  // Adjacent channels of a head, from `channel` on, turned by their position's angles. One function for all
-  // callers: GCC fuses alternating sums and differences of products even where it is told not to.
+  // Rotates adjacent channels of a head, from `channel` on, by their position's angles. One function for all
+  // callers: GCC fuses alternating sums and differences of products even if told not to.
   __attribute__((noinline)) F rotate(F v, int position, int channel) const {
     const float* r = rotations + size_t(position) * m.head_dim + channel;
     F out;
@@ -284,7 +284,7 @@ struct Runtime {
     store(to, load<F>(to) + v);
   }
 
-  // A span's queries of one key head over one chunk of positions: their partial results, scores by the way.
+  // A span's queries for one key head over one chunk of positions: scores, then their partial results.
   template <class Element> void attend_chunk(int t, int layer, const Span& span, int head, int chunk, float* partial) {
     Scratch& s = scratch[t];
     const int hd = m.head_dim, from = chunk * CHUNK, to = std::min(from + CHUNK, span.position + span.count);
@@ -310,9 +310,9 @@ struct Runtime {
     weigh_all(count, values, hd, s.scores.data(), s.visible.data(), partial, partial_size());
   }
   int chunks_of(const Span& span) const { return (span.position + span.count + CHUNK - 1) / CHUNK; }
-  // Adds the partial results of a chunk that is not the first.
+  // Adds the partial results of a chunk other than the first.
   void merge_chunk(const Span& span, int chunk, float* into, const float* more) const {
-    for (int i = 0; i < span.count * share; i++)  // queries that see none of it stay as they are
+    for (int i = 0; i < span.count * share; i++)  // queries that see none of it stay unchanged
       if (span.position + i / share >= chunk * CHUNK) merge(into + i * partial_size(), more + i * partial_size(), m.head_dim);
   }
   void finish(const Span& span, int head, const float* partial) {
@@ -389,7 +389,7 @@ struct Runtime {
   }
 };
 
-// Every thread a part of `count` pieces of work.
+// Gives every thread a part of `count` pieces of work.
 template <class Work> static void in_parallel(int count, int threads, Work work) {
   Pool pool(threads);
   pool.run([&](int) {
@@ -402,7 +402,7 @@ extern "C" {
 int32_t llama_lanes() { return LANES; }
 int64_t llama_tile_bytes(int32_t kind, int32_t cols) { return tile_bytes(kind, cols); }
 
-// A matrix (rows, cols) to tiles. `stride`: bytes from row to row; `group_stride`: from group to group.
+// Converts a matrix (rows, cols) to tiles. `stride`: bytes from row to row; `group_stride`: from group to group.
 void llama_pack(int32_t kind, const uint8_t* from, int64_t stride, int64_t group_stride, int32_t rows, int32_t cols,
                 uint8_t* to, int32_t threads) {
   in_parallel(tiles_of(rows), threads, [&](int i) {
@@ -414,7 +414,7 @@ void llama_pack(int32_t kind, const uint8_t* from, int64_t stride, int64_t group
       pack_group(kind, source + g * group_stride, stride, here, tile + size_t(g) * group_bytes(kind));
   });
 }
-// fp16 (rows, groups) to tiles of (groups, LANES).
+// Converts fp16 (rows, groups) to tiles of (groups, LANES).
 void llama_pack_scales(const uint8_t* from, int64_t stride, int64_t group_stride, int32_t rows, int32_t groups,
                        uint16_t* to, int32_t threads) {
   in_parallel(tiles_of(rows), threads, [&](int i) {
@@ -425,7 +425,7 @@ void llama_pack_scales(const uint8_t* from, int64_t stride, int64_t group_stride
   });
 }
 
-// fp32 x (n, cols) times one matrix, (n, rows): for whoever runs single layers.
+// fp32 x (n, cols) times one matrix, (n, rows), for running single layers.
 void llama_multiply(const Matrix* matrix, const float* x, int32_t n, float* out, int32_t threads) {
   const Matrix& m = *matrix;
   Inputs in;
@@ -448,7 +448,7 @@ void llama_rows(const Matrix* matrix, const int32_t* rows, int32_t n, float* out
 Runtime* llama_new(const Model* model, int32_t threads) { return new Runtime(*model, threads); }
 void llama_free(Runtime* runtime) { delete runtime; }
 
-// Normed output (n, dim) for the tokens of rows, one row behind the other; keys and values go to the cache.
+// Normed output (n, dim) for the concatenated rows' tokens; keys and values are written to the cache.
 void llama_hidden(Runtime* runtime, const int32_t* tokens, const Row* rows, int32_t n_rows, const float* rotations,
                   void* cache, float* out) {
   Runtime& r = *runtime;
@@ -470,7 +470,7 @@ void llama_hidden(Runtime* runtime, const int32_t* tokens, const Row* rows, int3
   r.pool.run([&](int t) { r.step(t, out); });
 }
 
-// fp32 (n, vocab_size) of normed output (n, dim).
+// fp32 logits (n, vocab_size) from normed output (n, dim).
 void llama_logits(Runtime* runtime, const float* hidden, int32_t n, float* out) {
   std::lock_guard<std::mutex> lock(runtime->mutex);
   runtime->make_room(n);

@@ -1,4 +1,4 @@
-"""The binding of step.cpp: matrices laid out for it, and the step that replaces `Transformer`'s own."""
+"""The binding to step.cpp: matrices laid out for it, and the step that replaces `Transformer`'s own."""
 
 import ctypes
 import weakref
@@ -21,7 +21,7 @@ LINEARS = {"attention": ("wq", "wk", "wv", "wo"), "feed_forward": ("w1", "w2", "
 
 @dataclass(frozen=True, eq=False)
 class PackedMatrix:
-    """A matrix (rows, cols) as step.cpp reads it, and a `Product` for whoever runs single layers."""
+    """A matrix (rows, cols) as step.cpp reads it; also a `Product`, for running single layers."""
 
     kind: int
     rows: int
@@ -48,7 +48,7 @@ class PackedMatrix:
         return out.view(*x.shape[:-1], self.rows).to(x.dtype)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Rows of the matrix, fp32 (…, cols). Raises IndexError for a row that it does not have."""
+        """Rows of the matrix, fp32 (…, cols). Raises IndexError for a row that does not exist."""
         check_tokens(tokens, self.rows)
         tokens, out = tokens.to(torch.int32).contiguous(), torch.empty(*tokens.shape, self.cols)
         matrix = ctypes.byref(self.structure())
@@ -57,7 +57,7 @@ class PackedMatrix:
 
 
 def pack(weight: Tensor, *, in_place: bool = False, target: str | None = None) -> PackedMatrix:
-    """A plain matrix, bf16 or fp32 (out, in), in tiles; in_place: as it lies, which is slower to read.
+    """A plain matrix, bf16 or fp32 (out, in), in tiles; in_place: unchanged, which is slower to read.
 
     target: see `library`.
     """
@@ -81,7 +81,7 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
 
 
 def _tiles(kind: int, values: Tensor, cols: int, target: str | None) -> Tensor:
-    """values: (rows, …), read from where they lie, if need be in a file."""
+    """values: (rows, …), read in place, possibly from a mapped file."""
     if values.stride(-1) != 1:
         values = values.contiguous()
     lib, rows = library(target), len(values)
@@ -102,11 +102,11 @@ def _tiled_scales(scales: Tensor, target: str | None) -> Tensor:
 
 
 def check(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise UnavailableError, saying why, for a model that has no native step on a device, in a dtype."""
+    """Raise UnavailableError, saying why, if a model has no native step for a device and dtype."""
     if device.type != "cpu":
-        raise UnavailableError(f"it is for CPUs, and this model is on {device.type}")
+        raise UnavailableError(f"it is for CPUs, but this model is on {device.type}")
     if model.parallel.size > 1:
-        raise UnavailableError(f"it runs on one rank, and this model has {model.parallel.size}")
+        raise UnavailableError(f"it runs on one rank, but this model has {model.parallel.size}")
     if type(model) is not Transformer:
         raise UnavailableError("it has no cross-attention, which a vision model needs")
     if dtype not in PLAIN_KINDS:
@@ -125,16 +125,16 @@ def check(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
 
 
 class NativeStep:
-    """All layers of a model in one call, for any rows; results never depend on what else a step holds.
+    """All layers of a model in one call, for any rows; results never depend on the step's other rows.
 
-    model: its matrices and embeddings are `PackedMatrix`.
+    model: its matrices and embeddings must be `PackedMatrix`.
     threads: by default as many as PyTorch uses.
-    target: see `library`; the one that the matrices were packed for.
+    target: the one that the matrices were packed for; see `library`.
     """
 
     def __init__(self, model: Transformer, threads: int | None = None, target: str | None = None) -> None:
         self.library, self.params = library(target), model.params
-        args, self._kept = model.params, list[object]()  # what the runtime's structures point to
+        args, self._kept = model.params, list[object]()  # objects that the runtime's structures point to
 
         def matrix(name: str) -> Matrix:
             packed = model.get_submodule(name).backend
@@ -143,7 +143,7 @@ class NativeStep:
             self._kept.append(packed)
             return packed.structure()
 
-        self._norms: list[tuple[RMSNorm, Tensor]] = []  # which anybody may edit, and copies in fp32
+        self._norms: list[tuple[RMSNorm, Tensor]] = []  # the norms, which may be edited, and fp32 copies
 
         def norm(name: str) -> int:
             module = cast(RMSNorm, model.get_submodule(name))
@@ -176,7 +176,7 @@ class NativeStep:
         return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
 
     def hidden(self, tokens: Tensor, rows: Sequence[ModelRow], cache: Tensor, rotations: Tensor) -> Tensor:
-        """As `Transformer.hidden`, in fp32. Raises IndexError for a token outside the vocabulary."""
+        """Like `Transformer.hidden`, in fp32. Raises IndexError for a token outside the vocabulary."""
         if (versions := self._versions()) != self._copied:
             for module, copy in self._norms:
                 copy.copy_(module.weight)
@@ -185,9 +185,9 @@ class NativeStep:
         check_tokens(tokens, self.params.vocab_size)
         used = sum(row.length for row in rows)
         if used > len(tokens):
-            raise ValueError(f"the rows want {used} tokens, and there are {len(tokens)}")
+            raise ValueError(f"the rows need {used} tokens, but there are {len(tokens)}")
         out = torch.empty(len(tokens), self.params.dim)
-        out[used:] = 0  # of padding
+        out[used:] = 0  # padding
         self.library.llama_hidden(
             self._runtime,
             tokens.data_ptr(),
@@ -200,7 +200,7 @@ class NativeStep:
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """As `Transformer.logits`: fp32 (N, dim) to (N, vocab_size)."""
+        """Like `Transformer.logits`: fp32 (N, dim) to (N, vocab_size)."""
         hidden = hidden.float().contiguous()
         out = torch.empty(len(hidden), self.params.vocab_size)
         self.library.llama_logits(self._runtime, hidden.data_ptr(), len(hidden), out.data_ptr())

@@ -90,6 +90,7 @@ def open_page(browser: api.Browser) -> Iterator[Callable[..., api.Page]]:
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("dialog", lambda dialog: faults.append(dialog.message))
         page.goto(url)
+        api.expect(page.get_by_label("Message")).to_be_focused()
         asked.append(url)
         return page
 
@@ -268,9 +269,9 @@ def test_a_key_is_asked_for(own: Llama, open_page) -> None:
         api.expect(page.get_by_role("status")).to_contain_text("a valid API key is needed")
         page.get_by_label("API key").fill("secret")
         page.get_by_label("Message").focus()
-        api.expect(page.locator("h1")).to_have_text("tiny")
         answer = ask(page, "Hi")
         api.expect(answer.locator("p")).to_have_text("Well.")
+        api.expect(page.locator("h1")).to_have_text("tiny")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

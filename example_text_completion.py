@@ -23,13 +23,13 @@ def main(
     Args:
         ckpt_dir: folder of a checkpoint; by default the demo model's, if it is here.
         tokenizer_path: a tokenizer other than the checkpoint's own.
-        temperature: divides the logits; 0 always takes the most likely token.
-        top_p: keep the most likely tokens that together have this probability.
-        max_seq_len: tokens of a text and its continuation together.
-        max_gen_len: new tokens at most; None for as many as fit.
-        max_batch_size: texts continued at a time.
-        quantize: int8 or int4 weights, or fp8 on CUDA; by default they stay as they are.
-        compile: compile the model; auto does on CUDA only.
+        temperature: divides the logits; 0 always picks the most likely token.
+        top_p: keep the most likely tokens whose probabilities sum to this.
+        max_seq_len: maximum tokens of a text plus its continuation.
+        max_gen_len: maximum number of new tokens; None for as many as fit.
+        max_batch_size: texts continued at the same time.
+        quantize: int8, int5 or int4 weights, or fp8 on CUDA; by default as stored.
+        compile: compile the model; auto means on CUDA only.
     """
     prompts = [
         "The llama and the alpaca differ in",

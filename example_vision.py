@@ -19,13 +19,13 @@ def main(
 
     Args:
         ckpt_dir: folder of a Llama 3.2 Vision checkpoint.
-        image: file of a picture.
+        image: an image file.
         question: what to ask about it.
-        temperature: divides the logits; 0 always takes the most likely token.
-        top_p: keep the most likely tokens that together have this probability.
-        max_seq_len: tokens of question and answer together; an image counts as one.
-        max_gen_len: new tokens at most; by default as many as fit.
-        quantize: int8 or int4 weights, or fp8 on CUDA; by default they stay as they are.
+        temperature: divides the logits; 0 always picks the most likely token.
+        top_p: keep the most likely tokens whose probabilities sum to this.
+        max_seq_len: maximum tokens of question plus answer; an image counts as one.
+        max_gen_len: maximum number of new tokens; by default as many as fit.
+        quantize: int8, int5 or int4 weights, or fp8 on CUDA; by default as stored.
     """
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     with Llama.build(ckpt_dir, max_seq_len=max_seq_len, max_batch_size=1, quantize=quantize) as llama:

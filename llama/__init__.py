@@ -23,7 +23,7 @@ __all__ = [
     "Transformer",
 ]
 
-# Imported when first asked for: torch takes seconds, and `llama --help` needs none of it.
+# Imported on first use: torch takes seconds, and `llama --help` does not need it.
 _HOMES = {
     "Dialog": "tokenizer",
     "Guard": "guard",

@@ -1,4 +1,4 @@
-"""The loop around a model that calls tools."""
+"""The loop that runs a model's tool calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llama.tools import BUILTIN_TOOLS, Tool, call_function, parse_tools
 
 
 class ToolLoop:
-    """The call of `Llama` that calls functions."""
+    """The part of `Llama` that calls functions."""
 
     chat_completion: Callable[..., Any]
 
@@ -25,16 +25,16 @@ class ToolLoop:
         builtin_tools: Mapping[str, Callable[[str], Any]] | None = None,
         **options: Any,
     ) -> list[Message]:
-        """Answer a dialog, calling functions as often as the model asks for it.
+        """Answer a dialog, calling functions as often as the model asks.
 
-        functions: Python functions that the model may call; what they return becomes text, or JSON.
-        max_turns: answers with calls at most; then the model must answer in words.
-        builtin_tools: functions of one text for Meta's built-in tools, such as a search, or
+        functions: Python functions that the model may call; results become text, or JSON.
+        max_turns: maximum number of answers with calls; after that, the model must answer in text.
+        builtin_tools: for Meta's built-in tools, functions that take a string, such as a search, or
             "code_interpreter" with a sandbox of your own: nothing here runs a model's code.
-        options: of `chat_completion`.
+        options: those of `chat_completion`.
 
         Returns the dialog with calls, results and the answer. Arguments that do not fit a function are
-        told to the model; what a function raises is raised.
+        reported to the model; exceptions from functions propagate.
         """
         builtin = builtin_tools or {}
         tools = parse_tools([*functions, *builtin])
@@ -44,7 +44,7 @@ class ToolLoop:
         choice = options.pop("tool_choice", "auto")
         messages = list(dialog)
         for turn in range(max_turns + 1):
-            # After the last turn an answer in words is due; and what must be called must be called once.
+            # The answer after the last turn must be text; a required tool is required once.
             choice = "none" if turn == max_turns else choice if turn == 0 else "auto"
             (prediction,) = self.chat_completion([messages], tools=tools, tool_choice=choice, **options)
             messages.append(prediction["generation"])
@@ -57,7 +57,7 @@ class ToolLoop:
 
 
 def _call(tool: Tool, arguments: str, builtin_tools: Mapping[str, Callable[[str], Any]]) -> str:
-    """The result of a call as text, or what is wrong with its arguments, which the model may mend."""
+    """The result of a call as text, or what is wrong with its arguments, so that the model can retry."""
     try:
         values = json.loads(arguments, strict=False)
     except ValueError as error:

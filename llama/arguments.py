@@ -1,6 +1,6 @@
 """From the arguments of a call to requests: names, types and ranges, checked before anything runs.
 
-Callers have token ids in lists, tuples, NumPy arrays or tensors, and NumPy numbers for numbers.
+Token ids may come in lists, tuples, NumPy arrays or tensors, and numbers may be NumPy's.
 """
 
 import math
@@ -18,24 +18,24 @@ from llama.tools.parser import ToolParser
 from llama.vision import ImageSource, TiledImage
 
 SHAPES = ("schema", "regex", "grammar")
-LIMITS = ("max_gen_len", "max_tokens", "max_new_tokens")  # three names of one limit
+LIMITS = ("max_gen_len", "max_tokens", "max_new_tokens")  # three names for the same limit
 
 
 class Sampling(TypedDict, total=False):
-    """What every call takes by keyword, besides the parameters of its signature.
+    """Keyword arguments of every call, besides the parameters in its signature.
 
-    n: answers for each prompt, one after the other in the results.
-    seed: a whole number, from which all answers of a prompt get their seeds (the first one this
-        itself); a list with a seed for each answer; or None: seeds that follow from `build`'s.
-    stop: text that ends an answer and is not part of it, or several; a token may hold more than a stop
-        string, so ids include the tokens in which it was found.
-    stop_token_ids: end an answer, besides the tokenizer's own.
+    n: answers per prompt; they are adjacent in the results.
+    seed: a whole number from which the seeds of a prompt's answers are derived (the first answer uses
+        it as is); a list with one seed per answer; or None to derive seeds from `build`'s.
+    stop: string or strings that end an answer and are not part of it. A token may extend beyond a stop
+        string, so the returned ids include the tokens in which it was found.
+    stop_token_ids: ids that end an answer, besides the tokenizer's own.
     max_tokens, max_new_tokens: other names for max_gen_len.
-    images: of each prompt of token ids, one for each image token, whose id is the model's vocab_size.
-        In texts and messages they are parts of the content.
-    schema: a JSON Schema (a dict) or a pydantic model that the answer must fit.
+    images: for each prompt of token ids, one image per image token (whose id is the model's
+        vocab_size). In texts and messages, images are parts of the content.
+    schema: a JSON Schema (a dict) or a pydantic model that the answer must match.
     regex: a regular expression that must match the whole answer.
-    grammar: a grammar in Lark's syntax that the answer must follow.
+    grammar: a grammar in Lark syntax that the answer must follow.
     The rest: see `SamplingParams`.
     """
 
@@ -59,18 +59,18 @@ class Sampling(TypedDict, total=False):
 
 
 class DialogOptions(TypedDict, total=False):
-    """What calls with dialogs take besides.
+    """Additional keyword arguments of calls with dialogs.
 
     tools: what the model may call: OpenAI function objects, Python functions, or the names of Meta's
         built-in tools ("brave_search", "wolfram_alpha", "photogen", "code_interpreter").
-    tool_choice: "auto"; "none"; "required", to call one in any case; or {"name": …}, to call that one.
-    tool_format: how the prompt tells of tools: "template", the checkpoint's own, or a name in
-        `llama.tools.FORMATS`; by default what the checkpoint was trained with.
+    tool_choice: "auto"; "none"; "required" to force a call; or {"name": …} to force that one.
+    tool_format: how the prompt describes tools: "template" for the checkpoint's own way, or a name in
+        `llama.tools.FORMATS`; by default the format the checkpoint was trained with.
     parallel_tool_calls: False ends an answer after its first call.
     guard: checks the user's last message before it is answered, and the answer before it is shown; see
         `llama.Guard`.
-    guard_every: check an answer whenever it has this many tokens more, and show what is safe of it; by
-        default once, at its end.
+    guard_every: check an answer after every this many tokens and release the part found safe; by
+        default the answer is checked once, at its end.
     """
 
     tools: Sequence[Any] | None
@@ -86,13 +86,13 @@ class ChatSampling(Sampling, DialogOptions, total=False):
 
 
 class Basic(TypedDict, total=False):
-    """What the calls that return answers have in their signatures, and others take by keyword.
+    """In the signatures of calls that return answers; keyword arguments of the others.
 
     temperature, top_p: see `SamplingParams`.
-    max_gen_len: new tokens at most, within max_seq_len; None for as many as fit; 0 scores the prompts,
-        with logprobs and echo.
-    logprobs: give the log-probability of each token under the raw logits (0 for a prompt's first).
-    echo: put the prompt in front of its answer.
+    max_gen_len: maximum number of new tokens, within max_seq_len; None for as many as fit; 0, with
+        logprobs and echo, scores the prompts.
+    logprobs: return each token's log-probability under the raw logits (0 for a prompt's first token).
+    echo: include the prompt before its answer.
     """
 
     temperature: float
@@ -103,7 +103,7 @@ class Basic(TypedDict, total=False):
 
 
 class Options(Sampling, Basic, total=False):
-    """`Sampling` and `Basic`: all that a call takes besides its prompts."""
+    """`Sampling` and `Basic`: everything a call takes besides its prompts."""
 
 
 class ChatOptions(Options, DialogOptions, total=False):
@@ -112,14 +112,14 @@ class ChatOptions(Options, DialogOptions, total=False):
 
 @dataclass(frozen=True)
 class TextRequest:
-    """A request to the engine, and what is to be done with its tokens.
+    """A request to the engine, and how to process its tokens.
 
     prompt: token ids.
     images: one for each image token of the prompt.
     stop: strings that end the text and are not part of it.
-    echo: whether the prompt stands in front of the answer.
-    constraint: what its tokens must keep to.
-    tools: finds tool calls in the text; None: all of it is text.
+    echo: whether to include the prompt before the answer.
+    constraint: restricts its tokens.
+    tools: finds tool calls in the text; None if there are none.
     review: how a guard checks it.
     """
 
@@ -146,12 +146,12 @@ def text_requests(
 
     options: see `Options`.
     stop_tokens: the tokenizer's own.
-    check: raises ArgumentError for what the engine cannot run.
-    next_seed: the seed of an answer that brings none.
-    grammars: makes constraints of schema, regex and grammar.
-    images: of each prompt; none by default.
+    check: raises ArgumentError for a request that the engine cannot run.
+    next_seed: returns the seed of an answer without one.
+    grammars: compiles schema, regex and grammar to constraints.
+    images: for each prompt; none by default.
 
-    Raises PromptError for a prompt that nothing can follow, ArgumentError for the options.
+    Raises PromptError for an invalid prompt, ArgumentError for invalid options.
     """
     values = {name: plain(value) for name, value in options.items()}
     known = list(Options.__annotations__)
@@ -198,12 +198,12 @@ def text_requests(
 
 
 def plain(value: Any) -> Any:
-    """Python's number for one of NumPy's or a tensor of one; anything else as it is."""
+    """A NumPy number or one-element tensor as a Python number; anything else unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def entries(values: Any, what: str) -> list[Any]:
-    """All entries of a list or iterator. Raises ArgumentError for a single thing, and for none at all."""
+    """All entries of a list or iterator. Raises ArgumentError if it is not one, or is empty."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise ArgumentError(
             f"{what} must be a list, one entry per request, not a single {type(values).__name__}"
@@ -214,7 +214,7 @@ def entries(values: Any, what: str) -> list[Any]:
 
 
 def token_ids(values: Any, what: str, error: type[ArgumentError] = ArgumentError) -> list[int]:
-    """Ids as a list of int. Raises `error` for what is not a sequence of whole numbers."""
+    """Token ids as a list of int. Raises `error` if they are not a sequence of whole numbers."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise error(f"{what} must be a list of token ids, not {values!r}")
     ids = values.tolist() if hasattr(values, "tolist") else [plain(value) for value in values]
@@ -225,7 +225,7 @@ def token_ids(values: Any, what: str, error: type[ArgumentError] = ArgumentError
 
 
 def whole(name: str, value: Any, least: float = -math.inf) -> int:
-    """A whole number, NumPy's too. Raises ArgumentError for anything else."""
+    """A whole number, Python's or NumPy's. Raises ArgumentError for anything else."""
     value = plain(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         bound = "" if least == -math.inf else f", {least} or more"
@@ -234,14 +234,14 @@ def whole(name: str, value: Any, least: float = -math.inf) -> int:
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, NumPy's too. Raises ArgumentError for anything else."""
+    """True or False, Python's or NumPy's. Raises ArgumentError for anything else."""
     if not isinstance(value := plain(value), bool):
         raise ArgumentError(f"{name} must be True or False, not {value!r}")
     return value
 
 
 def _limit(values: dict[str, Any]) -> int | None:
-    """Take the limit of new tokens out of the options, by the name that the caller used."""
+    """Remove the limit on new tokens from the options, under whichever name the caller used."""
     given = {name: values.pop(name) for name in LIMITS if name in values}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) > 1:
@@ -250,7 +250,7 @@ def _limit(values: dict[str, Any]) -> int | None:
 
 
 def _grammar(shapes: Mapping[str, Any], grammars: Callable[[], Grammars]) -> Grammar | None:
-    """The grammar of the one shape that is given. Raises ArgumentError if there are more."""
+    """The grammar for schema, regex or grammar. Raises ArgumentError if more than one is given."""
     given = {name: shape for name, shape in shapes.items() if shape is not None}
     if len(given) > 1:
         raise ArgumentError(f"{' and '.join(given)} cannot be combined: pass only one")

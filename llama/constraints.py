@@ -1,7 +1,7 @@
-"""Answers in a shape: JSON Schemas, regular expressions and Lark grammars, by the llguidance package.
+"""Constrained answers: JSON Schemas, regular expressions and Lark grammars, with the llguidance package.
 
-A grammar says which tokens may follow, and the others are masked before one is chosen. Nothing is
-compiled beforehand, and nothing here computes with the model: see `Constraint` in `llama.sampling`.
+A grammar determines which tokens may follow; the others are masked before one is chosen. Nothing is
+compiled in advance, and nothing here runs the model: see `Constraint` in `llama.sampling`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from llama.errors import ArgumentError, MissingPackageError
 from llama.tokenizer import TextTokenizer
 
-# JSON as Python and the models write it. With one way to write a thing, more tokens are forced, and no
-# model can go on with white space for ever. A schema must not switch checks off by itself.
+# JSON as Python and the models write it. With only one way to write a value, more tokens are forced and
+# no model can emit white space forever. A schema must not be able to switch checks off.
 JSON_STYLE = {
     "item_separator": ", ",
     "key_separator": ": ",
@@ -28,9 +28,9 @@ JSON_STYLE = {
 
 
 class Grammars:
-    """Makes grammars for one tokenizer.
+    """Compiles grammars for one tokenizer.
 
-    Raises MissingPackageError without llguidance.
+    Raises MissingPackageError if llguidance is not installed.
     """
 
     def __init__(self, tokenizer: TextTokenizer, vocab_size: int) -> None:
@@ -42,11 +42,11 @@ class Grammars:
         )
 
     def schema(self, schema: Any) -> Grammar:
-        """JSON that is valid by a schema.
+        """JSON that is valid against a schema.
 
         schema: a JSON Schema as a dict or as True (any JSON), or a pydantic model.
 
-        Raises ArgumentError, by name, for keywords that cannot be enforced.
+        Raises ArgumentError, naming the keyword, if one cannot be enforced.
         """
         if hasattr(schema, "model_json_schema"):
             schema = schema.model_json_schema()
@@ -61,9 +61,9 @@ class Grammars:
         return self._grammar("schema", grammar)
 
     def regex(self, regex: str) -> Grammar:
-        """Text that a regular expression matches as a whole.
+        """Text that a regular expression matches in full.
 
-        regex: in the syntax of Rust's regex crate: no look-around, no back references.
+        regex: in the syntax of Rust's regex crate: no look-around, no backreferences.
 
         Raises ArgumentError if it is not valid.
         """
@@ -74,7 +74,7 @@ class Grammars:
     def lark(self, grammar: str) -> Grammar:
         """Text of a context-free grammar.
 
-        grammar: in llguidance's variant of Lark's syntax; the rule to begin with is `start`.
+        grammar: in llguidance's variant of Lark's syntax; the first rule is `start`.
 
         Raises ArgumentError if it is not valid.
         """
@@ -83,7 +83,7 @@ class Grammars:
         return self._grammar("grammar", self._package.LLMatcher.grammar_from_lark(grammar))
 
     def read(self, text: str) -> Grammar:
-        """A grammar by the text of another, which may be that of another process."""
+        """A grammar from another grammar's `text`, possibly from another process."""
         return self._grammar("grammar", text)
 
     def _grammar(self, name: str, grammar: str) -> Grammar:
@@ -100,9 +100,9 @@ class Grammars:
 
 
 class Grammar:
-    """A grammar that is known to be valid, for any number of answers.
+    """A valid grammar, for any number of answers.
 
-    text: which `Grammars.read` reads.
+    text: its serialised form, for `Grammars.read`.
     """
 
     def __init__(self, matcher: Any, text: str) -> None:
@@ -117,10 +117,10 @@ class Grammar:
 class GrammarConstraint:
     """Keeps one answer within a grammar; see `Constraint` in `llama.sampling`.
 
-    It keeps its place in the grammar, and goes on, or back, to where an answer has got to. If llguidance
-    gives up, because the grammar takes too much work, it forbids every token.
+    It remembers its position in the grammar and moves forward or back to follow an answer. If llguidance
+    gives up because the grammar takes too much work, every token is forbidden.
 
-    text: of the grammar.
+    text: the grammar's.
     """
 
     def __init__(self, matcher: Any, text: str) -> None:
@@ -129,7 +129,7 @@ class GrammarConstraint:
         self._consumed: list[int] = []
 
     def mask(self, answer: Sequence[int], logits: Tensor) -> None:
-        """Set the logits, fp32 (vocab_size), of tokens that must not follow to -inf, in place."""
+        """Set the logits, fp32 (vocab_size), of disallowed tokens to -inf, in place."""
         self._go_to(answer)
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
         if self._matcher.is_error():
@@ -137,12 +137,12 @@ class GrammarConstraint:
         logits.masked_fill_(allowed.to(logits.device) == 0, -torch.inf)
 
     def forced(self, answer: Sequence[int]) -> list[int]:
-        """The tokens that must follow whatever the model says; none if it has a choice."""
+        """The tokens that must follow, whatever the logits; empty if the model has a choice."""
         self._go_to(answer)
         return list(self._matcher.compute_ff_tokens())
 
     def finished(self, answer: Sequence[int]) -> bool:
-        """Whether nothing may follow."""
+        """Whether the answer is complete."""
         self._go_to(answer)
         return bool(self._matcher.is_stopped() and not self._matcher.is_error())
 
@@ -161,24 +161,24 @@ class GrammarConstraint:
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance wants it."""
+    """A tokenizer with the interface that llguidance expects."""
 
     def __init__(self, tokenizer: TextTokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self.eos_token_id = tokenizer.eos_id
         self.bos_token_id = tokenizer.bos_id
         known = min(vocab_size, tokenizer.n_words)
-        # Ids of the model that no text has are special tokens, which no grammar allows.
+        # Model ids that the tokenizer does not know become special tokens, which no grammar allows.
         self.tokens = [tokenizer.decode_bytes([i]) for i in range(known)]
         self.tokens += [b"<|unused_%d|>" % i for i in range(known, vocab_size)]
         unused = [i for i, token in enumerate(self.tokens) if not token or i >= known]
         self.special_token_ids = sorted({*tokenizer.special_tokens.values(), *tokenizer.stop_tokens, *unused})
 
     def __call__(self, text: str) -> list[int]:
-        """Ids of a text in the middle of an answer."""
+        """Token ids of text within an answer."""
         ids = self._encode(text)
         if self._tokenizer.decode_bytes(ids) != text.encode("utf-8", "replace"):
-            # sentencepiece puts a space before the first word of what it takes for a whole text.
+            # sentencepiece adds a space before the first word of what it regards as a whole text.
             ids = self._encode("\n" + text)[len(self._encode("\n")) :]
         return ids
 

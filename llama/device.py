@@ -13,7 +13,7 @@ from llama.errors import ArgumentError
 def default_device() -> torch.device:
     """This rank's CUDA device, else MPS, else the CPU.
 
-    Raises ValueError where `torchrun` started more ranks on this machine than it has CUDA devices.
+    Raises ValueError if `torchrun` started more ranks on this machine than it has CUDA devices.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
@@ -27,7 +27,7 @@ def default_device() -> torch.device:
 
 
 def parse_device(device: str | torch.device) -> torch.device:
-    """A device of this machine by its name, or itself; "cuda" is this rank's. Raises ArgumentError."""
+    """A device of this machine, by name or as is; "cuda" is this rank's. Raises ArgumentError if absent."""
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
@@ -45,7 +45,7 @@ def parse_device(device: str | torch.device) -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the device computes in it; else fp16, or fp32 on a CPU."""
+    """bf16 if the device computes in it; else fp16, or fp32 on a CPU."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if device.type == "mps":
@@ -62,7 +62,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A dtype by its name, or itself. Raises ValueError for one that no model is computed in."""
+    """A dtype, by name or as is. Raises ValueError for one that models cannot run in."""
     names = {
         "bfloat16": torch.bfloat16,
         "bf16": torch.bfloat16,
@@ -78,13 +78,13 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def to_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of the host's values on a device, which the host does not wait for."""
+    """The host's values as a tensor on a device, copied without waiting for the device."""
     tensor = torch.tensor(values, dtype=dtype, device="cpu")
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def total_memory(device: torch.device) -> int | None:
-    """Bytes of memory that this rank may use of the device; None where it does not say."""
+    """Bytes of the device's memory that this rank may use; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "mps":
@@ -102,12 +102,12 @@ def cache_folder() -> Path:
 
 
 def gigabytes(n: float) -> str:
-    """1.23 GB, by powers of ten, or MB below one."""
+    """Bytes as text such as 1.23 GB (powers of ten), or in MB below 1 GB."""
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Memory that a loaded model's weights take, in whatever form; what is shared counts once."""
+    """Bytes that a loaded model's weights take, in whatever form; shared ones count once."""
     backends = {getattr(module, "backend", None) for module in model.modules()}
     products = [backend.nbytes for backend in backends if backend is not None]
     return sum(products) + sum(weight.nbytes for weight in model.parameters())

@@ -1,4 +1,4 @@
-"""What a model makes of texts besides more text: hidden states, embeddings, classes."""
+"""What a model computes from texts besides more text: hidden states, embeddings, classes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from llama.model import Row, Transformer, attend
 from llama.ranks import lost_rank_as_error
 from llama.tokenizer import TextTokenizer
 
-BATCH_TOKENS = 4096  # of several texts that run together
+BATCH_TOKENS = 4096  # limit for several texts in one batch
 
 
 class Classification(TypedDict):
-    """label: the most likely one. logits: of all labels, by their names."""
+    """label: the most likely one. logits: of all labels, by name."""
 
     label: str
     logits: dict[str, float]
 
 
 class CachelessStep:
-    """Whole sequences, one after the other, that leave nothing in the KV cache."""
+    """Whole sequences, concatenated, that write nothing to the KV cache."""
 
     def __init__(self, lengths: Sequence[int], rotations: Tensor) -> None:
         self.lengths = list(lengths)
@@ -44,7 +44,7 @@ class CachelessStep:
 
 
 class Embeddings:
-    """The calls of `Llama` that generate nothing. They do not touch the KV cache."""
+    """The methods of `Llama` that generate nothing. They do not touch the KV cache."""
 
     engine: Engine
     model: Transformer
@@ -54,11 +54,11 @@ class Embeddings:
     def hidden_states(
         self, texts: Iterable[str], layers: Sequence[int] | None = None
     ) -> list[dict[int, Tensor]]:
-        """Hidden states of texts, of which each runs at its own length.
+        """Hidden states of texts, each computed without padding.
 
         texts: any number.
-        layers: which; 0 is the embeddings, n what the n-th layer gives, and the last one is normed, as in
-            transformers; by default that one.
+        layers: which layers; 0 is the embeddings, n the n-th layer's output, the last one normed, as in
+            transformers; by default only the last.
 
         Returns for each text its layers, fp32 (tokens, dim) on the CPU. Raises ArgumentError for layers that
         the model does not have, PromptError for a text that is longer than max_seq_len.
@@ -75,10 +75,10 @@ class Embeddings:
         pooling: Literal["mean", "last", "cls"] = "mean",
         normalize: bool = True,
     ) -> Tensor:
-        """One vector for each text, from the last hidden states.
+        """One vector per text, from the last layer's hidden states.
 
-        pooling: "mean" of all tokens, or the state of the "last" one, or of the first ("cls").
-        normalize: to length 1.
+        pooling: "mean" of all tokens, the "last" token, or the first ("cls").
+        normalize: scale the vectors to length 1.
 
         Returns fp32 (texts, dim) on the CPU. Raises what `hidden_states` raises.
         """
@@ -90,7 +90,7 @@ class Embeddings:
         return F.normalize(vectors, dim=-1) if normalize else vectors
 
     def classify(self, texts: Iterable[str]) -> list[Classification]:
-        """The classes of texts, by a checkpoint of LlamaForSequenceClassification.
+        """Classify texts with a checkpoint of LlamaForSequenceClassification.
 
         Raises ArgumentError for other checkpoints, and what `hidden_states` raises.
         """
@@ -109,7 +109,7 @@ class Embeddings:
         return classes
 
     def _batches(self, texts: Iterable[str]) -> Iterator[list[list[int]]]:
-        """Token ids of texts, in batches of about as many tokens."""
+        """Token ids of texts, in batches of up to BATCH_TOKENS tokens."""
         batch: list[list[int]] = []
         for i, text in enumerate(entries(texts, "texts")):
             ids = self.tokenizer.encode(text, bos=True, eos=False)
@@ -128,13 +128,13 @@ class Embeddings:
     @torch.inference_mode()
     def _run(self, batch: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[dict[int, Tensor]]:
         model, lengths = self.model, [len(ids) for ids in batch]
-        cache = model.cache  # whose allocation makes the table of rotations
+        cache = model.cache  # allocating it also computes the rotation table
         tokens = torch.tensor([i for ids in batch for i in ids], device=model.device)
         kept: dict[int, Tensor] = {}
         with self.engine.turns.turn(until=lambda: False), lost_rank_as_error(model.parallel):
             if model.step_backend and set(wanted) == {model.params.n_layers}:
                 rows = [Row(slot, 0, length) for slot, length in enumerate(lengths)]
-                scratch = torch.empty_like(cache.data)  # of which only what is written takes memory
+                scratch = torch.empty_like(cache.data)  # only written pages take memory
                 states = model.step_backend.hidden(tokens, rows, scratch, model.rotations)
                 return [{wanted[0]: state} for state in states.float().cpu().split(lengths)]
             step = CachelessStep(lengths, model.rotations)

@@ -1,12 +1,12 @@
-"""Errors that are sentences: each names what was given, what was expected, and what to do.
+"""Errors meant for users: each names what was given, what was expected, and what to do.
 
-A command prints one of these without a stack; any other exception is a fault of this package and
-keeps its stack.
+A command prints one of these without a traceback; any other exception is a bug in this package and
+keeps its traceback.
 """
 
 
 class LlamaError(Exception):
-    """A mistake in what this package was given, told in one sentence."""
+    """A mistake in this package's input, explained in one message."""
 
 
 class ArgumentError(LlamaError, ValueError):
@@ -14,27 +14,27 @@ class ArgumentError(LlamaError, ValueError):
 
 
 class PromptError(ArgumentError):
-    """A prompt that cannot be generated from: empty, too long, or with ids outside the vocabulary."""
+    """A prompt that cannot be continued: empty, too long, or with ids outside the vocabulary."""
 
 
 class CheckpointError(LlamaError, ValueError):
-    """A checkpoint that is incomplete, damaged, or not what its configuration says."""
+    """A checkpoint that is incomplete, damaged, or inconsistent with its configuration."""
 
 
 class MissingPackageError(LlamaError, ImportError):
-    """An optional package is needed and not installed."""
+    """An optional package is needed but not installed."""
 
 
 class OutOfMemoryError(LlamaError, MemoryError):
-    """Weights and cache are larger than the device's memory."""
+    """Weights and cache exceed the device's memory."""
 
 
 class RankError(LlamaError, RuntimeError):
-    """Another rank failed or disappeared, so this one cannot go on."""
+    """Another rank failed or disappeared, so this one cannot continue."""
 
 
 def shown(value: object) -> str:
-    """A value for an error: its beginning, without control characters."""
+    """A value for an error message: its beginning, without control characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -42,7 +42,7 @@ def shown(value: object) -> str:
 def check_number(name: str, value: object, most: float) -> None:
     """Raise ArgumentError unless a value is a positive number.
 
-    most: the largest that is allowed; if it is whole, so must the value be.
+    most: the largest value allowed; if it is an int, the value must be one too.
     """
     kind, least = (int, 1.0) if isinstance(most, int) else ((int, float), 1 / most)
     word = "whole number" if kind is int else "number"

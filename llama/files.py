@@ -1,7 +1,7 @@
-"""What the configuration files of a checkpoint may hold: JSON of known types, within limits.
+"""What the configuration files of a checkpoint may contain: JSON of known types, within limits.
 
-Such files come from strangers. Nothing in them is used before its type has been looked at, and no
-text of theirs is printed but by `repr`, which leaves no control character in it.
+Such files come from strangers. Nothing in them is used before its type is checked, and their text is
+printed only by `repr`, which leaves no control characters in it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 from llama.errors import ArgumentError, CheckpointError, shown
 
-LARGEST = 2**28  # bytes: tokenizer.json of the largest vocabularies is a tenth of it
+LARGEST = 2**28  # bytes: ten times the tokenizer.json of the largest vocabularies
 
-# The word for a kind of value. A whole number is a number too; true is neither.
+# What each type is called in errors. A whole number is also a number; true is neither.
 WORDS = {
     str: "text",
     bool: "true or false",
@@ -29,7 +29,7 @@ WORDS = {
 
 
 def read_text(path: Path) -> str:
-    """A file's text. Raises CheckpointError for one that is larger than its kind ever is, or not UTF-8."""
+    """A file's text. Raises CheckpointError if it is implausibly large or not UTF-8."""
     if (size := path.stat().st_size) > LARGEST:
         raise CheckpointError(f"{path} has {size:,} bytes, more than {LARGEST:,}; download it again")
     try:
@@ -65,9 +65,9 @@ def _encodes(content: object) -> bool:
 
 
 def check_kinds(where: Path | str, content: Mapping[str, Any], kinds: Mapping[str, Sequence[type]]) -> None:
-    """Raise CheckpointError if a value is of none of its key's kinds.
+    """Raise CheckpointError if a value has none of its key's types.
 
-    where: the file, for the error.
+    where: the file, for the error message.
     content: the object; a missing key and null pass.
     kinds: key to types, each one of `WORDS`.
     """
@@ -86,7 +86,7 @@ def is_kind(value: object, kind: type) -> bool:
 
 
 def id_list(where: Path | str, content: Mapping[str, Any], key: str) -> list[int]:
-    """A key that holds one token id, or a list of them, as a list; empty if it is missing or null."""
+    """The value of a key that is one token id or a list of them, as a list; empty if missing or null."""
     value = content.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(is_kind(i, int) and 0 <= i < 2**31 for i in ids):
@@ -96,9 +96,9 @@ def id_list(where: Path | str, content: Mapping[str, Any], key: str) -> list[int
 
 @contextmanager
 def no_panic(what: str) -> Iterator[None]:
-    """A block in which an error of a Rust package becomes an ArgumentError, its panics too.
+    """A context in which a Rust package's errors, including panics, become ArgumentErrors.
 
-    A panic is a BaseException, which nobody expects of a wrong file.
+    A panic is a BaseException, which nobody expects from a bad file.
     """
     try:
         yield

@@ -56,11 +56,11 @@ StrPath = str | os.PathLike[str]
 class Llama(Embeddings, ToolLoop):
     """A model with its tokenizer, ready to generate.
 
-    Use it as a context manager, or `close()` it, to take down what `build` set up between ranks;
-    otherwise that happens at the end of the program.
-    quantization: "int8", "int4" or "fp8" where `build` loaded the weights so.
-    tool_format: how prompts tell of tools, see `DialogOptions`; None if the checkpoint was not trained to
-        call any.
+    Use it as a context manager, or call `close()`, to tear down what `build` set up between ranks;
+    otherwise that happens when the program ends.
+    quantization: format of the weights if `build` loaded them quantized: "int8", "int5", "int4", "fp8".
+    tool_format: how prompts describe tools, see `DialogOptions`; None if the checkpoint was not trained
+        to call tools.
     """
 
     quantization: str | None = None
@@ -90,30 +90,30 @@ class Llama(Embeddings, ToolLoop):
         """Load a checkpoint.
 
         ckpt_dir: a native or Hugging Face folder, or a GGUF file; local, or any URL that blobfile reads.
-        tokenizer_path: by default the tokenizer beside the weights.
-        max_seq_len: tokens of prompt and answer together, for which the KV cache is allocated.
-        max_batch_size: sequences that run at a time, likewise.
+        tokenizer_path: by default the tokenizer next to the weights.
+        max_seq_len: maximum tokens of prompt plus answer; sets the size of the KV cache.
+        max_batch_size: sequences that run at the same time; sets the size of the KV cache.
         model_parallel_size: ranks that share the model, any number that divides its heads; by default
             all that `torchrun` started.
-        seed: of all sampling, for calls without a seed of their own.
+        seed: for calls without a seed of their own.
         device: "cpu", "cuda", "cuda:1", "mps"; by default this rank's CUDA device, else MPS, else CPU.
         dtype: "bfloat16", "float16" or "float32"; by default bf16 if the device computes in it.
         adapter: a folder with a LoRA adapter in PEFT's format, merged into the weights.
-        batch_invariant: a request's logprobs are the same to the bit whatever else runs beside it, at
-            some cost in speed; refused if this machine's kernels cannot guarantee it.
-        quantize: "int8" or "int4" weights on x86 CPUs and CUDA, "fp8" on CUDA; by default as the files are.
+        batch_invariant: make a request's logprobs bit-identical whatever runs alongside it, at some cost in
+            speed; an error if this machine's kernels cannot guarantee it.
+        quantize: "int8", "int5" or "int4" weights, or "fp8" on CUDA; by default as stored in the files.
         compile: compile the model and decode at fixed shapes, on CUDA as a captured graph; slow to
-            build, and not with batch_invariant. "auto": on CUDA.
-        vision: load a vision model so that it sees. Its image encoder loads with the first image.
-        max_images: images of one sequence, for which a vision model allocates a cache of its own.
-        mmap: read the weights from their files in every step, at the speed of the disk: for models that
-            are larger than the memory, on a CPU, in the dtype of their files.
-        threads: of the compiled step on a CPU; by default as many as PyTorch uses.
-        whole_steps: False keeps the weights as they are, to look at or to edit, at some cost in speed.
+            build, and incompatible with batch_invariant. "auto": on CUDA.
+        vision: load a vision model with image support; its image encoder loads with the first image.
+        max_images: maximum images per sequence; sets the size of a vision model's image cache.
+        mmap: read the weights from their files in every step, at disk speed: for models larger than
+            memory, on a CPU, in the dtype of their files.
+        threads: for the compiled step on a CPU; by default as many as PyTorch uses.
+        whole_steps: False keeps the weights readable and editable, at some cost in speed.
 
-        Raises ArgumentError if arguments do not fit each other or the machine, before any weight is
-        read; FileNotFoundError if a file is missing, CheckpointError if files are damaged, and
-        MemoryError if weights and cache are larger than the device's memory.
+        Raises ArgumentError, before any weight is read, if the arguments do not fit each other or the
+        machine; FileNotFoundError if a file is missing, CheckpointError if files are damaged, and
+        MemoryError if weights and cache exceed the device's memory.
         """
         max_seq_len = whole("max_seq_len", max_seq_len, 1)
         max_batch_size = whole("max_batch_size", max_batch_size, 1)
@@ -174,12 +174,12 @@ class Llama(Embeddings, ToolLoop):
         batch_invariant: bool = False,
         static: bool = False,
     ) -> None:
-        """formatter: of dialogs, by default the one that goes with the tokenizer. Others: see `Engine`."""
+        """formatter: chat format for dialogs; by default the tokenizer's own. The rest: see `Engine`."""
         self.model, self.tokenizer = model, tokenizer
         self.formatter = formatter or chat_format(tokenizer)
         self.engine = Engine(
             model,
-            # A GPU wants more rows at a time for its matrix products than a CPU.
+            # A GPU needs more rows per matrix product than a CPU to be busy.
             prefill_chunk=2048 if model.device.type == "cuda" else 512,
             batch_invariant=batch_invariant,
             static=static,
@@ -190,20 +190,20 @@ class Llama(Embeddings, ToolLoop):
 
     @property
     def sees(self) -> bool:
-        """Whether the model takes images."""
+        """Whether the model accepts images."""
         return isinstance(self.model, VisionTransformer)
 
     def close(self) -> None:
-        """Leave the process group that `build` joined; the last to leave takes it down."""
+        """Leave the process group that `build` joined; the last to leave destroys it."""
         if self._connected:
             self._connected = False
             self.engine.close()
             ranks.disconnect()
 
     def forget(self) -> None:
-        """Reuse nothing of the KV cache, because weights were edited in a way that PyTorch does not record.
+        """Discard the KV cache's contents after weights were edited in a way PyTorch does not record.
 
-        Edits in place and `load_state_dict` are noticed; writes through `.data` or NumPy are not.
+        In-place edits and `load_state_dict` are noticed; writes through `.data` or NumPy are not.
         """
         self.engine.forget()
 
@@ -223,14 +223,14 @@ class Llama(Embeddings, ToolLoop):
         echo: bool = False,
         **sampling: Unpack[Sampling],
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Continue prompts of token ids, each until a stop token, which is left out.
+        """Continue prompts of token ids, each until a stop token, which is not returned.
 
         prompt_tokens: any number of lists, tuples, arrays or tensors; `max_batch_size` run at a time.
         The rest: see `Options`.
 
-        Returns the ids of each answer, and with `logprobs` those of their tokens, else None. Raises
-        PromptError for a prompt that is empty, leaves no room for an answer or has unknown ids, and
-        ArgumentError for options that do not exist or are out of range, and for no prompts at all.
+        Returns the token ids of each answer and, with `logprobs`, their log-probabilities, else None.
+        Raises PromptError for a prompt that is empty, leaves no room for an answer or has unknown ids;
+        ArgumentError for options that are unknown or out of range, or if there are no prompts.
         """
         if sampling.get("top_logprobs"):
             raise ArgumentError("generate returns no top_logprobs; text_completion and the streams do")
@@ -252,8 +252,8 @@ class Llama(Embeddings, ToolLoop):
     ) -> list[CompletionPrediction]:
         """Continue texts. Raises what `generate` raises.
 
-        Returns for each answer its text and why it ended (see `StreamEvent`), and with `logprobs` what
-        `Scored` names.
+        Returns for each answer its text and why it ended (see `StreamEvent`), and with `logprobs` the
+        fields of `Scored`.
         """
         basic = Basic(
             temperature=temperature, top_p=top_p, max_gen_len=max_gen_len, logprobs=logprobs, echo=echo
@@ -272,12 +272,12 @@ class Llama(Embeddings, ToolLoop):
     ) -> list[ChatPrediction]:
         """Answer dialogs: lists of messages, see `Message`.
 
-        A last message of the assistant's is the beginning of the answer, which goes on after it.
+        If the last message is the assistant's, the answer continues it.
         options: see `Sampling` and `DialogOptions`.
 
-        Returns what `text_completion` returns, but each text as a message of the assistant's, with the
-        tool calls that it makes. Raises what `generate` raises, and ArgumentError for a dialog that the
-        chat format cannot hold.
+        Returns what `text_completion` returns, but with each text as an assistant message that includes
+        any tool calls. Raises what `generate` raises, and ArgumentError for a dialog that the chat
+        format cannot represent.
         """
         basic = Basic(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len, logprobs=logprobs)
         answers = collect(self.stream_chat(dialogs, **basic, **options))
@@ -286,12 +286,12 @@ class Llama(Embeddings, ToolLoop):
     def stream_text(
         self, prompts: Iterable[str | Sequence[Any]], **options: Unpack[Options]
     ) -> Generator[StreamEvent, None, None]:
-        """What `text_completion` does, as it happens: an event for each token, and one at each end.
+        """Like `text_completion`, but yields an event for each token and one for the end of each answer.
 
-        The pieces of text joined are the answer of `text_completion`. With `echo` the prompt's tokens
-        come first. Several streams may be read in turn. Closing one, or dropping it, cancels what has
-        not ended and frees its slots. If one request fails, its end says why and the others go on.
-        Raises what `generate` raises, at the call.
+        Joined, the pieces of text are the answer of `text_completion`. With `echo` the prompt's tokens
+        come first. Several streams may be read alternately. Closing or dropping a stream cancels its
+        unfinished requests and frees their slots. If a request fails, its last event says why and the
+        others continue. Raises what `generate` raises, when called.
         """
         ids, options["images"] = encode_texts(prompts, self.model, self.tokenizer)
         return self.stream_tokens(ids, **options)
@@ -299,13 +299,13 @@ class Llama(Embeddings, ToolLoop):
     def stream_chat(
         self, dialogs: Iterable[Dialog], **options: Unpack[ChatOptions]
     ) -> Generator[StreamEvent, None, None]:
-        """What `chat_completion` does, as it happens; otherwise as `stream_text`."""
+        """Like `chat_completion`, but as a stream; see `stream_text`."""
         return stream(self.engine, self.tokenizer, self.chat_requests(dialogs, **options))
 
     def stream_tokens(
         self, prompt_tokens: Iterable[Iterable[int]], **options: Unpack[Options]
     ) -> Generator[StreamEvent, None, None]:
-        """As `stream_text`, for prompts of token ids."""
+        """Like `stream_text`, for prompts of token ids."""
         return stream(self.engine, self.tokenizer, self.requests(prompt_tokens, **options))
 
     def astream_text(
@@ -320,13 +320,13 @@ class Llama(Embeddings, ToolLoop):
     ) -> AsyncGenerator[StreamEvent, None]:
         """`stream_chat` for asyncio: `async for event in llama.astream_chat([...])`."""
         requests = functools.partial(self.chat_requests, dialogs, **options)
-        # A guard reads the questions first, which must not hold up other tasks.
+        # A guard checks the questions first, which must not block other tasks.
         return astream(self.engine, self.tokenizer, requests if options.get("guard") else requests())
 
     def requests(
         self, prompt_tokens: Iterable[Iterable[int]], **options: Unpack[Options]
     ) -> list[TextRequest]:
-        """Check a call's arguments, and make its requests without running them.
+        """Check a call's arguments and build its requests without running them.
 
         Raises what `generate` raises.
         """
@@ -361,7 +361,7 @@ class Llama(Embeddings, ToolLoop):
 
     @cached_property
     def grammars(self) -> Grammars:
-        """Makes constraints for this model's tokenizer."""
+        """Compiles constraints for this model's tokenizer."""
         return Grammars(self.tokenizer, self.model.params.vocab_size)
 
     def _next_seed(self) -> int:

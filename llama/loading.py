@@ -1,4 +1,4 @@
-"""From a checkpoint to a model that is ready: does it fit, load, choose the backend, warm up."""
+"""From a checkpoint to a ready model: check memory, choose the backend, load, warm up."""
 
 import math
 import sys
@@ -52,10 +52,10 @@ def load(
     mapped: bool = False,
     threads: int | None = None,
 ) -> Transformer:
-    """This rank's part of a checkpoint's model, cache allocated.
+    """This rank's part of a checkpoint's model, with its cache allocated.
 
-    scheme: of `scheme_of`. whole_steps, mapped, threads: see `backends.plan`.
-    Tells on stderr of rank 0 what it does. Raises what `Llama.build` raises.
+    scheme: from `scheme_of`. whole_steps, mapped, threads: see `backends.plan`.
+    Reports progress on rank 0's stderr. Raises what `Llama.build` raises.
     """
     start = time.perf_counter()
     with torch.device("meta"):
@@ -73,7 +73,7 @@ def load(
     if memory is not None and cache + (0 if mapped else resident) > memory:
         raise OutOfMemoryError(
             f"weights of {gigabytes(resident)} and a KV cache of {gigabytes(cache)} ({sequences}) do not "
-            f"fit into the {gigabytes(memory)} of {device}: lower max_seq_len or max_batch_size, "
+            f"fit in the {gigabytes(memory)} of {device}: lower max_seq_len or max_batch_size, "
             "or use more ranks"
         )
 
@@ -112,7 +112,7 @@ def defer_tower(
     dtype: torch.dtype,
     scheme: str | None,
 ) -> None:
-    """Let a vision model load its image encoder with the first image; arguments as for `load_weights`."""
+    """Make a vision model load its image encoder with the first image; arguments as for `load_weights`."""
     tower = model.vision_model
     del model.vision_model
 
@@ -126,16 +126,16 @@ def defer_tower(
 
 
 def warm_up(engine: Engine, required: bool) -> None:
-    """Compile the model's blocks and let the engine decode a little, so that nobody waits for it later.
+    """Compile the model's blocks and decode a little, so that no request has to wait for it.
 
-    Where that fails the model stays as it is, with a word; where it is required, RuntimeError.
+    If that fails, prints why and leaves the model uncompiled; raises RuntimeError if it is required.
     """
     start = time.perf_counter()
     model = engine.model
     compile_blocks(model)
     prompt = [0] * min(5, model.params.max_seq_len - 1)
     try:
-        for count in sorted({1, model.params.max_batch_size}):  # one row has kernels of its own
+        for count in sorted({1, model.params.max_batch_size}):  # a single row has its own kernels
             for _ in engine.run([engine.add(prompt, SamplingParams(max_tokens=3)) for _ in range(count)]):
                 pass
     except RuntimeError as error:
@@ -152,7 +152,7 @@ def warm_up(engine: Engine, required: bool) -> None:
 
 
 def check_quantize(scheme: str | None, device: torch.device) -> None:
-    """Raise ArgumentError for an unknown scheme, or one that the device cannot compute in.
+    """Raise ArgumentError for a scheme that is unknown or that the device cannot run.
 
     Raises MissingPackageError if it needs a package that is not installed.
     """
@@ -163,9 +163,9 @@ def check_quantize(scheme: str | None, device: torch.device) -> None:
 
 
 def scheme_of(checkpoint: Checkpoint, asked: str | None) -> str | None:
-    """What a model's weights are quantized to: as asked, else as they are stored.
+    """What a model's weights are quantized to: as requested, else as stored.
 
-    Raises ArgumentError if a folder of quantized weights is to be quantized to something else.
+    Raises ArgumentError if quantized weights would have to be quantized differently.
     """
     stored = checkpoint.quantization
     if stored in QUANTIZATIONS and asked not in (None, stored):
@@ -184,14 +184,14 @@ def weight_bytes(
     scheme: str | None,
     embeddings: bool = True,
 ) -> int:
-    """Memory that a model's weights take once they are loaded; arguments as for `load_weights`.
+    """Bytes that a model's weights take once loaded; arguments as for `load_weights`.
 
-    embeddings: False to leave them out, as a step of decoding does; an output layer counts all the same.
+    embeddings: False leaves them out, as a decode step does; a tied output layer still counts.
     """
     plain = dtype.itemsize * 8.0
 
     def held(name: str, weight: Tensor) -> float:
-        """Bits of each number of a weight."""
+        """Bits per number of a weight."""
         if weight.dim() == 1 or weight.shape[1] % GROUP or (name == EMBEDDINGS and not plan.embeddings):
             return plain
         few = min(filter(None, (stored_bits(source, name), few_bits(scheme, name))), default=None)
@@ -200,12 +200,12 @@ def weight_bytes(
     bits = {name: weight.numel() * held(name, weight) for name, weight in model.named_parameters()}
     product = plan.plain or bits[OUTPUT] < plain * model.output.weight.numel()
     if not embeddings or (is_tied(source.shapes) and (plan.embeddings or not product)):
-        del bits[EMBEDDINGS]  # or one tensor is both
+        del bits[EMBEDDINGS]  # otherwise one tensor is both
     return int(sum(bits.values()) / 8)
 
 
 def matrices(model: nn.Module) -> list[tuple[Applied, Mapping[str, Applied]]]:
-    """Each matrix that is applied as one: by whom, and its linears by the names of their weights."""
+    """The modules that apply one matrix each, with their linear layers by the names of the weights."""
     linears = {
         module: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)
     }
@@ -223,11 +223,11 @@ def load_weights(
     scheme: str | None = None,
     prefix: str = "",
 ) -> None:
-    """Fill a model that was built on the meta device, one matrix after the other.
+    """Fill a model that was built on the meta device, one matrix at a time.
 
-    dtype: of all that is not quantized.
-    scheme: that matrices are quantized to as they are read; those stored in as few bits already stay.
-    prefix: of the source's names, if `model` is a part of a model.
+    dtype: of everything that is not quantized.
+    scheme: what matrices are quantized to as they are read; those with as few bits already are kept.
+    prefix: of the source's names, if `model` is part of a model.
     """
     kept: dict[str, Tensor] = {}
     text = model if isinstance(model, Transformer) else None
@@ -244,7 +244,7 @@ def load_weights(
 
         def fill(module: Applied, parts: Mapping[str, Applied]) -> None:
             weights = {name: read(name) for name in parts}
-            if plan.step and not alike([*weights.values()]):  # what reads the same input, in the same form
+            if plan.step and not alike([*weights.values()]):  # parts with the same input need the same form
                 same = 8 if all(isinstance(weight, QuantizedMatrix) for weight in weights.values()) else None
                 weights = {name: quantize(plain(weight).to(dtype), same) for name, weight in weights.items()}
             if plan.joins and alike([*weights.values()]):
@@ -261,7 +261,7 @@ def load_weights(
         todo = matrices(model)
         if plan.embeddings and text:
             todo.append((text.tok_embeddings, {EMBEDDINGS: text.tok_embeddings}))
-        for module, parts in reversed(todo):  # the largest, which take most memory to make, come first
+        for module, parts in reversed(todo):  # largest first, because they take the most memory to build
             if text and module is text.output and reader.tied and plan.embeddings:
                 module.backend = text.tok_embeddings.backend
                 del module.weight
@@ -269,7 +269,7 @@ def load_weights(
                 fill(module, parts)
         filled = {name for _, parts in todo for name in parts}
         for name in reader.parts.keys() - filled:
-            # What is as it was mapped keeps its whole file mapped: a copy, unless others do so too.
+            # A mapped tensor keeps its whole file mapped, so copy it, unless others stay mapped too.
             kept[name] = plain(read(name)).to(dtype, copy=bool(plan.plain or plan.quantized))
             reader.done(name, copied=True)
     model.load_state_dict(kept, strict=True, assign=True)

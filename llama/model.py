@@ -1,12 +1,12 @@
 """The Llama transformer, from token ids to logits, over a preallocated KV cache.
 
 Reads top to bottom in the order of the forward pass: norm, rotary embedding, attention, feed-forward,
-block, transformer. Knows nothing of files, of what a token means, or of sampling.
+block, transformer. Knows nothing about files, the meaning of tokens, or sampling.
 
-A step is ragged: the new tokens of several sequences stand behind one another in one tensor of N
-tokens, and a `Row` gives each sequence's cache slot and positions. Linear layers see N rows;
-attention runs sequence by sequence over the live part of its slot. Prefill, chunked prefill and
-decode are the same call with different lengths, and may share a step.
+A step is ragged: the new tokens of several sequences are concatenated in one tensor of N tokens, and a
+`Row` gives each sequence's cache slot and positions. Linear layers see N rows; attention runs one
+sequence at a time over the live part of its slot. Prefill, chunked prefill and decode are the same
+call with different lengths, and can share a step.
 """
 
 import itertools
@@ -31,7 +31,7 @@ from llama.ranks import current
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm (Zhang and Sennrich 2019), in fp32, cast back, then the gain."""
+    """Root mean square norm (Zhang and Sennrich 2019): computed in fp32, cast back, then scaled."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -43,30 +43,30 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(args: ModelArgs) -> Tensor:
-    """Angle per position of each pair of a head's channels, radians, fp32 (head_dim / 2).
+    """Angle per position for each pair of a head's channels, in radians, fp32 (head_dim / 2).
 
-    Su et al. 2021, section 3.2.2; with `use_scaled_rope` the slow ones are stretched as Llama 3.1
-    does (`rope_scaling` in its model card): wavelengths above 8192 positions by the factor, below
-    8192 / 4 not at all, between them by a blend of both.
+    Su et al. 2021, section 3.2.2. With `use_scaled_rope`, low frequencies are scaled as in Llama 3.1
+    (`rope_scaling` in its model card): wavelengths above 8192 positions by the full factor, those
+    below 8192 / 4 not at all, and those in between by a blend of the two.
     """
     channels = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device="cpu")
     frequencies = 1.0 / args.rope_theta ** (channels / args.head_dim)
     if not args.use_scaled_rope or args.rope_scaling_factor is None:
         return frequencies
     low, high = args.low_freq_factor, args.high_freq_factor
-    # Turns within the original context.
+    # Full turns within the original context.
     rotations = args.original_max_position_embeddings * frequencies / (2 * torch.pi)
     keep = ((rotations - low) / (high - low)).clamp(0, 1)
     return keep * frequencies + (1 - keep) * frequencies / args.rope_scaling_factor
 
 
 def apply_rotary(x: Tensor, heads: int, rotation: Tensor) -> Tensor:
-    """x (N, n, head_dim) with adjacent channels of the first `heads` of n turned, in place but for compilers.
+    """Rotate adjacent channels of the first `heads` of x (N, n, head_dim); in place unless compiling.
 
     rotation: fp32 (N, 1, head_dim / 2, 2), the cosine and the sine of each pair's angle.
     """
     pairs = x[:, :heads].unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # compilers lack complex numbers, but fuse these operations
+    if torch.compiler.is_compiling():  # no complex numbers there, but these operations get fused
         a, b = pairs.float().unbind(-1)
         cos, sin = rotation.unbind(-1)
         turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
@@ -90,7 +90,7 @@ class Row(NamedTuple):
 class KVCache:
     """Keys and values of every slot, with an epoch that changes on every write.
 
-    Whoever relies on what it wrote compares the epoch with that of its last write.
+    Code that relies on its own writes compares the epoch with that of its last write.
     data: (n_layers, 2, max_batch_size, n_kv_heads, max_seq_len, head_dim).
     """
 
@@ -105,7 +105,7 @@ class KVCache:
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:
-        """Give slot `target` the keys and values of the first `length` positions of slot `source`."""
+        """Copy the keys and values of the first `length` positions of slot `source` to slot `target`."""
         self.mark_written()
         self.data[:, :, target, :, :length] = self.data[:, :, source, :, :length]
 
@@ -125,29 +125,29 @@ class Step(Protocol):
         """Write the new keys and values to the cache and attend to it.
 
         queries (N, n_heads, head_dim); kv (N, 2, n_kv_heads, head_dim); cache (2, max_batch_size,
-        n_kv_heads, max_seq_len, head_dim). Returns as queries.
+        n_kv_heads, max_seq_len, head_dim). Returns the shape of queries.
         """
 
 
 def causal_mask(row: Row, device: torch.device) -> Tensor | None:
-    """Which keys each new token sees: all that are cached, then a triangle. None: no mask is needed."""
+    """Which keys each new token sees: all cached ones, then a triangle. None if no mask is needed."""
     if row.length == 1 or row.start == 0:
         return None
     return torch.ones(row.length, row.stop, dtype=torch.bool, device=device).tril(row.start)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention (Ainslie et al. 2023) of one sequence.
+    """Grouped-query attention (Ainslie et al. 2023) for one sequence.
 
-    q (length, n_heads, head_dim); keys, values (n_kv_heads, stop, head_dim). Returns as q.
+    q (length, n_heads, head_dim); keys, values (n_kv_heads, stop, head_dim). Returns the shape of q.
     """
     if len(q) == 1:
-        # One query sees every key, so no mask is needed, and the heads that share a key head can
-        # be the rows of one query: one matrix product instead of n_rep vector products.
+        # One query sees every key, so no mask is needed, and the query heads that share a key head
+        # become rows of one query: one matrix product instead of n_rep vector products.
         folded = q.view(1, len(keys), -1, q.shape[-1])  # (1, n_kv_heads, n_rep, head_dim)
         return F.scaled_dot_product_attention(folded, keys[None], values[None]).view_as(q)
     if mask is not None and q.is_cuda:
-        # With a mask and fewer key heads there is no fused kernel on CUDA; without one it is FlashAttention.
+        # CUDA has no fused kernel for a mask with fewer key heads; without a mask it uses FlashAttention.
         keys, values = (x.repeat_interleave(q.shape[1] // len(x), 0) for x in (keys, values))
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
@@ -161,19 +161,19 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tens
 
 
 class RaggedStep:
-    """Rows of any length, in any slots, one after the other."""
+    """Rows of any length, in any slots, concatenated."""
 
     def __init__(self, rows: Sequence[Row], rotation: Tensor) -> None:
         self.rows, self.rotation = rows, rotation
         self.masks = [causal_mask(row, rotation.device) for row in rows]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # every step has other lengths
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # lengths differ in every step
     def attend(self, queries: Tensor, kv: Tensor, cache: Tensor) -> Tensor:
         kv = kv.permute(1, 2, 0, 3)  # (2, n_kv_heads, N, head_dim)
         outputs, first = [], 0  # (length, n_heads, head_dim) of each row
         for row, mask in zip(self.rows, self.masks, strict=True):
             new = slice(first, first := first + row.length)
-            cached = cache[:, row.slot, :, : row.stop]  # only what is alive
+            cached = cache[:, row.slot, :, : row.stop]  # only the live part
             cached[:, :, row.start :] = kv[:, :, new]
             outputs.append(attend(queries[new], cached[0], cached[1], mask))
         outputs.append(queries[first:])  # padding attends to nothing
@@ -181,7 +181,7 @@ class RaggedStep:
 
 
 class Attention(nn.Module):
-    """Self-attention of this rank's heads over this rank's part of the cache."""
+    """Self-attention for this rank's heads, over this rank's part of the cache."""
 
     def __init__(self, args: ModelArgs, parallel: ModelParallel) -> None:
         super().__init__()
@@ -210,8 +210,8 @@ class Attention(nn.Module):
 def local_kv_heads(args: ModelArgs, parallel: ModelParallel) -> list[int]:
     """The key/value heads that this rank's query heads read, in order.
 
-    Attention needs as many query heads for each key head. If a rank border cuts through a group,
-    heads repeat (0, 0, 1, 1, …), as seldom as possible.
+    Attention needs the same number of query heads for each key head. If a rank boundary splits a
+    group, heads repeat (0, 0, 1, 1, …), as few times as possible.
     """
     start, stop = parallel.span(args.n_heads)
     group = args.n_heads // args.n_kv_heads
@@ -235,7 +235,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then feed-forward, each on the normed residual stream and added to it."""
+    """Attention, then feed-forward, each applied to the normed residual stream and added to it."""
 
     def __init__(self, args: ModelArgs, parallel: ModelParallel) -> None:
         super().__init__()
@@ -251,9 +251,9 @@ class TransformerBlock(nn.Module):
 
 
 class StepBackend(Protocol):
-    """Computes whole steps in place of the layers; the methods are those of `Transformer`.
+    """Computes whole steps instead of the layers; the methods mirror those of `Transformer`.
 
-    cache and rotations: those of the model.
+    cache and rotations: the model's.
     """
 
     def hidden(self, tokens: Tensor, rows: Sequence[Row], cache: Tensor, rotations: Tensor) -> Tensor: ...
@@ -264,13 +264,13 @@ class StepBackend(Protocol):
 class Transformer(nn.Module):
     """A Llama model, or one rank's part of it.
 
-    parallel: the ranks it is cut across; by default fairscale's model-parallel group, or one rank.
-    Raises ArgumentError if the ranks do not divide the heads.
+    parallel: the ranks it is split across; by default fairscale's model-parallel group, or one rank.
+    Raises ArgumentError if the heads do not divide evenly among the ranks.
     """
 
     rotations: Tensor  # (max_seq_len, 1, head_dim / 2, 2), fp32: cosines and sines
     step_backend: StepBackend | None = None
-    least_rows = 1  # that the linear layers get; a backend may be faster with a few more than there are
+    least_rows = 1  # minimum for the linear layers: with few rows, a backend may be faster with padding
     _cache: KVCache | None = None
 
     def __init__(self, params: ModelArgs, parallel: ModelParallel | None = None) -> None:
@@ -302,9 +302,9 @@ class Transformer(nn.Module):
         n_kv_heads = len(local_kv_heads(args, self.parallel))
         return args.n_layers, 2, args.max_batch_size, n_kv_heads, args.max_seq_len, args.head_dim
 
-    @torch.inference_mode(False)  # so that code outside of inference mode may write to it too
+    @torch.inference_mode(False)  # so that code outside inference mode can write to it too
     def allocate_cache(self) -> KVCache:
-        """Allocate the KV cache and the table of rotations on the weights' device."""
+        """Allocate the KV cache and the rotation table on the weights' device."""
         positions = torch.arange(self.params.max_seq_len, device="cpu")
         angles = torch.outer(positions, rope_frequencies(self.params))
         self.rotations = torch.stack((angles.cos(), angles.sin()), -1)[:, None].to(self.device)
@@ -313,15 +313,15 @@ class Transformer(nn.Module):
 
     @property
     def cache(self) -> KVCache:
-        """The KV cache, allocated when it is first needed."""
+        """The KV cache, allocated on first use."""
         return self._cache or self.allocate_cache()
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, start_pos: int | Tensor) -> Tensor:
-        """Logits after each of the tokens; keys and values of the tokens go to the cache.
+        """Logits after each token; the tokens' keys and values are written to the cache.
 
-        tokens: int64 (batch, length). start_pos: position of the first column, for all rows or,
-        as int64 (batch), for each. Row i lives in cache slot i.
+        tokens: int64 (batch, length). Row i uses cache slot i.
+        start_pos: position of the first column, for all rows or, as int64 (batch), for each.
         Returns fp32 (batch, length, vocab_size). Raises ArgumentError if the cache is too small.
         """
         batch, length = tokens.shape
@@ -331,11 +331,11 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def hidden(self, tokens: Tensor, rows: Sequence[Row]) -> Tensor:
-        """The last layer's normed output (N, dim) for the rows' tokens, int64 (N), one row after the other.
+        """The last layer's normed output (N, dim) for the rows' concatenated tokens, int64 (N).
 
-        The new keys and values go to the cache; each slot may appear in one row only. Tokens after the
-        last row's are padding: they bring the linear layers to a wanted N and do nothing else.
-        Raises ArgumentError if a row does not fit into the cache.
+        New keys and values are written to the cache; a slot may appear in only one row. Tokens after the
+        last row's are padding: they give the linear layers a certain N and have no other effect.
+        Raises ArgumentError if a row does not fit the cache.
         """
         self.cache.mark_written()
         slots, length = self.params.max_batch_size, self.params.max_seq_len
@@ -363,7 +363,7 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Normed hidden states (N, dim) to fp32 logits (N, vocab_size), the same on every rank."""
+        """Normed hidden states (N, dim) to fp32 logits (N, vocab_size), identical on every rank."""
         if self.step_backend:
             return self.step_backend.logits(hidden)
         n = len(hidden)

@@ -1,10 +1,10 @@
-"""The shape of a model, by the names of `params.json`."""
+"""The shape of a model, with the names of `params.json`."""
 
 from dataclasses import dataclass
 
 from llama.errors import ArgumentError, check_number
 
-# The most that each may be. No Llama comes near; more is damage, refused before anything is made of it.
+# The upper limits, far above any Llama; larger values mean a damaged file and are refused up front.
 LARGEST = {
     **dict.fromkeys(("dim", "vocab_size", "multiple_of"), 2**22),
     **dict.fromkeys(("n_layers", "n_heads", "n_kv_heads", "head_dim"), 2**12),
@@ -16,7 +16,7 @@ LARGEST = {
 
 @dataclass
 class ModelArgs:
-    """The shape of a model, by the names of `params.json`, and the size of its cache.
+    """The shape of a model, with the names of `params.json`, and the size of its cache.
 
     Raises ArgumentError if the numbers contradict each other.
     """
@@ -24,7 +24,7 @@ class ModelArgs:
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
-    n_kv_heads: int = None  # type: ignore[assignment]  # by default as many as n_heads
+    n_kv_heads: int = None  # type: ignore[assignment]  # by default n_heads
     vocab_size: int = -1
     multiple_of: int = 256  # the feed-forward's hidden size is rounded up to a multiple of this
     ffn_dim_multiplier: float | None = None
@@ -35,8 +35,8 @@ class ModelArgs:
     max_seq_len: int = 2048
 
     use_scaled_rope: bool = False
-    rope_scaling_factor: float | None = None  # None: what the released models of this shape use
-    # Of scaled RoPE, by the names of Hugging Face's configurations. Meta's files leave them out.
+    rope_scaling_factor: float | None = None  # None: that of the released model of this shape
+    # Scaled RoPE, with the names of Hugging Face's configurations. Meta's files omit these.
     original_max_position_embeddings: int = 8192
     low_freq_factor: float = 1
     high_freq_factor: float = 4
@@ -60,12 +60,12 @@ class ModelArgs:
         if self.n_heads % self.n_kv_heads:
             raise ArgumentError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.use_scaled_rope and self.rope_scaling_factor is None:
-            # params.json does not say: Llama 3.2 1B and 3B were extended by 32, the others by 8.
+            # Not in params.json: Llama 3.2 1B and 3B were extended by 32, the others by 8.
             self.rope_scaling_factor = 32.0 if (self.dim, self.n_layers) in {(2048, 16), (3072, 28)} else 8.0
 
     @property
     def hidden_dim(self) -> int:
-        """Width of the feed-forward: 2/3 of 4·dim (Shazeer 2020), scaled, rounded up."""
+        """Width of the feed-forward: 2/3 of 4·dim (Shazeer 2020), scaled and rounded up."""
         hidden = int(2 * 4 * self.dim / 3)
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)

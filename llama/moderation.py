@@ -1,6 +1,6 @@
-"""A guard before and behind a chat: what it is shown, and what it does to a stream of events.
+"""A guard around a chat: what it is shown, and how it filters a stream of events.
 
-The guard itself is anything with `check`; `llama.Guard` is one.
+A guard is any object with a `check` method, such as `llama.Guard`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from llama.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Category:
-    """What a guard objects to.
+    """A hazard category of a guard.
 
     code: such as "S1".
     name: such as "Violent Crimes".
@@ -25,7 +25,7 @@ class Category:
 
 
 class Judgement(Protocol):
-    """What a guard says of the last message of a dialog."""
+    """A guard's verdict on the last message of a dialog."""
 
     @property
     def safe(self) -> bool: ...
@@ -35,20 +35,20 @@ class Judgement(Protocol):
 
 
 class Moderator(Protocol):
-    """What judges dialogs."""
+    """Judges dialogs."""
 
     def check(self, dialog: Any, /) -> Any:
-        """A `Judgement` for each of a list of dialogs."""
+        """Return a `Judgement` for each of a list of dialogs."""
 
 
 @dataclass(frozen=True)
 class Review:
     """How one answer is checked.
 
-    guard: who checks it.
+    guard: the guard that checks it.
     before: the conversation that it answers.
-    every: tokens after which what there is of it is checked and shown; None: all of it at its end.
-    refused: categories to which the guard objected in the question, so that there is no answer; None: none.
+    every: check and release the answer after every this many tokens; None: once, at its end.
+    refused: the categories reported for the question, so that it is not answered; None if it was safe.
     """
 
     guard: Moderator
@@ -57,32 +57,32 @@ class Review:
     refused: tuple[Category, ...] | None = None
 
     def refuses(self, answer: str) -> tuple[Category, ...] | None:
-        """The categories to which the guard objects in an answer, or the beginning of one; None if safe."""
+        """The categories reported for an answer, or the beginning of one; None if it is safe."""
         if not answer.strip():
             return None
         return judge(self.guard, [[*self.before, {"role": "assistant", "content": answer}]])[0]
 
 
 class EventReader(Protocol):
-    """What turns the engine's events of a request into a caller's, which are `StreamEvent`s."""
+    """Turns the engine's events of a request into the caller's `StreamEvent`s."""
 
     def read(self, event: Any) -> Iterable[Any]: ...
 
 
 class ReviewedReader:
-    """Reads as another reader does, and holds back what a guard has not seen yet.
+    """Wraps another reader and holds back its events until a guard has checked them.
 
-    cancel: ends the request, once the guard objects.
+    cancel: ends the request if the guard objects.
     """
 
     def __init__(self, reader: EventReader, review: Review, cancel: Callable[[], object]) -> None:
         self._reader, self._review, self._cancel = reader, review, cancel
         self._held: list[Any] = []
-        self._seen = ""  # the answer so far, its calls included
+        self._seen = ""  # the answer so far, including tool calls
         self._refused = False
 
     def read(self, event: Any) -> Iterator[Any]:
-        """What an event brings, once the guard has no objection; or the end, if it has."""
+        """The events that the guard has found safe; or the request's end, if it objects."""
         for brought in self._reader.read(event):
             if self._refused:
                 return
@@ -112,7 +112,7 @@ class ReviewedReader:
 def reviews(
     guard: Moderator, dialogs: Sequence[Sequence[Mapping[str, Any]]], every: int | None
 ) -> list[Review]:
-    """The questions of dialogs, checked together, and how their answers will be."""
+    """Check the questions of dialogs together, and say how to check their answers."""
     if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
         raise ArgumentError(f"guard_every must be a whole number, 1 or more, or None, not {every!r}")
     before = [conversation(dialog) for dialog in dialogs]
@@ -123,7 +123,7 @@ def reviews(
 def judge(
     guard: Moderator, conversations: Sequence[Sequence[Mapping[str, Any]]]
 ) -> list[tuple[Category, ...] | None]:
-    """For each conversation the categories to which a guard objects; None if it is safe, or empty."""
+    """For each conversation, the categories that a guard reports; None if it is safe or empty."""
     asked = [shown for shown in conversations if shown]
     judgements = iter(guard.check(asked) if asked else ())
     verdicts = [next(judgements) if shown else None for shown in conversations]
@@ -131,9 +131,9 @@ def judge(
 
 
 def conversation(dialog: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What a guard is shown of a dialog: texts of user and assistant in turn, beginning with the user's.
+    """What a guard is shown of a dialog: alternating texts of user and assistant, starting with the user.
 
-    Messages of one role in a row become one; tool calls are shown as the JSON that they are.
+    Consecutive messages of one role are merged; tool calls are shown as JSON.
     """
     shown: list[dict[str, Any]] = []
     for message in dialog:
@@ -153,5 +153,5 @@ def conversation(dialog: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _text(content: Any) -> str:
-    """The text of a content, without its images."""
+    """The text of a message's content, without images."""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)

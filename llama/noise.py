@@ -1,6 +1,6 @@
-"""Random numbers that are a hash of what they are for, instead of a generator's next ones.
+"""Random numbers computed as a hash of what they are for, instead of taken from a generator.
 
-So they are the same in any batch, in any order, on any device and number of ranks.
+So they are the same in any batch and order, on any device and any number of ranks.
 """
 
 from torch import Tensor
@@ -19,7 +19,7 @@ def _mix(x: int) -> int:
 
 
 def _signed(x: int) -> int:
-    """The int64 with the same bits as a number below 2⁶⁴."""
+    """A number below 2⁶⁴ as the int64 with the same bits."""
     return x - (x >> 63 << 64)
 
 
@@ -29,12 +29,12 @@ def key_of(seed: int, n: int) -> int:
 
 
 def derive_seed(seed: int, n: int) -> int:
-    """The seed of the n-th request of a program whose own seed is `seed`."""
+    """The seed of the n-th request in a program with the seed `seed`."""
     return _mix(_mix(seed + MIX[1][1]) + n)
 
 
 def gumbel(key: Tensor, ids: Tensor) -> Tensor:
-    """Standard Gumbel noise, fp64, of keys and token ids, both int64 and broadcast against each other."""
+    """Standard Gumbel noise, fp64, for keys and token ids, both int64 and broadcast together."""
     x = key + (ids + 1) * _signed(GOLDEN)
     for shift, factor in (*MIX, (31, 1)):
         x ^= _shifted(x, shift)
@@ -44,5 +44,5 @@ def gumbel(key: Tensor, ids: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, n: int) -> Tensor:
-    """The bits of int64 shifted to the right, with zeros from the left."""
+    """int64 bits shifted right, filled with zeros."""
     return (x >> n).bitwise_and_((1 << (64 - n)) - 1)

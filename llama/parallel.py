@@ -1,8 +1,8 @@
-"""Linear layers cut across ranks, and the collectives between them.
+"""Linear layers split across ranks, and the collectives between them.
 
-The layers know the shape of a matrix and which part of it is theirs, nothing about Llama. Each is
-the tensor-parallel layer of Megatron-LM (Shoeybi et al. 2019, section 3) in a few lines: columns of
-one matrix, then rows of the next, then one all-reduce.
+The layers know the shape of a matrix and which part of it is theirs, and nothing about Llama. They
+are the tensor-parallel layers of Megatron-LM (Shoeybi et al. 2019, section 3) in a few lines: columns
+of one matrix, then rows of the next, then one all-reduce.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Span = tuple[int, int]
 
 
 def merged(spans: list[Span]) -> list[Span]:
-    """The same spans, in the same order, with each that begins where the last ended joined to it."""
+    """The same spans in the same order, with adjacent ones joined."""
     out = spans[:1]
     for start, stop in spans[1:]:
         if start == out[-1][1]:
@@ -29,7 +29,7 @@ def merged(spans: list[Span]) -> list[Span]:
 
 @dataclass(frozen=True)
 class ModelParallel:
-    """The ranks that hold one model together. The default is a world of one, without processes."""
+    """The ranks that share one model. The default is a single rank, without a process group."""
 
     rank: int = 0
     size: int = 1
@@ -37,24 +37,24 @@ class ModelParallel:
     source: int = 0  # global number of the group's first rank
 
     def span(self, n: int) -> Span:
-        """This rank's half-open part of `n` things; parts differ by one where n doesn't divide."""
+        """This rank's half-open part of `n` items; part sizes differ by at most one."""
         return n * self.rank // self.size, n * (self.rank + 1) // self.size
 
-    # The functional form of the collectives, which torch.compile takes whole.
+    # The functional form of the collectives, which torch.compile can trace.
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum of every rank's `x`."""
+        """The sum of all ranks' `x`."""
         if self.group is None or self.size == 1:
             return x
         ops = torch.ops._c10d_functional
         return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", self.group.group_name))
 
     def all_gather(self, x: Tensor, n: int) -> Tensor:
-        """Put together (…, n) from every rank's `span(n)` of the last dimension."""
+        """Assemble (…, n) from every rank's `span(n)` of the last dimension."""
         if self.group is None or self.size == 1:
             return x
         ops = torch.ops._c10d_functional
-        width = -(-n // self.size)  # a collective wants equal parts, so pad
+        width = -(-n // self.size)  # collectives need equal parts, so pad
         mine = F.pad(x, (0, width - x.shape[-1])).contiguous()
         all_ranks = ops.wait_tensor(ops.all_gather_into_tensor(mine, self.size, self.group.group_name))
         parts = all_ranks.unflatten(0, (self.size, -1))
@@ -64,14 +64,14 @@ class ModelParallel:
         return torch.cat([part[..., : b - a] for part, (a, b) in zip(parts, spans, strict=True)], -1)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """`x` of the group's first rank, in place."""
+        """Overwrite `x` with that of the group's first rank."""
         if self.size > 1:
             dist.broadcast(x, self.source, self.group)
         return x
 
 
 class Product(Protocol):
-    """x Wᵀ, (…, in) to (…, out), by a weight in whatever form; nbytes: what the weight takes."""
+    """x Wᵀ, (…, in) to (…, out), with a weight in any form; nbytes: the weight's size in bytes."""
 
     @property
     def nbytes(self) -> int: ...
@@ -80,7 +80,7 @@ class Product(Protocol):
 
 
 class Embedded(Product, Protocol):
-    """A product whose weight's rows can be looked up, too: embeddings that may serve as output layer."""
+    """A product that can also look up rows: embeddings that may double as the output layer."""
 
     def embed(self, tokens: Tensor) -> Tensor: ...
 
@@ -88,11 +88,11 @@ class Embedded(Product, Protocol):
 class Linear(nn.Module):
     """y = x Wᵀ without a bias, weight (out, in).
 
-    Every matrix of the model is applied here or in `Joined` and nowhere else, so that a backend
-    (packed, int8, int4) is chosen in one place, after loading, by walking the modules.
+    Every matrix of the model is applied either here or in `Joined`, so a backend (packed, int8, int4)
+    can be chosen in one place, after loading, by walking the modules.
     """
 
-    backend: Product | None = None  # in place of the weight
+    backend: Product | None = None  # replaces the weight
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Linear(nn.Module):
 
 
 class Sharded:
-    """What a loader must know of a sharded weight: `spans` of dimension `dim` of the whole `shape`."""
+    """What a loader needs to know about a sharded weight: `spans` of dimension `dim` of the full `shape`."""
 
     shape: tuple[int, int]
     dim: int
@@ -113,7 +113,7 @@ class Sharded:
 class ColumnParallelLinear(Linear, Sharded):
     """(…, in) to this rank's part of (…, out).
 
-    spans: rows of the whole weight that this rank holds, where it is not the plain n-th part.
+    spans: rows of the full weight that this rank holds; by default its `parallel.span`.
     """
 
     def __init__(
@@ -125,10 +125,10 @@ class ColumnParallelLinear(Linear, Sharded):
 
 
 class RowParallelLinear(Linear, Sharded):
-    """This rank's part of (…, in), by `spans`, to the whole (…, out), summed over the ranks."""
+    """This rank's part of (…, in), given by `spans`, to the full (…, out), summed over the ranks."""
 
     def __init__(self, in_features: int, out_features: int, parallel: ModelParallel, unit: int = 1) -> None:
-        """unit: features that stay together (a head), so that rank borders fall between them."""
+        """unit: features that must stay on one rank, such as a head's."""
         start, stop = parallel.span(in_features // unit)
         super().__init__((stop - start) * unit, out_features)
         self.shape, self.dim = (out_features, in_features), 1
@@ -140,9 +140,9 @@ class RowParallelLinear(Linear, Sharded):
 
 
 class VocabParallelEmbedding(nn.Module, Sharded):
-    """Token ids (…) to vectors (…, dim), the vocabulary split over the ranks."""
+    """Token ids (…) to vectors (…, dim), with the vocabulary split across the ranks."""
 
-    backend: Embedded | None = None  # in place of the weight
+    backend: Embedded | None = None  # replaces the weight
 
     def __init__(self, vocab_size: int, dim: int, parallel: ModelParallel) -> None:
         super().__init__()
@@ -164,9 +164,9 @@ class VocabParallelEmbedding(nn.Module, Sharded):
 
 
 class Joined(nn.Module):
-    """Linears that read the same input, as one matrix: (…, in) to (…, sum of their outs).
+    """Linear layers with the same input, applied as one matrix: (…, in) to (…, sum of their outs).
 
-    The parts stay registered, and named in a state dict, where they belong.
+    The parts stay registered, and named in the state dict, in their own modules.
     """
 
     backend: Product | None = None
@@ -174,10 +174,10 @@ class Joined(nn.Module):
 
     def __init__(self, *parts: Linear) -> None:
         super().__init__()
-        self.parts = parts  # a tuple, which does not register them here a second time
+        self.parts = parts  # a tuple, so that they are not registered a second time
 
     def join(self) -> None:
-        """Put the weights of the parts into one matrix, of which they become views."""
+        """Concatenate the parts' weights into one matrix and make them views of it."""
         self.weight = torch.cat([part.weight for part in self.parts])
         sizes = [len(part.weight) for part in self.parts]
         for part, rows in zip(self.parts, self.weight.split(sizes), strict=True):

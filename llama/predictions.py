@@ -18,7 +18,7 @@ from llama.tools.parser import ToolCall, add_deltas
 
 @dataclass
 class Answer:
-    """All events of one request, put together. stop: the stop string that ended it, if one did."""
+    """All events of one request, combined. stop: the stop string that ended it, if any."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Answer:
     stop: str | None = None
 
     def add(self, event: StreamEvent) -> None:
-        """Raises RuntimeError if the request failed."""
+        """Add an event. Raises RuntimeError if the request failed."""
         if event.finish_reason == "error":
             raise RuntimeError(event.error)
         self.text += event.text
@@ -60,7 +60,7 @@ def collect(events: Iterator[StreamEvent]) -> list[Answer]:
 
 
 class Scored(TypedDict, total=False):
-    """With `logprobs`, and `top_logprobs` if asked for."""
+    """With `logprobs`, and `top_logprobs` if requested."""
 
     tokens: list[str]  # each token as text
     logprobs: list[float]
@@ -75,7 +75,7 @@ class CompletionPrediction(Scored):
 class ChatPrediction(Scored):
     generation: Message
     finish_reason: FinishReason
-    categories: NotRequired[list[Category]]  # what a guard objected to
+    categories: NotRequired[list[Category]]  # the hazard categories that a guard reported
 
 
 def completion_prediction(answer: Answer, tokenizer: TextTokenizer, logprobs: bool) -> CompletionPrediction:

@@ -1,4 +1,4 @@
-"""Prompts with images: from what a caller says to token ids, and to images as the model reads them."""
+"""Prompts with images: from what a caller passes to token ids and to images as the model reads them."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +15,7 @@ Encoded = tuple[list[list[int]], list[list[ImageSource]]]  # ids of prompts, and
 
 
 def encode_texts(prompts: Iterable[Any], model: Transformer, tokenizer: TextTokenizer) -> Encoded:
-    """Ids and images of prompts, each of which is text or parts. Raises ArgumentError for others."""
+    """Ids and images of prompts, each of them text or a list of parts. Raises ArgumentError otherwise."""
     ids, images = [], []
     for prompt in entries(prompts, "prompts"):
         content, found = split_content(prompt)
@@ -35,10 +35,10 @@ def encode_dialogs(
     tokenizer: TextTokenizer,
     formatter: DialogFormat,
 ) -> tuple[list[Dialog], list[list[int]], list[list[ImageSource]]]:
-    """Dialogs without their images, the ids that ask for their next messages, and the images.
+    """Dialogs without their images, the ids that prompt for the next messages, and the images.
 
-    Raises ArgumentError for a dialog that the chat format cannot hold, PromptError for images if the
-    model reads text only.
+    Raises ArgumentError for a dialog that the chat format cannot represent, PromptError for images if
+    the model reads text only.
     """
     bare, ids, images = [], [], []
     for given in entries(dialogs, "dialogs"):
@@ -59,7 +59,7 @@ def with_image_token(ids: list[int], model: Transformer, tokenizer: TextTokenize
 
 
 def tiled(image: ImageSource | TiledImage, model: Transformer) -> TiledImage:
-    """An image as a model reads it. Raises PromptError if the model reads text only, or for a bad image."""
+    """An image as a model reads it. Raises PromptError if it is invalid or the model reads text only."""
     args = sighted(model).params
     if isinstance(image, TiledImage):
         return image

@@ -1,13 +1,13 @@
-"""Weights of 8, 5 and 4 bits: what is stored, how it is made, and what it stands for.
+"""Weights in 8, 5 and 4 bits: what is stored, how it is computed, and what it means.
 
-The inputs of every output row are cut into groups of 32, each with a scale, and below 8 bits a minimum:
+The inputs of every output row are split into groups of 32, each with a scale and, below 8 bits, a minimum:
 
     8 bits        w = scale · q          q = -127 … 127
     5 and 4 bits  w = scale · q + min    q = 0 … 31 and 0 … 15
 
-Scale and minimum are fp16, and the values of a group lie together as in llama.cpp's Q8_0, Q5_1 and Q4_1,
-so a block of a GGUF file is a group as it stands. Embeddings and the output layer, which suffer most from
-few bits, always have 8. Nothing here knows of files, devices or kernels.
+Scale and minimum are fp16, and a group's values are laid out as in llama.cpp's Q8_0, Q5_1 and Q4_1, so a
+block of a GGUF file can be used as a group directly. Embeddings and the output layer, which suffer most
+from low precision, always have 8 bits. Nothing here knows about files, devices or kernels.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"  # the weights that always have 8 bits
-LEARNABLE = "learnable_embedding.weight"  # of a vision model: more embeddings
+LEARNABLE = "learnable_embedding.weight"  # a vision model's additional embeddings
 GROUP = 32  # inputs that share a scale
-BITS = {"int8": 8, "int5": 5, "int4": 4}  # of the matrices of a layer, by the name of a scheme
-QUANTIZATIONS = tuple(BITS)  # that a folder can hold
+BITS = {"int8": 8, "int5": 5, "int4": 4}  # of a layer's matrices, by scheme
+QUANTIZATIONS = tuple(BITS)  # the schemes that a folder can hold
 SCHEMES = (*QUANTIZATIONS, "fp8")
-LAYOUT = 2  # the version of what a folder holds of a `QuantizedMatrix`
+LAYOUT = 2  # version of how a folder stores a `QuantizedMatrix`
 GROUP_BYTES = {8: 32, 5: 20, 4: 16}
-# What a weight takes at most, in bits, with its share of the scale and the minimum.
+# Most bits that a weight takes, including its share of the scale and the minimum.
 STORED_BITS = {8: 8.5, 5: 6.0, 4: 5.0}
-CHUNK = 2**18  # weights that are quantized or dequantized at once: their fp32 copies stay in a core's cache
+CHUNK = 2**18  # weights quantized or dequantized at once, so that their fp32 copies stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class QuantizedMatrix:
     """A matrix (out, in) in groups of 32 inputs.
 
     values: (out, in / 32, bytes of a group). int8, 32 bytes, for 8 bits. uint8, 16 bytes, for 4 bits: byte j
-        has input j in its low half and input j + 16 in its high one. uint8, 20 bytes, for 5 bits: 4 bytes
-        with the fifth bits, input 0's lowest in the first, then 16 bytes as for 4 bits.
+        has input j in its low half and input j + 16 in its high half. uint8, 20 bytes, for 5 bits: 4 bytes
+        of fifth bits, with input 0's lowest in the first byte, then 16 bytes as for 4 bits.
     scales: fp16 (out, in / 32).
     mins: fp16 (out, in / 32). None for 8 bits, and for values around zero: then min = -2^(bits - 1) · scale.
     """
@@ -64,7 +64,7 @@ class QuantizedMatrix:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def narrow(self, dim: int, start: int, stop: int) -> Weight:
-        """Rows (dim 0) or inputs (dim 1) `start` to `stop`: a view, or fp32 if that cuts through groups."""
+        """Rows (dim 0) or inputs (dim 1) `start` to `stop`: a view, or fp32 if that splits groups."""
         unit = GROUP if dim else 1
         first, last = start // unit, -(-stop // unit)
         whole = QuantizedMatrix(*(tensor.narrow(dim, first, last - first) for tensor in self.tensors))
@@ -73,7 +73,7 @@ class QuantizedMatrix:
         return whole.dequantize().narrow(dim, start - first * unit, stop - start)
 
     def with_mins(self) -> QuantizedMatrix:
-        """The same with minima, if it has fewer than 8 bits."""
+        """The same with explicit minima, if it has fewer than 8 bits."""
         if self.bits == 8 or self.mins is not None:
             return self
         return QuantizedMatrix(self.values, self.scales, self.scales * -(2 ** (self.bits - 1)))
@@ -82,11 +82,11 @@ class QuantizedMatrix:
         return QuantizedMatrix(*(tensor.to(device) for tensor in self.tensors))
 
     def contiguous(self) -> QuantizedMatrix:
-        """In memory of its own, where this is a view of a mapped file with something between the groups."""
+        """A contiguous copy, if this is a view of a mapped file with gaps between the groups."""
         return QuantizedMatrix(*(tensor.contiguous() for tensor in self.tensors))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix (out, in) that this stands for."""
+        """The matrix (out, in) that this represents."""
         out = torch.empty(self.shape, dtype=dtype, device=self.values.device)
         rows = max(1, (CHUNK if out.device.type == "cpu" else 2**26) // self.shape[1])
         for part, *tensors in zip(out.split(rows), *(t.split(rows) for t in self.tensors), strict=True):
@@ -94,7 +94,7 @@ class QuantizedMatrix:
         return out
 
     def widened(self) -> Tensor:
-        """The same as fp32 (out, in / 32, 32), all at once, in operators that a compiler fuses."""
+        """The same as fp32 (out, in / 32, 32), all at once, with operators that a compiler fuses."""
         scales = self.scales.float()[..., None]
         mins = self.with_mins().mins
         if mins is None:
@@ -106,13 +106,13 @@ class QuantizedMatrix:
 
 
 def spread(packed: Tensor, bits: int) -> Tensor:
-    """The parts of bytes (…, n), `bits` wide each, lowest first: (…, 8 / bits, n)."""
+    """Split bytes (…, n) into fields of `bits` bits, lowest first: (…, 8 / bits, n)."""
     places = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
     return packed[..., None, :] >> places[:, None] & 2**bits - 1
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """uint8 values (…, 32) of 5 or 4 bits as a `QuantizedMatrix` has them."""
+    """uint8 values (…, 32) of 5 or 4 bits, packed as in a `QuantizedMatrix`."""
     halves = values[..., :16] & 15 | values[..., 16:] << 4
     if bits == 4:
         return halves
@@ -125,12 +125,12 @@ Weight: TypeAlias = Tensor | QuantizedMatrix  # (out, in)
 
 
 def alike(weights: Sequence[Weight]) -> bool:
-    """Whether weights can be `joined` as they are."""
+    """Whether weights can be `joined` directly."""
     return len({(w.bits, w.mins is None) if isinstance(w, QuantizedMatrix) else None for w in weights}) == 1
 
 
 def joined(weights: Sequence[Weight], dim: int = 0) -> Weight:
-    """Weights that are alike, one behind the other: their rows (dim 0) or their inputs (dim 1)."""
+    """Weights that are `alike`, concatenated by rows (dim 0) or inputs (dim 1)."""
     if len(weights) == 1:
         return weights[0]
     parts = zip(*(w.tensors if isinstance(w, QuantizedMatrix) else [w] for w in weights), strict=True)
@@ -139,22 +139,22 @@ def joined(weights: Sequence[Weight], dim: int = 0) -> Weight:
 
 
 def plain(weight: Weight) -> Tensor:
-    """A weight as a tensor: itself, or fp32 if it is quantized."""
+    """A weight as a tensor: itself, or dequantized to fp32."""
     return weight.dequantize() if isinstance(weight, QuantizedMatrix) else weight
 
 
 def few_bits(scheme: str | None, name: str) -> int | None:
-    """The bits that a scheme gives a weight, by its name; None if it leaves weights as they are."""
-    if scheme not in BITS or not name.endswith(".weight"):  # others are no matrices: biases, positions
+    """The bits that a scheme gives a weight, by its name; None if it leaves the weight unquantized."""
+    if scheme not in BITS or not name.endswith(".weight"):  # others are not matrices: biases, positions
         return None
     return 8 if name in (EMBEDDINGS, OUTPUT, LEARNABLE) else BITS[scheme]
 
 
 def quantize(weight: Weight, bits: int | None, importance: Tensor | None = None) -> Weight:
-    """A matrix (out, in) in 8, 5 or 4 bits; itself if it has as few already, or does not divide into groups.
+    """A matrix (out, in) in 8, 5 or 4 bits; unchanged if it has as few already or does not fit into groups.
 
-    bits: None for none of these: itself.
-    importance: (in) how much an error of each input's weights counts; by default all alike.
+    bits: None leaves the matrix unchanged.
+    importance: (in) how much an error in each input's weights counts; by default all count the same.
     """
     if bits is None:
         return weight
@@ -171,7 +171,7 @@ def quantize(weight: Weight, bits: int | None, importance: Tensor | None = None)
     counts = None if importance is None else importance.float().view(-1, GROUP).repeat(weight.shape[0], 1)
     for start in range(0, len(groups), CHUNK // GROUP):
         span = slice(start, start + CHUNK // GROUP)
-        # Groups side by side, so that a sum over one is a sum of long vectors.
+        # Transposed, so that a sum over a group is a sum of long vectors.
         part = groups[span].float().T.contiguous()
         if bits == 8:
             scale = (part.abs().amax(0) / 127).half()
@@ -187,7 +187,7 @@ def quantize(weight: Weight, bits: int | None, importance: Tensor | None = None)
 
 
 def _search(w: Tensor, levels: int, counts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Values 0 … levels (32, n), scales and minima (n), fp16, with the least (weighted) square error found.
+    """Values 0 … levels (32, n), scales and minima (n), fp16, with the smallest weighted squared error found.
 
     w: groups (32, n). counts: the weight of each error, (32, n).
     """
@@ -200,10 +200,10 @@ def _search(w: Tensor, levels: int, counts: Tensor | None) -> tuple[Tensor, Tens
 
 
 def _fit(w: Tensor, levels: int, counts: Tensor, clip: float) -> tuple[Tensor, ...]:
-    """Error, values, scale and minimum that a search ends with which begins at a share of each range.
+    """Error, values, scale and minimum found by a search that starts from a fraction `clip` of each range.
 
-    Given values, the best scale and minimum are those of a linear regression; given these, the best values
-    are the nearest ones. So each is found from the other in turn.
+    Given the values, the best scale and minimum are those of a linear regression; given these, the best
+    values are the nearest ones. So the two are computed alternately.
     """
     low, high, mean = w.amin(0), w.amax(0), (counts * w).sum(0)
     scale = ((high - low) * (clip / levels)).clamp_(min=1e-7)

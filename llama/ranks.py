@@ -1,6 +1,6 @@
-"""Joining the ranks that `torchrun` started, leaving them, and losing one.
+"""Joining the ranks that `torchrun` started, leaving them, and handling a lost one.
 
-fairscale owns the topology, because code around this package asks fairscale for it.
+fairscale owns the topology, because callers' code queries it from fairscale.
 """
 
 import atexit
@@ -16,9 +16,9 @@ from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defin
 from llama.errors import ArgumentError, RankError
 from llama.parallel import ModelParallel
 
-# How many live `Llama`s use the process group that `connect` made. It goes down with the last one.
+# How many live `Llama`s use the process group that `connect` made. The last one destroys it.
 _users = 0
-_groups = 0  # that `connect` has made so far
+_groups = 0  # how many groups `connect` has made so far
 _owner = False
 
 
@@ -26,9 +26,9 @@ def connect(model_parallel_size: int | None, device: torch.device) -> ModelParal
     """Join this process to its model-parallel group, as `torchrun` describes it.
 
     Without `torchrun` (no RANK in the environment) and without a process group made by the caller,
-    this is a world of one, with no rendezvous. Every `connect` wants one `disconnect`.
+    this is a single rank, without rendezvous. Every `connect` needs one `disconnect`.
 
-    Raises ValueError where `model_parallel_size` does not fit the number of processes.
+    Raises ValueError if `model_parallel_size` does not fit the number of processes.
     """
     global _users, _groups, _owner
     if not dist.is_initialized():
@@ -40,8 +40,8 @@ def connect(model_parallel_size: int | None, device: torch.device) -> ModelParal
                 )
             _users += 1
             return ModelParallel()
-        # A prefix of its own for each group: torchrun's store outlives them, and a second group of the
-        # same process would find the addresses of the first.
+        # Each group gets its own prefix: torchrun's store outlives the groups, and a process's second
+        # group would find the addresses of the first.
         store, rank, size = next(rendezvous("env://"))
         _groups += 1
         dist.init_process_group(
@@ -51,7 +51,7 @@ def connect(model_parallel_size: int | None, device: torch.device) -> ModelParal
             world_size=size,
             device_id=device if device.type == "cuda" else None,
         )
-        if device.type == "cuda":  # or all ranks would allocate and capture on the first one's
+        if device.type == "cuda":  # otherwise all ranks would allocate and capture on the first device
             torch.cuda.set_device(device)
         _owner = True
         atexit.register(_shut_down)
@@ -63,7 +63,7 @@ def connect(model_parallel_size: int | None, device: torch.device) -> ModelParal
         size = model_parallel_size or world
         if size < 1 or world % size:
             raise ArgumentError(f"model_parallel_size={size} does not divide the {world} processes")
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints three lines of its own
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints three lines
             topology.initialize_model_parallel(size)
     size = topology.get_model_parallel_world_size()
     if model_parallel_size not in (None, size):
@@ -76,7 +76,7 @@ def connect(model_parallel_size: int | None, device: torch.device) -> ModelParal
 
 
 def current() -> ModelParallel:
-    """The model-parallel group that fairscale knows, or a world of one."""
+    """fairscale's model-parallel group, or a single rank."""
     if not (dist.is_available() and dist.is_initialized()):
         return ModelParallel()
     from fairscale.nn.model_parallel import initialize as topology
@@ -92,7 +92,7 @@ def current() -> ModelParallel:
 
 
 def disconnect() -> None:
-    """Give back one `connect`; the last one takes down the process group if `connect` made it."""
+    """Undo one `connect`; the last one destroys the process group if `connect` made it."""
     global _users
     _users -= 1
     if _users == 0:
@@ -111,9 +111,9 @@ def _shut_down() -> None:
 
 @contextlib.contextmanager
 def together(parallel: ModelParallel) -> Iterator[None]:
-    """A block, without collectives in it, that fails on every rank if it fails on one.
+    """A context, with no collectives inside, that fails on every rank if it fails on one.
 
-    Without this a rank with a bad file would leave, and the others would wait for it for ever.
+    Without it, a rank with a bad file would exit while the others waited for it forever.
     """
     error = None
     try:
@@ -130,7 +130,7 @@ def together(parallel: ModelParallel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lost_rank_as_error(parallel: ModelParallel) -> Iterator[None]:
-    """Say in one sentence what a broken connection means, where torch gives an address and a stack."""
+    """Replace torch's traceback for a broken connection by a RankError that says what it means."""
     try:
         yield
     except RuntimeError as error:

@@ -1,9 +1,9 @@
-"""From logits to tokens: penalties, temperature, what is kept of the distribution, seeds, logprobs.
+"""From logits to tokens: penalties, temperature, truncation of the distribution, seeds, logprobs.
 
-Every request is sampled by its own parameters, its own tokens and its own seed. A draw is by Gumbel-max
-(Maddison et al. 2014, section 2): the token with the largest logit / temperature + noise, where the noise
-is a hash of seed, number of the draw and token id. So a request draws the same tokens in any batch, after
-a restart and on any number of ranks: rounding can change a draw only if two sums nearly tie.
+Every request is sampled with its own parameters, tokens and seed. Draws use the Gumbel-max trick
+(Maddison et al. 2014, section 2): pick the token with the largest logit / temperature + noise, where the
+noise is a hash of seed, draw number and token id. A request therefore draws the same tokens in any batch,
+after a restart and on any number of ranks; rounding can change a draw only if two sums nearly tie.
 """
 
 import math
@@ -17,8 +17,8 @@ from llama.device import to_device
 from llama.noise import gumbel, key_of
 from llama.sampling_params import SamplingParams as SamplingParams
 
-# A nucleus is looked for among this many most likely tokens first: to sort a whole vocabulary of
-# 128,256 costs 20 times as much. If it does not fit, all are sorted.
+# Look for the nucleus among this many most likely tokens first: sorting a vocabulary of 128,256 costs
+# 20 times as much. If the nucleus does not fit, all tokens are sorted.
 NUCLEUS_SHORTCUT = 1024
 
 BROKEN = -1  # in place of a token: the logits are not finite
@@ -26,19 +26,19 @@ FORBIDDEN = -2  # in place of a token: biases or a constraint allow none
 
 
 class Constraint(Protocol):
-    """Which tokens may come next in one request, as a grammar decides.
+    """Decides which tokens may come next in one request, for example by a grammar.
 
-    It is given the whole answer so far each time, so it may keep a state of its own and catch up.
+    Each call gets the whole answer so far, so an implementation may keep state and catch up.
     """
 
     def mask(self, answer: Sequence[int], logits: Tensor) -> None:
-        """Set the logits, fp32 (vocab_size), of tokens that must not follow to -inf, in place."""
+        """Set the logits, fp32 (vocab_size), of disallowed tokens to -inf, in place."""
 
     def forced(self, answer: Sequence[int]) -> Sequence[int]:
-        """The tokens that must follow whatever the model says; none if it has a choice."""
+        """The tokens that must follow, whatever the logits; empty if the model has a choice."""
 
     def finished(self, answer: Sequence[int]) -> bool:
-        """Whether the answer is complete, so that the request ends."""
+        """Whether the answer is complete, which ends the request."""
 
 
 class Sampled(Protocol):
@@ -51,11 +51,11 @@ class Sampled(Protocol):
 
 
 class Columns(NamedTuple):
-    """The parameters of some rows that draw, as tensors (n, 1), fp32 if not said otherwise."""
+    """The parameters of rows to draw from, as tensors (n, 1), fp32 unless noted."""
 
     rows: Tensor  # int64 (n): which rows of the logits
-    look: int  # how many most likely tokens to look at; 0: all, for they are all kept, but for min_p
-    key: Tensor  # int64: of the noise
+    look: int  # how many most likely tokens to consider; 0: all, because only min_p can drop any
+    key: Tensor  # int64: key of the noise
     temperature: Tensor
     top_p: Tensor
     top_k: Tensor
@@ -63,9 +63,9 @@ class Columns(NamedTuple):
 
 
 def sample(logits: Tensor, requests: Sequence[Sampled]) -> Tensor:
-    """The next token of each request: int64 (N) from fp32 logits (N, vocab_size), which stay as they are.
+    """The next token of each request: int64 (N) from fp32 logits (N, vocab_size), left unmodified.
 
-    BROKEN or FORBIDDEN stands for a token that cannot be chosen.
+    If no token can be chosen, it is BROKEN or FORBIDDEN.
     """
     device, (_, vocab_size) = logits.device, logits.shape
     if device.type == "mps":
@@ -85,7 +85,7 @@ def sample(logits: Tensor, requests: Sequence[Sampled]) -> Tensor:
 def adjust(logits: Tensor, request: Sampled) -> None:
     """Apply a request's penalties, bias and constraint to its own logits, fp32 (vocab_size), in place.
 
-    In fp64 and then relative to the largest, so that large penalties lose no digits of small logits.
+    Computed in fp64, then relative to the largest, so that large penalties cost small logits no digits.
     """
 
     def to_tensor(ids: Sequence[int]) -> Tensor:
@@ -94,18 +94,18 @@ def adjust(logits: Tensor, request: Sampled) -> None:
     params, prompt, answer = request.params, request.prompt, request.tokens
     exact = logits.double()
     if params.repetition_penalty != 1:
-        ids = to_tensor([token for token in (*prompt, *answer) if token < len(exact)])  # no image token
+        ids = to_tensor([token for token in (*prompt, *answer) if token < len(exact)])  # skip image tokens
         seen, penalty = exact[ids], params.repetition_penalty
         exact[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
     if answer and (params.presence_penalty or params.frequency_penalty):
         ids = to_tensor(answer)
-        exact[ids] = exact[ids] - params.presence_penalty  # once, however often an id is there
+        exact[ids] = exact[ids] - params.presence_penalty  # once, even for repeated ids
         exact.index_add_(0, ids, exact.new_full(ids.shape, -params.frequency_penalty))
     if params.logit_bias:
         biases = to_device(list(params.logit_bias.values()), logits.device, torch.float64)
         exact[to_tensor(list(params.logit_bias))] += biases
     if params.adjusts:
-        logits.copy_(exact - exact.max().clamp(min=-1e300))  # clamped for when all are -inf
+        logits.copy_(exact - exact.max().clamp(min=-1e300))  # clamped in case all are -inf
     if request.constraint:
         request.constraint.mask(answer, logits)
 
@@ -119,8 +119,8 @@ def columns(
 ) -> list[Columns]:
     """The parameters of rows of logits, in groups that `choose` treats alike; greedy rows are left out.
 
-    draws: each row's parameters and how many tokens its request has drawn before.
-    everything: look at all tokens, for the rows that `choose` wants to look at again.
+    draws: each row's parameters, and how many tokens its request has drawn already.
+    everything: consider all tokens, for rows that `choose` marked to look at again.
     """
     groups: dict[int, list[int]] = {}
     for row, (params, _) in enumerate(draws):
@@ -136,7 +136,7 @@ def columns(
     for look, rows in groups.items():
         some = [draws[row] for row in rows]
         keys = [key_of(params.seed, n) for params, n in some]
-        # Temperatures beyond these would be 0 or infinite in fp32.
+        # Temperatures outside these limits would be 0 or infinite in fp32.
         numbers = [
             (min(max(p.temperature, 1e-30), 1e30), p.top_p, p.top_k or vocab_size, p.min_p) for p, _ in some
         ]
@@ -149,10 +149,10 @@ def choose(logits: Tensor, columns: Sequence[Columns]) -> tuple[Tensor, Tensor]:
     """The next token of each row, without waiting for the device.
 
     logits: fp32 (N, vocab_size).
-    columns: of the rows that draw; the others get their most likely token.
+    columns: the rows to draw from; the others get their most likely token.
 
-    Returns the tokens, int64 (N), or BROKEN or FORBIDDEN; and bool (N), whether more tokens are kept
-    than were looked at, so that the row must be looked at again.
+    Returns the tokens, int64 (N), BROKEN or FORBIDDEN if there is none; and bool (N), True if a row
+    keeps more tokens than were considered and must be looked at again.
     """
     best = logits.amax(-1)
     again = torch.zeros_like(best, dtype=torch.bool)
@@ -167,7 +167,7 @@ def choose(logits: Tensor, columns: Sequence[Columns]) -> tuple[Tensor, Tensor]:
 
 def _draw(logits: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
     """Draw from the nucleus (Holtzman et al. 2020, section 3.1) of the top_k (Fan et al. 2018, section
-    5.4), less what min_p drops (Nguyen et al. 2024, section 3). Returns as `choose`."""
+    5.4), without what min_p drops (Nguyen et al. 2024, section 3). Returns the same as `choose`."""
     _, look, key, temperature, top_p, top_k, min_p = columns
     vocab_size = logits.shape[-1]
     if look:
@@ -176,7 +176,7 @@ def _draw(logits: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
     else:
         top, ids = logits, torch.arange(vocab_size, device=logits.device)[None]
         best = logits.amax(-1, keepdim=True)
-    # Relative to the best, so that no temperature is too low.
+    # Relative to the best, so that no temperature overflows.
     total = ((logits - best) / temperature).logsumexp(-1, keepdim=True)
     probs = ((top - best) / temperature - total).exp()
     dropped = probs < min_p * (-total).exp()
@@ -189,7 +189,7 @@ def _draw(logits: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
         dropped |= (before > share) | beyond
         if look < vocab_size:
             again = ~(dropped[:, -1] | (before[:, -1] + probs[:, -1] > share[:, 0]))
-            again |= (limited & (top_k > look))[:, 0]  # the sum of their top_k is not known
+            again |= (limited & (top_k > look))[:, 0]  # the sum of the top_k is unknown
     scores = (top - best).double() / temperature + gumbel(key, ids)
     chosen = scores.masked_fill(dropped, -math.inf).argmax(-1, keepdim=True)
     return ids.expand_as(top).gather(-1, chosen)[:, 0], again
@@ -201,7 +201,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def top_logprobs(logits: Tensor, n: int) -> list[list[tuple[int, float]]]:
-    """For each row of fp32 logits (N, vocab_size) the n most likely ids with log p, best first."""
+    """For each row of fp32 logits (N, vocab_size), the n most likely ids with log p, best first."""
     top, ids = logits.topk(min(n, logits.shape[-1]), -1)
     logprobs = top - logits.logsumexp(-1, keepdim=True)
     return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), logprobs.tolist(), strict=True)]

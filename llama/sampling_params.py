@@ -1,4 +1,4 @@
-"""How a request is sampled: the options, by their common names, and their ranges."""
+"""How a request is sampled: the options, under their common names, and their valid ranges."""
 
 import math
 import sys
@@ -7,31 +7,31 @@ from dataclasses import dataclass, field
 
 from llama.errors import ArgumentError
 
-LARGEST = 1e9  # penalty or bias: fp64 still tells apart logits that they are added to
+LARGEST = 1e9  # penalty or bias: logits stay distinguishable after adding it in fp64
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is sampled. Raises ArgumentError if a value is out of its range.
+    """How one request is sampled. Raises ArgumentError if a value is out of range.
 
-    The order in which they apply: repetition_penalty, presence_penalty and frequency_penalty,
-    logit_bias, temperature, top_k, top_p, min_p. Logprobs are of the raw logits, before all of them.
+    Applied in this order: repetition_penalty, presence_penalty and frequency_penalty, logit_bias,
+    temperature, top_k, top_p, min_p. Logprobs are those of the raw logits, before any of these.
 
     temperature: divides the logits; 0 picks the most likely token.
-    top_p: of the tokens sorted by probability, drop one if those before it sum to more.
+    top_p: drop a token if the more likely tokens already sum to more than this probability.
     top_k: keep only the k most likely tokens; top_p then applies to their renormalised probabilities.
-    min_p: drop tokens less likely than this share of the most likely one.
+    min_p: drop tokens whose probability is below this fraction of the most likely token's.
     repetition_penalty: divides positive and multiplies negative logits of all tokens in the prompt and
-      the answer (Keskar et al. 2019, section 4.1); 1 changes nothing.
-    presence_penalty: subtracted from the logit of each token in the answer so far.
-    frequency_penalty: the same, times the number of its occurrences in the answer so far.
-    logit_bias: added to the logits of these token ids; -inf forbids one.
-    seed: of the request's own draws, any integer.
-    max_tokens: new tokens at most; None: as many as the context has room for.
-    logprobs: return the log-probabilities of the tokens generated.
-    prompt_logprobs: of the prompt's tokens too; the first one's is 0.
-    top_logprobs: with them, the ids and log-probabilities of this many most likely tokens.
-    stop_token_ids: end the answer, and are not part of it.
+      the answer (Keskar et al. 2019, section 4.1); 1 has no effect.
+    presence_penalty: subtracted from the logit of each token that occurs in the answer so far.
+    frequency_penalty: the same, times the token's number of occurrences in the answer so far.
+    logit_bias: added to the logits of these token ids; -inf forbids a token.
+    seed: for this request's random draws; any integer.
+    max_tokens: maximum number of new tokens; None: as many as the context has room for.
+    logprobs: return the log-probabilities of the generated tokens.
+    prompt_logprobs: return those of the prompt's tokens too; the first token's is 0.
+    top_logprobs: also return the ids and log-probabilities of this many most likely tokens.
+    stop_token_ids: ids that end the answer and are not part of it.
     """
 
     temperature: float = 0.6
@@ -59,7 +59,7 @@ class SamplingParams:
         check("top_p", "a number from 0 to 1", _number(self.top_p, 0, 1))
         check("top_k", "a whole number, 1 or more, or None", self.top_k is None or _whole(self.top_k, 1))
         check("min_p", "a number from 0 to 1", _number(self.min_p, 0, 1))
-        penalty = f"a number from {1 / LARGEST} to {LARGEST} (1 changes nothing)"
+        penalty = f"a number from {1 / LARGEST} to {LARGEST} (1 has no effect)"
         check("repetition_penalty", penalty, _number(self.repetition_penalty, 1 / LARGEST))
         for name in ("presence_penalty", "frequency_penalty"):
             check(name, f"a number from {-LARGEST} to {LARGEST}", _number(getattr(self, name)))
@@ -80,7 +80,7 @@ class SamplingParams:
 
     @property
     def adjusts(self) -> bool:
-        """Whether the logits change before the temperature applies."""
+        """Whether the logits change before the temperature is applied."""
         return bool(
             self.logit_bias or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
         )

@@ -1,4 +1,4 @@
-"""From the engine's events to those of a caller: pieces of text and calls, as they become certain."""
+"""From the engine's events to the caller's: pieces of text and tool calls, as soon as they are final."""
 
 import asyncio
 import contextlib
@@ -23,8 +23,9 @@ FinishReason = EngineReason | Literal["tool_calls", "content_filter"]
 class Stats:
     """Counts and speed of one request.
 
-    reused_tokens: of the prompt's, those that the KV cache held already. first_token_seconds: until
-    the first token was read, a wait for a slot included. tokens_per_second: of those after it.
+    reused_tokens: prompt tokens that were in the KV cache already.
+    first_token_seconds: time to the first token, including any wait for a slot.
+    tokens_per_second: rate of the tokens after the first.
     """
 
     prompt_tokens: int
@@ -36,18 +37,18 @@ class Stats:
 
 @dataclass(frozen=True)
 class StreamEvent:
-    """One token of one request, or its end: then `finish_reason` and `stats` are not None.
+    """One token of one request, or its end, which has `finish_reason` and `stats`.
 
-    index: which answer of the call: those to the first prompt come first.
-    text: what became certain of the text. It may be behind `token`, where that ends in the middle of a
-    character or of what may become a stop string; all pieces joined are the whole text.
-    logprob, top_logprobs: of the token, if asked for; ids and log-probabilities, most likely first.
-    tool_calls: what became certain of the calls that the answer makes, if it was given tools.
+    index: which answer of the call; those to the first prompt come first.
+    text: text that is now final. It lags behind `token` if that ends within a character or within what
+    may become a stop string; joined, the pieces are the whole text.
+    logprob, top_logprobs: of the token, if requested; ids and log-probabilities, most likely first.
+    tool_calls: the parts of tool calls that are now final.
     finish_reason: "stop" (a stop token or string), "length" (max_gen_len or the context is used up),
-    "tool_calls" (the answer calls tools), "content_filter" (a guard refused the question or the answer),
-    "cancelled", or "error", and then `error` says what is wrong.
-    categories: what a guard objected to.
-    stop: the stop string that ended the answer, if one did.
+    "tool_calls" (the answer calls tools), "content_filter" (a guard blocked the question or the answer),
+    "cancelled", or "error", in which case `error` has the message.
+    categories: the hazard categories that a guard reported.
+    stop: the stop string that ended the answer, if any.
     """
 
     index: int
@@ -66,8 +67,8 @@ class StreamEvent:
 class Reader:
     """Turns the engine's events of one request into stream events.
 
-    index: which answer of the call it is.
-    cancel: ends the request, once nothing counts any more that the model would go on to say.
+    index: which answer of the call this is.
+    cancel: ends the request once the rest of its output would be ignored.
     """
 
     def __init__(
@@ -80,17 +81,17 @@ class Reader:
         self._called = False
         self._echo = source.echo
         self._began = time.perf_counter()
-        self._first = 0.0  # when the first token came
+        self._first = 0.0  # when the first token arrived
         self._count = 0
 
     def read(self, event: Event) -> Iterator[StreamEvent]:
-        """What an event brings."""
+        """The stream events that an engine event leads to."""
         if self._echo and event.finish_reason not in ("error", "cancelled"):
             self._echo = False
             yield from self._prompt(event.request)
         if event.finish_reason:
             yield self._end(event)
-        elif event.token is not None and not self._complete:  # else the engine ran ahead
+        elif event.token is not None and not self._complete:  # otherwise the engine ran ahead
             self._first = self._first or time.perf_counter()
             self._count += 1
             piece, calls = self._parse(self._text.push(event.token))
@@ -102,11 +103,11 @@ class Reader:
 
     @property
     def _complete(self) -> bool:
-        """Whether nothing that the model would go on to say counts."""
+        """Whether the rest of the model's output would be ignored."""
         return self._text.stopped is not None or (self._tools is not None and self._tools.complete)
 
     def _parse(self, text: str, ended: bool = False) -> tuple[str, tuple[Delta, ...]]:
-        """What is content in a piece of text, and what belongs to calls."""
+        """Split a piece of text into content and parts of tool calls."""
         if self._tools is None:
             return text, ()
         deltas = self._tools.push(text) + (self._tools.finish() if ended else [])
@@ -146,7 +147,7 @@ class Reader:
 def create_reader(
     tokenizer: Decoder, source: TextRequest, index: int, cancel: Callable[[], object]
 ) -> EventReader:
-    """The reader that a request wants. For the arguments see `Reader`."""
+    """The reader for a request. For the arguments see `Reader`."""
     reader = Reader(tokenizer, source, index, cancel)
     return ReviewedReader(reader, source.review, cancel) if source.review else reader
 
@@ -155,7 +156,7 @@ def create_reader(
 def _queued(
     engine: Engine, tokenizer: Decoder, sources: Sequence[TextRequest]
 ) -> Iterator[dict[Request, EventReader]]:
-    """Queue requests, each with its reader; cancel at the end those that have not ended."""
+    """Queue requests, each with its reader; on exit, cancel those that have not ended."""
     readers: dict[Request, EventReader] = {}
     try:
         for index, source in enumerate(sources):
@@ -173,7 +174,7 @@ def _queued(
 
 
 def refusals(sources: Sequence[TextRequest]) -> list[StreamEvent]:
-    """The ends of what a guard refused before it began."""
+    """The final events of requests that a guard blocked before they began."""
     return [
         StreamEvent(index, finish_reason="content_filter", categories=source.review.refused)
         for index, source in enumerate(sources)
@@ -184,7 +185,7 @@ def refusals(sources: Sequence[TextRequest]) -> list[StreamEvent]:
 def stream(
     engine: Engine, tokenizer: Decoder, sources: Sequence[TextRequest]
 ) -> Generator[StreamEvent, None, None]:
-    """Run requests, and yield what comes of them. Closing it cancels what has not ended.
+    """Run requests and yield their events. Closing the stream cancels requests that have not ended.
 
     Raises what `Engine.add` raises.
     """
@@ -197,9 +198,9 @@ def stream(
 async def astream(
     engine: Engine, tokenizer: Decoder, sources: Sequence[TextRequest] | Callable[[], Sequence[TextRequest]]
 ) -> AsyncGenerator[StreamEvent, None]:
-    """`stream` for asyncio. A thread runs the requests, however slowly the caller takes the events.
+    """`stream` for asyncio. A thread runs the requests, however slowly the caller reads the events.
 
-    sources: or what makes them and takes its time, in a thread of its own.
+    sources: the requests, or a slow function that returns them, which runs in a thread.
     """
     if callable(sources):
         sources = await asyncio.to_thread(sources)
@@ -209,12 +210,12 @@ async def astream(
 
     def run(readers: Mapping[Request, EventReader]) -> None:
         def post(event: StreamEvent | Exception | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody listens any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody is listening
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         try:
             for event in engine.run(list(readers)):
-                for piece in readers[event.request].read(event):  # which a guard may take its time for
+                for piece in readers[event.request].read(event):  # a guard may make this slow
                     post(piece)
             post(None)
         except Exception as error:

@@ -16,17 +16,17 @@ from filelock import FileLock
 from llama.cli import main
 from tests.support import DEMO, ROOT, tiny
 
-# What tiny products gain by a second thread, its waking costs; on a busy machine many times over.
+# For tiny products, waking a second thread costs what it gains, and far more on a busy machine.
 torch.set_num_threads(1)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A worker for each core; for a file or a test alone, starting them would take longer than it saves."""
+    """One worker per core; for a single file or test, starting them would take longer than it saves."""
     return 0 if any(".py" in argument for argument in config.args) else len(os.sched_getaffinity(0))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves soaks out unless `-m` names them, and skips what needs a GPU where there is none."""
+    """Skip soaks unless `-m` names them, and tests that need a GPU if there is none."""
     soaks = [item for item in items if item.get_closest_marker("soak")]
     if soaks and "soak" not in config.option.markexpr:
         config.hook.pytest_deselected(items=soaks)
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def demo_ckpt(pytestconfig: pytest.Config) -> Path:
-    """The demo model's folder: that of the repository, or one downloaded once and kept."""
+    """The demo model's folder: the repository's, or one that is downloaded once and kept."""
     kept = pytestconfig.cache.mkdir("demo")
     with FileLock(kept / "lock"):
         for folder in (ROOT / DEMO, kept / DEMO):
@@ -52,7 +52,7 @@ def demo_ckpt(pytestconfig: pytest.Config) -> Path:
 
 @pytest.fixture(scope="session")
 def llama3_tokenizer() -> Path:
-    """Llama 3's own tokenizer.model, which Meta's package carries."""
+    """Llama 3's own tokenizer.model, which Meta's package includes."""
     import llama_models
 
     return Path(llama_models.__file__).parent / "llama3" / "tokenizer.model"

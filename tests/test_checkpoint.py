@@ -151,7 +151,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "last shard missing": (
         lambda d: (d / "consolidated.01.pth").unlink(),
         CheckpointError,
-        r"where by params.json .* belongs; is a shard missing\? This looks like one of 2",
+        r"but params.json implies .*; is a shard missing\? This looks like one of 2",
     ),
     "truncated": (
         truncate,
@@ -196,7 +196,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "tensor misshaped": (
         lambda d: edit(d, lambda t: t.update({"norm.weight": torch.zeros(65)})),
         CheckpointError,
-        r"00\.pth: norm\.weight has the shape \(65,\), where by params\.json \(64,\) belongs",
+        r"00\.pth: norm\.weight has shape \(65,\), but params\.json implies \(64,\)",
     ),
     "tensor of integers": (
         lambda d: edit(d, lambda t: t.update({"norm.weight": torch.zeros(64, dtype=torch.int8)})),

@@ -27,7 +27,7 @@ from tests.support import ROOT
         ("convert {ckpt} new --zzz 1", "unknown argument --zzz; llama convert --help lists the flags"),
         ("convert {ckpt} new more", "unexpected argument 'more' after destination: put the destination in"),
         ("convert {ckpt} new --quantize int3", "quantize must be int8, int5 or int4, not 'int3'"),
-        ("convert {ckpt} new --shards", "--shards needs a value: files to cut the weights into"),
+        ("convert {ckpt} new --shards", "--shards needs a value: number of weight files"),
         ("convert {ckpt} new --shards --overwrite", "--shards needs a value"),
         ("convert {ckpt} new --shards two", "shards must be a whole number, not 'two'"),
         ("convert {ckpt} new --shards 1 --shards 2", "shards was given twice"),

@@ -148,9 +148,7 @@ def test_shards_of_two_models_are_refused(tmp_path: Path) -> None:
     shard = torch.load(folder / "consolidated.01.pth")
     shard["layers.0.attention.wq.weight"] = torch.zeros(16, 64)
     torch.save(shard, folder / "consolidated.01.pth")
-    with pytest.raises(
-        CheckpointError, match=r"consolidated.01.pth: layers.0.attention.wq.weight has the shape"
-    ):
+    with pytest.raises(CheckpointError, match=r"consolidated.01.pth: layers.0.attention.wq.weight has shape"):
         open_checkpoint(folder)
 
 

@@ -278,7 +278,7 @@ def test_penalties_leave_the_image_token_alone(llama):
     [
         ([image(SMALL)] * 5, "5 images, but max_images=4"),
         ([image(b"no image")], "cannot be opened"),
-        ([image(None)], "a part of a content is"),
+        ([image(None)], "each part of a content must be"),
         ([{"type": "audio", "audio": "x"}], "got one with type 'audio' and type, audio"),
         ([7], "not a int"),
         ([{"type": "image_url", "image_url": {"url": "/etc/passwd"}}], "must be a data URL"),

@@ -1,4 +1,4 @@
-"""Other people's checkpoint formats, and which of them a path holds."""
+"""The checkpoint formats, and which of them a path contains."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def open_checkpoint(
 ) -> Checkpoint:
     """The checkpoint at a path, whatever its format: native, Hugging Face, or GGUF.
 
-    tokenizer_path: of another tokenizer than the one that lies with the weights. adapter: a folder
-    with a LoRA adapter in PEFT's format, to be merged into the weights as they are read.
+    tokenizer_path: a tokenizer other than the one next to the weights.
+    adapter: a folder with a LoRA adapter in PEFT's format, merged into the weights as they are read.
 
-    Raises FileNotFoundError where there is none, or a file of it lacks, CheckpointError where it is
-    damaged, mixed, or of another architecture, ValueError for an adapter to quantized weights.
+    Raises FileNotFoundError if there is no checkpoint or a file is missing, CheckpointError if it is
+    damaged, mixed, or of another architecture, ValueError for an adapter on quantized weights.
     """
     path = local_folder(path)
     tokenizer_path = None if tokenizer_path is None else local_path(tokenizer_path)
@@ -52,12 +52,12 @@ def open_checkpoint(
 
 
 def local_path(path: StrPath) -> Path:
-    """A path, or that of the local copy of a URL."""
+    """A path, or the path of a URL's local copy."""
     return fetch(str(path)) if is_remote(path) else Path(path)
 
 
 def local_folder(path: StrPath) -> Path:
-    """As `local_path`, or the folder of a Hugging Face repository, if there is no folder of its name."""
+    """Like `local_path`; also the folder of a Hugging Face repository, if no local folder has its name."""
     return fetch_repository(str(path)) if is_repository(path) else local_path(path)
 
 
@@ -85,7 +85,7 @@ def _open(path: Path, tokenizer_path: Path | None) -> Checkpoint:
         return (open_mllama if mllama else open_huggingface)(path, tokenizer_path)
     params, tokenizer = read_params(path), None
     if (path / "tokenizer_config.json").is_file():
-        # A converted folder: the tokenizer and the chat template are those of its origin.
+        # A converted folder: it keeps the source's tokenizer and chat template.
         if tokenizer_path is None and (path / "tokenizer.json").is_file():
             tokenizer = HFTokenizer(path, params.get("vocab_size", 0))
         found = tokenizer or find_tokenizer(path, tokenizer_path)

@@ -1,4 +1,4 @@
-"""The head of a classifier: LlamaForSequenceClassification of Hugging Face."""
+"""The head of a classifier: Hugging Face's LlamaForSequenceClassification."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def read_classifier(
     """The labels of a config.json and the matrix that scores them.
 
     dim: of the model.
-    read: gives a stored tensor by its name.
+    read: returns a stored tensor by name.
 
-    Raises CheckpointError if they do not fit each other.
+    Raises CheckpointError if labels and matrix do not match.
     """
     weight: Tensor = read(SCORE)[:]
     names = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(len(weight))}

@@ -1,8 +1,8 @@
-"""One checkpoint format into another, a part at a time.
+"""Conversion from one checkpoint format to another, a part at a time.
 
-Any source that `open_checkpoint` knows becomes native shards or a Hugging Face folder. A native
-shard is put together in memory and written; safetensors are written as they are read. So the memory
-that a conversion takes does not depend on the size of the model.
+Any source that `open_checkpoint` reads becomes native shards or a Hugging Face folder. A native shard is
+assembled in memory and written; safetensors are written as they are read. So the memory that a conversion
+needs does not depend on the size of the model.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from llama.tokenizer.template import ChatTemplate
 from llama.vision import make_args
 
 LARGEST_SHARD = 20e9  # bytes: Meta's released shards are smaller
-LARGEST_FILE = 5e9  # of safetensors, as Hugging Face's own tools cut them
-LARGEST_QUANTIZED = 1e9  # weights in a file of quantized ones, which is held in memory until it is full
+LARGEST_FILE = 5e9  # of safetensors, as in Hugging Face's own tools
+LARGEST_QUANTIZED = 1e9  # weights in a quantized file, which is held in memory until it is full
 ORIGINAL_FILES = ("tokenizer.model", "format.json")  # of a native tokenizer
-CHUNK = 2**25  # bytes of a tensor that are read at a time
-READ_AHEAD = 2**25  # bytes of mapped files that may be held at a time
+CHUNK = 2**25  # bytes of a tensor to read at a time
+READ_AHEAD = 2**25  # bytes of mapped files to hold at a time
 
 
 def convert(
@@ -57,16 +57,17 @@ def convert(
     overwrite: bool = False,
     quantize: str | None = None,
 ) -> Path:
-    """Write a checkpoint in another format, or with other files, as a new folder. Returns its path.
+    """Convert a checkpoint to another format or number of files, in a new folder. Returns its path.
 
-    to: "native" or "hf". shards: files to cut the weights into; by default as many as a native
-    source has, else as few as keep them at a usual size. dtype: by default the source's own.
-    tokenizer_path, adapter: as for `open_checkpoint`. overwrite: replace a folder that is there.
-    quantize: "int8" or "int4" for native weights of so many bits, which load on any number of ranks;
-    dtype is then that of embeddings and norms, and shards is a number of files of whole matrices.
+    to: "native" or "hf".
+    shards: number of weight files; by default as many as a native source has, else few of a usual size.
+    dtype: of the weights, or of embeddings and norms with `quantize`; by default the source's own.
+    tokenizer_path, adapter: as for `open_checkpoint`.
+    overwrite: replace an existing folder.
+    quantize: "int8", "int5" or "int4" for quantized native weights, which load on any number of ranks.
 
-    The folder appears under its name when it is complete, and not before.
-    Raises FileExistsError where it exists, ValueError for arguments that do not fit the model, and
+    The folder appears under its name only when it is complete.
+    Raises FileExistsError if it exists already, ValueError if the arguments do not fit the model, and
     what `open_checkpoint` raises.
     """
     destination = Path(destination)
@@ -108,7 +109,7 @@ def convert(
 
 
 def replace_folder(destination: Path, folder: Path, aside: Path) -> None:
-    """Give a folder its name, and the old one back to what is there if that fails or is interrupted."""
+    """Move a folder into place; if that fails or is interrupted, restore the old one."""
     try:
         if destination.exists():
             destination.rename(aside)
@@ -119,10 +120,10 @@ def replace_folder(destination: Path, folder: Path, aside: Path) -> None:
 
 
 def write_native(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype: torch.dtype) -> None:
-    """Native shards, params.json and tokenizer. Raises ValueError where `shards` cannot divide the model."""
+    """Write native shards, params.json, tokenizer. Raises ValueError if `shards` does not fit the model."""
     source, args = checkpoint.weights, make_args(checkpoint.params)
     parts = whole_parts(args, source.shapes)
-    if has_sentencepiece(checkpoint.tokenizer):  # as LLaMA 1 and 2 are cut
+    if has_sentencepiece(checkpoint.tokenizer):  # as LLaMA 1 and 2 are split
         parts["tok_embeddings.weight"] = replace(parts["tok_embeddings.weight"], dim=1)
     count = shards or default_shards(checkpoint, dtype)
     for name, part in parts.items():
@@ -143,12 +144,12 @@ def write_native(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype
                     width = part.shape[part.dim] // count
                     tensor = source.read(name, part.dim, (number * width, (number + 1) * width))
                 check_finite(name, tensor)
-                # A copy, because what is mapped would be written with all that surrounds it.
+                # A copy, because a mapped tensor would be written with the rest of its file.
                 tensors[file_name(name, args)] = tensor.to(
                     dtype, copy=True, memory_format=torch.contiguous_format
                 )
                 bar.update(tensor.numel())
-                # To read some columns is to touch every page of the matrix.
+                # Reading columns touches every page of the matrix.
                 touched = tensor.nbytes * (count if part.dim == 1 else 1)
                 del tensor
                 pages.read(touched)
@@ -162,7 +163,7 @@ def write_native(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype
 def write_quantized(
     checkpoint: Checkpoint, folder: Path, shards: int | None, dtype: torch.dtype, *, scheme: str
 ) -> None:
-    """A folder that `QuantizedShards` reads: files of whole matrices, params.json and tokenizer."""
+    """Write a folder that `QuantizedShards` reads: files of whole matrices, params.json and tokenizer."""
     source = checkpoint.weights
     pages = Pages(source, READ_AHEAD)
     with _progress(sum(map(prod, source.shapes.values()))) as bar:
@@ -173,7 +174,7 @@ def write_quantized(
                 if isinstance(weight, QuantizedMatrix):
                     tensors.update(zip(keys(name), weight.with_mins().contiguous().tensors, strict=False))
                 else:
-                    # A copy, because what is mapped would be written with all that surrounds it.
+                    # A copy, because a mapped tensor would be written with the rest of its file.
                     tensors[name] = weight.to(dtype, copy=True)
                 bar.update(prod(source.shapes[name]))
                 pages.read(prod(source.shapes[name]) * source.dtype.itemsize)
@@ -188,18 +189,18 @@ def write_quantized(
 
 
 def write_native_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    """The tokenizer of a native folder, and the chat template where it is not that of the tokenizer."""
+    """Write the tokenizer of a native folder, and the chat template if it is not the tokenizer's."""
     write_tokenizer(checkpoint.tokenizer, folder)
     tokenizer, formatter = checkpoint.tokenizer, checkpoint.formatter
     usual = chat_format(tokenizer, "llama2" if isinstance(tokenizer, SentencePieceTokenizer) else None)
     if not isinstance(tokenizer, HFTokenizer) and type(usual) is not type(formatter):
-        # The tokenizer alone would be taken for that of a model with another format.
+        # The tokenizer alone would be mistaken for that of a model with another chat format.
         names = formatter.names if isinstance(formatter, ChatTemplate) else {}
         write_json(folder / "tokenizer_config.json", {"chat_template": template_of(formatter), **names})
 
 
 def native_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """params.json, with the keys that Meta's files have, and others only where the model needs them."""
+    """params.json with the keys that Meta's files have, and others only if the model needs them."""
     out = dict(params)
     factor = out.pop("rope_scaling_factor", None)
     if factor is not None and make_args(out).rope_scaling_factor != factor:
@@ -208,7 +209,7 @@ def native_params(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def default_shards(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """As many as a native source has, else a power of two that leaves a key head to each."""
+    """As many as a native source has, else a power of two with at least one key head per shard."""
     if checkpoint.kind == "native":
         return checkpoint.files
     size = sum(prod(shape) for shape in checkpoint.weights.shapes.values()) * dtype.itemsize
@@ -219,14 +220,14 @@ def default_shards(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
 
 
 def has_sentencepiece(tokenizer: TextTokenizer) -> bool:
-    """Whether a tokenizer is LLaMA 1's and 2's, or has that beside it."""
+    """Whether a tokenizer is LLaMA 1's and 2's, or has that next to it."""
     if isinstance(tokenizer, HFTokenizer):
         return (path := tokenizer.folder / "tokenizer.model").is_file() and is_sentencepiece(path)
     return isinstance(tokenizer, SentencePieceTokenizer)
 
 
 def write_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
-    """The files of a native checkpoint's tokenizer; one of Hugging Face's stays what it is."""
+    """Write the files of a native checkpoint's tokenizer; Hugging Face's are copied unchanged."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         (folder / "tokenizer.model").write_bytes(tokenizer.proto)
     elif isinstance(tokenizer, Tokenizer):
@@ -235,7 +236,7 @@ def write_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
         if tokenizer.layout != Layout.llama3(len(tokenizer.ranks)):
             tokenizer.layout.write(folder / "format.json")
     elif isinstance(tokenizer, HFTokenizer):
-        # Where Meta's own files came along, they lie in original/, and for Llama 2 beside the others.
+        # If Meta's own files are included, they are in original/ or, for Llama 2, next to the others.
         for source in (tokenizer.folder, tokenizer.folder / "original"):
             copy_files(source, folder, (*TOKENIZER_FILES, *ORIGINAL_FILES))
 
@@ -248,7 +249,7 @@ def copy_files(source: Path, folder: Path, names: Iterable[str]) -> None:
 
 
 def write_hf(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype: torch.dtype) -> None:
-    """A folder that `transformers` loads: weights, configurations, tokenizer and chat template."""
+    """Write a folder that `transformers` loads: weights, configurations, tokenizer and chat template."""
     view = hf_view(checkpoint.weights, make_args(checkpoint.params))
     files = spread(view.shapes, shards, dtype.itemsize)
     names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
@@ -280,7 +281,7 @@ def write_hf(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype: to
 def spread(
     shapes: Mapping[str, tuple[int, ...]], count: int | None, itemsize: int, largest: float = LARGEST_FILE
 ) -> list[list[str]]:
-    """Names of tensors, file by file: in `count` files of about one size, or in files of a usual size."""
+    """Tensor names, file by file: in `count` files of similar size, or in files of a usual size."""
     size = sum(prod(shape) for shape in shapes.values()) * itemsize
     if count is not None and count > len(shapes):
         raise ArgumentError(f"{count} shards are more than the model's {len(shapes)} tensors; use fewer")
@@ -288,7 +289,7 @@ def spread(
     files: list[list[str]] = [[]]
     written, left = 0, len(shapes)
     for name, shape in shapes.items():
-        # A file ends where the sum passes its share, and where each left over needs one of its own.
+        # A file ends when the sum exceeds its share, or when each remaining tensor needs its own file.
         full = (
             written >= limit * len(files) if count else files[-1] and written + prod(shape) * itemsize > limit
         )
@@ -304,7 +305,7 @@ def spread(
 def write_safetensors(
     file: BinaryIO, view: HFView, names: Iterable[str], dtype: torch.dtype, bar: tqdm[Any]
 ) -> None:
-    """The named tensors in safetensors' format: length of a header, header, and the bytes of each."""
+    """Write tensors in safetensors' format: length of the header, header, and the bytes of each tensor."""
     header: dict[str, Any] = {}
     at = 0
     kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]

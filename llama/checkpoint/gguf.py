@@ -1,7 +1,7 @@
-"""GGUF files of the `llama` architecture, read in place by the `gguf` package.
+"""GGUF files of the `llama` architecture, read in place with the `gguf` package.
 
-GGUF keeps the query and key channels of this architecture in the native order already, so reading
-one is new names, plain numbers for blocks of quantized ones, and the tokenizer.
+GGUF stores this architecture's query and key channels in native order already, so reading a file only
+takes renaming, decoding quantized blocks, and converting the tokenizer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NAMES = {
     "attn_norm": "attention_norm",
     "ffn_norm": "ffn_norm",
 }
-# The types of what is read of a file's fields.
+# Types of the fields that are read from a file.
 FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("general.architecture", "general.name", "llama.rope.scaling.type"), (str,)),
     **dict.fromkeys(("tokenizer.chat_template", "tokenizer.ggml.model", "tokenizer.ggml.pre"), (str,)),
@@ -60,11 +60,11 @@ FIELDS: dict[str, tuple[type, ...]] = {
 
 
 def open_gguf(path: Path, tokenizer_path: Path | None = None) -> Checkpoint:
-    """The model of a GGUF file, read in place.
+    """The model in a GGUF file, read in place.
 
-    tokenizer_path: of another tokenizer than the file's own.
-    Raises FileNotFoundError without a file, ImportError without the gguf package, GGUFError for a
-    file that cannot be read.
+    tokenizer_path: a tokenizer other than the file's own.
+    Raises FileNotFoundError if there is no file, ImportError if the gguf package is missing, GGUFError
+    if the file cannot be read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: pass the path of a GGUF file")
@@ -91,9 +91,9 @@ def open_gguf(path: Path, tokenizer_path: Path | None = None) -> Checkpoint:
 
 
 def read(path: Path) -> tuple[Any, dict[str, Any]]:
-    """A `gguf.GGUFReader` and the file's fields, of the types that this module reads.
+    """A `gguf.GGUFReader` and the file's fields, with types checked.
 
-    Raises GGUFError for another kind of file, MissingPackageError without the package.
+    Raises GGUFError for any other kind of file, MissingPackageError if the gguf package is missing.
     """
     try:
         import gguf
@@ -102,7 +102,7 @@ def read(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:  # the package checks nothing, so that numpy raises what it likes
+    except Exception as error:  # the package checks nothing, so numpy may raise anything
         raise GGUFError(f"{path} is not a GGUF file, or is truncated: {error}") from None
     check_kinds(path, fields, FIELDS)
     return reader, fields
@@ -111,14 +111,14 @@ def read(path: Path) -> tuple[Any, dict[str, Any]]:
 class GGUFWeights:
     """The weights of a GGUF file, as a `QuantizedSource`; plain tensors are read as fp32.
 
-    Raises GGUFError if a tensor is missing, unknown, or of another shape or encoding.
+    Raises GGUFError if a tensor is missing or unknown, or has the wrong shape or encoding.
     """
 
     def __init__(self, path: Path, tensors: Sequence[Any], args: ModelArgs) -> None:
         import gguf
 
         self.path = path
-        # Where each tensor lies, instead of the reader, which would keep the whole file mapped.
+        # Each tensor's location, instead of the reader, which would keep the whole file mapped.
         self._where = {
             native_name(tensor.name): (
                 tensor.tensor_type,
@@ -136,14 +136,14 @@ class GGUFWeights:
         for name, (kind, *_) in self._where.items():
             if kind not in DTYPES and kind not in gguf.quants._type_traits:
                 raise GGUFError(f"{path}: {name} is {kind.name}, which the gguf package cannot dequantize")
-        # Quantized numbers have no more than bf16's bits.
+        # bf16 has enough bits for quantized numbers.
         kind = Counter(kind for kind, *_ in self._where.values() if kind != gguf.GGMLQuantizationType.F32)
         common = kind.most_common(1)[0][0] if kind else gguf.GGMLQuantizationType.F32
         self.dtype = DTYPES.get(common, torch.bfloat16)
 
     @property
     def kinds(self) -> str | None:
-        """What the matrices are quantized to, in words; None if they are plain."""
+        """The matrices' quantization formats as text; None if they are not quantized."""
         kinds = Counter(kind for kind, *_, shape in self._where.values() if len(shape) == 2)
         names = [f"{kind.name}{'' if kind in BLOCKS else ' as int8'}" for kind, _ in kinds.most_common()]
         return ", ".join(names) if any(self.bits(name) for name in self.shapes) else None
@@ -159,7 +159,7 @@ class GGUFWeights:
             assert isinstance(matrix, QuantizedMatrix)
             return matrix
         bits, size, numbers = BLOCKS[kind]
-        # Copies on write, of which there are none: PyTorch wants memory that may be written to.
+        # Copy-on-write, although nothing is written: PyTorch requires writable memory.
         data: np.ndarray = np.memmap(self.path, np.uint8, "c", offset, stored_shape)
         blocks = torch.from_numpy(data).unflatten(1, (-1, size))
         if size > 2 * GROUP:
@@ -179,12 +179,12 @@ class GGUFWeights:
         return values if dim == 0 or span is None else values[:, slice(*span)]
 
     def release(self) -> None:
-        """Nothing: each read maps what it needs."""
+        """Does nothing: each read maps what it needs."""
 
 
 DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # by gguf.GGMLQuantizationType
-# Blocks that are groups of 32, or become some: their bits, bytes, and fp16 numbers in front. All others are
-# read as 8 bits.
+# Blocks that are groups of 32 or are split into such groups: bits, bytes, and leading fp16 numbers. All
+# others are read as 8 bits.
 BLOCKS = {
     8: (8, 34, 1),  # Q8_0
     2: (4, 18, 1),  # Q4_0
@@ -198,8 +198,8 @@ INT8_BLOCK = BLOCKS[8]
 
 
 def from_k_blocks(blocks: Tensor, bits: int) -> QuantizedMatrix:
-    """Groups of 32 from blocks (rows, n, bytes) of Q4_K or Q5_K: 8 groups with scales and minima of 6 bits,
-    which are multiplied by two numbers of the block's here."""
+    """Groups of 32 from blocks (rows, n, bytes) of Q4_K or Q5_K: 8 groups with 6-bit scales and minima,
+    which are multiplied here by the block's two factors."""
     import gguf
 
     rows = len(blocks)
@@ -222,7 +222,7 @@ def native_name(name: str) -> str:
 
 
 def read_params(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The `params.json` of a GGUF file. Raises GGUFError where the model is not one of this package's."""
+    """The `params.json` for a GGUF file. Raises GGUFError if the model is not supported."""
     if (architecture := fields.get("general.architecture")) != "llama":
         raise GGUFError(f"{path}: architecture {shown(architecture)} is not supported; only 'llama' is")
     if fields.get("llama.expert_count"):
@@ -235,7 +235,7 @@ def read_params(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any
             "n_kv_heads": fields.get("llama.attention.head_count_kv", fields["llama.attention.head_count"]),
             "vocab_size": len(fields["tokenizer.ggml.tokens"]),
             **feed_forward(path, fields["llama.embedding_length"], fields["llama.feed_forward_length"]),
-            # stored as fp32: 9.99999975e-06 was 1e-05
+            # stored as fp32: 9.99999975e-06 means 1e-05
             "norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
             "rope_theta": float(f"{fields.get('llama.rope.freq_base', 10000.0):.6g}"),
         }
@@ -251,7 +251,7 @@ def read_params(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any
                 f"{path} has {key}={shown(fields[key])}; only {head_dim} is supported for this model"
             )
     if "rope_freqs.weight" in tensors:
-        # What each frequency is divided by. The largest divisor is the factor; the rest must follow.
+        # The divisor of each frequency. The largest is the scaling factor, which must explain the others.
         divisors = torch.from_numpy(np.array(tensors["rope_freqs.weight"].data, np.float32))
         plain = rope_frequencies(ModelArgs(**params))
         params |= {"use_scaled_rope": True, "rope_scaling_factor": float(divisors.max())}

@@ -1,4 +1,4 @@
-"""The tokenizer and the chat format of a GGUF file, from its fields."""
+"""The tokenizer and chat format of a GGUF file, from its fields."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llama.tokenizer.bpe import LLAMA3_PATTERN, byte_alphabet
 from llama.tokenizer.chat_format import chat_format
 from llama.tokenizer.template import ChatTemplate
 
-# How each byte-level tokenizer cuts text before merging, by the names that GGUF gives it.
+# How each byte-level tokenizer splits text before merging, by GGUF's name for it.
 _DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _TEKKEN = (
@@ -39,11 +39,11 @@ LISTS = {"tokens": str, "merges": str, "token_type": int, "scores": float}
 
 
 class GGUFError(CheckpointError):
-    """A GGUF file that holds something other than a Llama model, or more than this package reads."""
+    """A GGUF file that is not a Llama model, or has features that this package does not support."""
 
 
 def read_tokenizer(path: Path, fields: Mapping[str, Any]) -> Tokenizer | SentencePieceTokenizer:
-    """A file's tokenizer. Raises GGUFError for a kind that isn't read."""
+    """A file's tokenizer. Raises GGUFError if its kind is not supported."""
     check_lists(path, fields)
     kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind == "llama":
@@ -66,7 +66,7 @@ def read_tokenizer(path: Path, fields: Mapping[str, Any]) -> Tokenizer | Sentenc
         raise GGUFError(
             f"{path}: a token contains the character {error}, which does not stand for a byte"
         ) from None
-    # tiktoken merges the pair whose result has the lowest id first: that must be the merges' order.
+    # tiktoken first merges the pair whose result has the lowest id, so merges must be in that order.
     number = {text: i for i, text in enumerate(texts)}
     try:
         merged = [number["".join(merge.split(" "))] for merge in fields["tokenizer.ggml.merges"]]
@@ -100,7 +100,7 @@ def read_tokenizer(path: Path, fields: Mapping[str, Any]) -> Tokenizer | Sentenc
 
 
 def check_lists(path: Path, fields: Mapping[str, Any]) -> None:
-    """Raise GGUFError unless a file's lists of tokens are of one length and its ids are among them."""
+    """Raise GGUFError unless a file's token lists have the same length and its ids are within them."""
     needed = ("tokens", "token_type", "scores" if fields.get("tokenizer.ggml.model") == "llama" else "merges")
     for name in needed:
         values = fields.get(f"tokenizer.ggml.{name}")
@@ -121,18 +121,18 @@ def check_lists(path: Path, fields: Mapping[str, Any]) -> None:
 
 
 def _marks(text: str, template: str) -> bool:
-    """Whether a token that files call user-defined is more than a word: it gives a chat its form."""
+    """Whether a token that the file calls user-defined is part of the chat format, not just a word."""
     return text in template or text in ENDS
 
 
 def known_format(template: str) -> str | None:
-    """The name of a chat format of this package that a template writes; None for others."""
+    """The name of the chat format in this package that a template implements; None for others."""
     marks = {"chatml": "<|im_start|>", "llama3": "<|start_header_id|>", "llama2": "<<SYS>>", "none": ""}
     return next((name for name, mark in marks.items() if mark in template and (mark or not template)), None)
 
 
 def read_formatter(path: Path, fields: Mapping[str, Any], tokenizer: TextTokenizer) -> DialogFormat:
-    """The chat format that a file's template writes, else the template itself."""
+    """The chat format that a file's template implements, else the template itself."""
     template = fields.get("tokenizer.chat_template", "")
     if name := known_format(template):
         return chat_format(tokenizer, name)
@@ -148,7 +148,7 @@ def read_formatter(path: Path, fields: Mapping[str, Any], tokenizer: TextTokeniz
 
 
 def read_sentencepiece(path: Path, fields: Mapping[str, Any]) -> SentencePieceTokenizer:
-    """The sentencepiece model that a GGUF file was made from, as far as encoding and decoding goes."""
+    """The sentencepiece model a GGUF file was made from, rebuilt as needed for encoding and decoding."""
     prefix = "tokenizer.ggml"
     texts, template = fields[f"{prefix}.tokens"], fields.get("tokenizer.chat_template", "")
     types = [
@@ -169,7 +169,7 @@ def read_sentencepiece(path: Path, fields: Mapping[str, Any]) -> SentencePieceTo
     )
     for number, name in enumerate(("bos", "eos", "pad")):
         id_ = ids[name]
-        # The package finds these by their pieces; a name that no piece has means that there is none.
+        # The package looks these up by piece; a name that no piece has means there is none.
         trainer += _int(41 + number, -1 if id_ is None else id_)
         trainer += _text(46 + number, f"<no {name}>" if id_ is None else texts[id_])
     normalizer = (
@@ -208,7 +208,7 @@ def _int(number: int, value: int) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first, the highest bit set while more follow (Protocol Buffers)."""
+    """Seven bits per byte, lowest first, with the high bit set if more follow (Protocol Buffers)."""
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)

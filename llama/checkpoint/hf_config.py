@@ -1,4 +1,4 @@
-"""What a Hugging Face config.json says of a model, and what it says that this package does not implement."""
+"""A Hugging Face config.json: the model it describes, and what in it this package does not implement."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from llama.checkpoint.params import checked, feed_forward
 from llama.errors import CheckpointError, shown
 from llama.files import check_kinds
 
-# Model types that are Llama in all but name, where their config says nothing that it lacks.
+# Model types that are Llama in all but name, as long as their config has no feature it lacks.
 MODEL_TYPES = ("llama", "mistral", "Yi", "aquila")
-# Of generation, which older configs repeat.
+# Generation settings, which older configs repeat.
 GENERATION = {
     "diversity_penalty", "do_sample", "encoder_no_repeat_ngram_size", "length_penalty", "max_length",
     "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
     "pruned_heads", "repetition_penalty", "temperature", "top_k", "top_p", "typical_p",
 }  # fmt: skip
-# Keys that a config may leave out for Llama, but not for others, whose own code fills in other values:
-# Mistral's a window of 4096 tokens and 8 key heads, Yi's 4 key heads and a theta of 5,000,000.
+# Keys that only Llama's own config may omit, because other model types have other defaults: Mistral's are
+# a window of 4096 tokens and 8 key heads, Yi's are 4 key heads and a theta of 5,000,000.
 EXPLICIT = ("num_key_value_heads", "rope_theta")
-# What a config may say beside the model's shape, whatever the value: it is about training, about
-# files, or read elsewhere.
+# Keys that may have any value, because they concern training or files, or are read elsewhere.
 HARMLESS = {
     "architectures", "attention_dropout", "auto_map", "bos_token_id", "cache_implementation", "dtype",
     "eos_token_id", "id2label", "initializer_range", "label2id", "model_type", "pad_token_id",
@@ -31,7 +30,7 @@ HARMLESS = {
     "unsloth_version", "use_cache", "output_attentions", "output_hidden_states", "chunk_size_feed_forward",
     "is_encoder_decoder", "problem_type", *GENERATION,
 }  # fmt: skip
-# What must have this value where it is there at all.
+# Keys that must have this value if present.
 REQUIRED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "is_llama_config": True, "num_experts": 1}
 SHAPE: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"), (int,)),
@@ -52,7 +51,7 @@ ROPE: dict[str, tuple[type, ...]] = {
 
 
 def read_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json as arguments for `ModelArgs`. Raises CheckpointError naming what this model lacks."""
+    """A config.json as arguments for `ModelArgs`. Raises CheckpointError for unsupported features."""
     check_kinds(path, config, READ)
     kind = config.get("model_type") or "llama"
     if kind not in MODEL_TYPES:
@@ -101,7 +100,7 @@ def read_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_rope(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary embedding of a config.json, in its old form (rope_scaling) or its new (rope_parameters)."""
+    """The rotary embedding of a config.json, in its old (rope_scaling) or new form (rope_parameters)."""
     old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
     if old and new and {**new, **old} != new:
         raise CheckpointError(f"{path} has rope_scaling and rope_parameters that disagree: keep only one")
@@ -113,7 +112,7 @@ def read_rope(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     kind = kinds[0] or kinds[1] or "default"
     if rope.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise CheckpointError(f"{path} has partial_rotary_factor, which this model does not implement")
-    if kind == "default" and rope.keys() <= ROPE.keys():  # whose other values transformers ignores too
+    if kind == "default" and rope.keys() <= ROPE.keys():  # transformers also ignores the other values
         return {"rope_theta": theta}
     if kind not in ("default", "llama3"):
         raise CheckpointError(f"{path} has rope_type={shown(kind)}; this model implements default and llama3")

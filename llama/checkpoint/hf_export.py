@@ -1,4 +1,4 @@
-"""What a Hugging Face folder holds beside weights, from a native checkpoint's tokenizer and parameters."""
+"""A Hugging Face folder's files besides weights, from a native checkpoint's tokenizer and parameters."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def write_hf_config(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) ->
 
 
 def preprocessor_config(args: VisionArgs) -> dict[str, Any]:
-    """How `transformers` makes pixels of images for a vision model."""
+    """How `transformers` preprocesses images for a vision model."""
     return {
         "image_processor_type": "MllamaImageProcessor",
         "do_convert_rgb": True,
@@ -124,7 +124,7 @@ def preprocessor_config(args: VisionArgs) -> dict[str, Any]:
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether the embeddings serve as output, left out of the files or stored twice."""
+    """Whether the embeddings serve as output layer, which is either omitted or stored as a copy."""
     source = checkpoint.weights
     if "output.weight" not in source.shapes:
         return True
@@ -166,12 +166,12 @@ def write_hf_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     if template := template_of(checkpoint.formatter):
         config["chat_template"] = template
     if isinstance(checkpoint.formatter, ChatFormat):
-        config["eos_token"] = "<|eot_id|>"  # in a chat an answer ends with its turn
+        config["eos_token"] = "<|eot_id|>"  # in a chat, an answer ends with its turn
     write_json(folder / "tokenizer_config.json", {k: v for k, v in config.items() if v is not None})
 
 
 def template_of(formatter: DialogFormat) -> str | None:
-    """A chat format as a jinja2 template; None for models without."""
+    """A chat format as a jinja2 template; None for models without one."""
     if isinstance(formatter, ChatFormat):
         return LLAMA3_TEMPLATE
     if isinstance(formatter, Llama2Chat):
@@ -182,7 +182,7 @@ def template_of(formatter: DialogFormat) -> str | None:
 
 
 def hf_special_tokens(special: Mapping[str, int], args: ModelArgs) -> dict[str, int]:
-    """Special tokens as Hugging Face numbers them: the image token has the id that the model gives it."""
+    """Special tokens with Hugging Face's ids: the image token has its id in the model."""
     if not isinstance(args, VisionArgs):
         return dict(special)
     spare = f"<|reserved_special_token_{len(special)}|>"
@@ -216,7 +216,7 @@ def tiktoken_json(tokenizer: Tokenizer, special: Mapping[str, int] | None = None
             ],
         },
         decoder={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        # tiktoken takes a piece that is a token whole, however it could be merged.
+        # tiktoken keeps a piece whole if it is a token, however it could be merged.
         model=_bpe(vocab | special, vocab, ignore_merges=True),
     )
 
@@ -230,7 +230,7 @@ def sentencepiece_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         for piece, i in vocab.items()
         if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i) or model.is_unused(i))
     ]
-    # Of the pieces that could be merged, the one with the best score is.
+    # Among possible merges, the piece with the best score comes first.
     ordinary.sort(key=lambda piece: -model.get_score(vocab[piece]))
     unknown = model.id_to_piece(model.unk_id())
     return _tokenizer_json(
@@ -258,7 +258,7 @@ def sentencepiece_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
 
 
 def _bpe(vocab: Mapping[str, int], ordinary: Iterable[str], **options: Any) -> dict[str, Any]:
-    """A BPE model that merges any two tokens whose text together is one, the first of `ordinary` first."""
+    """A BPE model that merges any two tokens whose joined text is one, in the order of `ordinary`."""
     merges = [
         pair
         for token in ordinary

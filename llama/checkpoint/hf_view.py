@@ -1,4 +1,4 @@
-"""A model's weights in the form of Hugging Face's files, from any source."""
+"""A model's weights as in Hugging Face's files, from any source."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llama.vision import VisionArgs
 
 
 class HFView:
-    """A model's weights as Hugging Face's files hold them: by other names, and some in another order.
+    """A model's weights as in Hugging Face's files: under other names, and some in another order.
 
     shapes: of all tensors, by Hugging Face's names
     """
@@ -33,7 +33,7 @@ class HFView:
 
 
 class MllamaView(HFView):
-    """`HFView` of a vision model."""
+    """`HFView` for a vision model."""
 
     def __init__(self, source: TensorSource, args: VisionArgs) -> None:
         self.source, self.args = source, args
@@ -53,5 +53,5 @@ class MllamaView(HFView):
 
 
 def hf_view(source: TensorSource, args: ModelArgs) -> HFView:
-    """The view that suits a model."""
+    """The view for a model."""
     return MllamaView(source, args) if isinstance(args, VisionArgs) else HFView(source, args)

@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face hub, fetched into its own cache by its own package."""
+"""Repositories on the Hugging Face hub, downloaded by its own package into its own cache."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from llama.errors import MissingPackageError
 
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# Weights lie beside their configuration; consolidated.* repeats them under Mistral's names.
+# Weights are next to their configuration; consolidated.* repeats them under Mistral's names.
 FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 OTHERS = ["*/*", "consolidated*"]
 
 
 def is_repository(path: str | os.PathLike[str]) -> bool:
-    """Whether a path that is not here has the form org/name of a repository.
+    """Whether a path does not exist and has a repository's form, org/name.
 
-    A missing file of a folder that is here is a mistake, and not looked for elsewhere.
+    A missing file in an existing folder is a mistake and is not looked for on the hub.
     """
     return REPOSITORY.fullmatch(str(path)) is not None and not Path(path).parent.exists()
 
@@ -27,8 +27,8 @@ def fetch_repository(name: str) -> Path:
 
     Access tokens, resuming, offline use and the cache are those of `huggingface_hub`.
 
-    Raises MissingPackageError without that package, FileNotFoundError if there is no such repository or
-    no weights in it, and OSError if access is refused or the network fails.
+    Raises MissingPackageError if that package is missing, FileNotFoundError if the repository does not exist
+    or has no weights, and OSError if access is denied or the network fails.
     """
     try:
         import huggingface_hub as hub

@@ -1,8 +1,7 @@
 """Hugging Face folders of Llama models: config.json, *.safetensors, tokenizer.json.
 
-Their weights are read in place, by slices. Query and key rows are stored there for a rotary
-embedding that turns the two halves of a head; the native one turns adjacent pairs, so the rows of
-each head change places on the way.
+Weights are read in place, in slices. Query and key rows are stored for a rotary embedding that rotates
+the two halves of a head; the native one rotates adjacent pairs, so the rows of each head are reordered.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ HF_NAMES = {native: hf for hf, native in NAMES.items()}
 
 
 def native_name(name: str) -> str | None:
-    """model.layers.0.self_attn.q_proj.weight to layers.0.attention.wq.weight; None for other names."""
+    """model.layers.0.self_attn.q_proj.weight to layers.0.attention.wq.weight; None for unknown names."""
     match = re.fullmatch(r"(?:model\.(layers\.\d+\.))?(\S+)\.weight", name)
     if not match or match[2] not in NAMES:
         return None
@@ -76,7 +75,7 @@ def rotary_heads(name: str, args: ModelArgs) -> int | None:
 
 
 def to_native_rows(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows (heads · head_dim, …) of query or key heads, from two halves a head to adjacent pairs."""
+    """Rows (heads · head_dim, …) of query or key heads, from two halves per head to adjacent pairs."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -93,10 +92,10 @@ def open_huggingface(
 ) -> Checkpoint:
     """A Hugging Face folder, read in place.
 
-    tokenizer_path: of a native tokenizer to use instead of the folder's.
-    read_params, read_weights: of an architecture that is not quite Llama's
-    Raises FileNotFoundError where a file lacks, ImportError where a package does, CheckpointError
-    where the model is none of this package's, or files do not belong together.
+    tokenizer_path: a native tokenizer to use instead of the folder's.
+    read_params, read_weights: for an architecture that differs from Llama's
+    Raises FileNotFoundError if a file is missing, ImportError if a package is missing, CheckpointError
+    if the model is not supported or files do not belong together.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no config.json in {folder}: is the download complete?")
@@ -139,12 +138,12 @@ def open_huggingface(
 class HFWeights:
     """The weights of a Hugging Face folder, as a `TensorSource`.
 
-    Raises FileNotFoundError where a file lacks, CheckpointError where a tensor is missing, unknown,
-    or of another shape than the model's.
+    Raises FileNotFoundError if a file is missing, CheckpointError if a tensor is missing, unknown, or of
+    the wrong shape.
     """
 
     def __init__(self, folder: Path, args: ModelArgs, tied: bool, beside: Sequence[str] = ()) -> None:
-        """beside: names of tensors that are not the model's."""
+        """beside: names of tensors that are not part of the model."""
         self.args = args
         where = find_weights(folder)
         self._beside = {name: where.pop(name) for name in beside if name in where}
@@ -171,15 +170,15 @@ class HFWeights:
         self.dtype = DTYPES[self._describe("tok_embeddings.weight")[1]]
 
     def usual_name(self, name: str) -> str:
-        """The usual one of several names that files have for a tensor."""
+        """The usual name of a tensor that files may store under several names."""
         return name
 
     def file_name(self, name: str) -> str:
-        """The name that files usually have for a native one."""
+        """The usual name in files for a native name."""
         return hf_name(name)
 
     def file_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that a native tensor has in files."""
+        """The shape of a native tensor in files."""
         return shape
 
     def read(self, name: str, dim: int = 0, span: Span | None = None) -> Tensor:
@@ -189,7 +188,7 @@ class HFWeights:
         head_dim = self.args.head_dim
         if span is None or dim == 1:
             return to_native_rows(_slice(stored, dim, span), head_dim)
-        # Rows change places within their head, so whole heads are read.
+        # Rows are reordered within their head, so whole heads are read.
         first, last = span[0] // head_dim, -(-span[1] // head_dim)
         rows = to_native_rows(_slice(stored, 0, (first * head_dim, last * head_dim)), head_dim)
         return rows[span[0] - first * head_dim : span[1] - first * head_dim]
@@ -198,7 +197,7 @@ class HFWeights:
         self._opened = {}
 
     def stored(self, name: str) -> Any:
-        """A tensor of those beside the model's. Raises CheckpointError if there is none."""
+        """A tensor that is not part of the model. Raises CheckpointError if there is none."""
         if name not in self._beside:
             raise CheckpointError(f"{name} is missing; a classifier needs it")
         return self._open(self._beside[name], name)
@@ -232,7 +231,7 @@ def _slice(stored: Any, dim: int, span: Span | None) -> Tensor:
 
 
 def open_weights(path: Path) -> Any:
-    """A safetensors handle, or for a .bin file its tensors by name, mapped, pickles refused."""
+    """A safetensors handle; for a .bin file its tensors by name, memory-mapped, without running pickles."""
     if path.suffix == ".bin":
         return read_shard(path)
     try:
@@ -250,13 +249,13 @@ def open_weights(path: Path) -> Any:
 
 
 def find_weights(folder: Path) -> dict[str, Path]:
-    """Which file of a folder holds each tensor, by Hugging Face's names.
+    """The file of each tensor in a folder, by Hugging Face's names.
 
-    The one file by its exact name goes first, then the files that an index names, as in transformers.
-    Without either, the parts of one model are taken, or the only file there is.
+    A single file with the exact name takes precedence over the files in an index, as in transformers.
+    Without either, the parts of one model or the only file are used.
 
-    Raises FileNotFoundError if there are no weights, or a file is missing; CheckpointError if it is
-    not certain which files are the model's, or a file does not hold what its index says.
+    Raises FileNotFoundError if there are no weights or a file is missing; CheckpointError if it is
+    ambiguous which files are the model's, or a file does not contain what its index says.
     """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         exact, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
@@ -276,13 +275,13 @@ def find_weights(folder: Path) -> dict[str, Path]:
                 where.update(dict.fromkeys(names, path))
         else:
             continue
-        # Older files carry tables of the rotary embedding, which follow from the config.
+        # Older files include tables of the rotary embedding, which follow from the config.
         return {name: path for name, path in where.items() if not name.endswith("rotary_emb.inv_freq")}
     raise FileNotFoundError(f"no *.safetensors in {folder}: is the download complete?")
 
 
 def indexed(folder: Path, index: Path) -> dict[str, Path]:
-    """The file of each tensor by an index, whose files are looked into."""
+    """The file of each tensor according to an index, checked against the files."""
     where = {name: folder / file for name, file in listed_weights(index).items()}
     paths = sorted({*where.values()})
     if missing := [path.name for path in paths if not path.is_file()]:
@@ -298,7 +297,7 @@ def indexed(folder: Path, index: Path) -> dict[str, Path]:
 
 
 def check_parts(paths: Sequence[Path], exact: Path) -> None:
-    """Raise unless files without an index are one file, or all parts of one model."""
+    """Raise unless files without an index are a single file, or all parts of one model."""
     parts = [re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.\w+", path.name) for path in paths]
     if (
         len(paths) > 1

@@ -19,8 +19,8 @@ from llama.model import ModelArgs
 from llama.parallel import Span
 from llama.quantization import EMBEDDINGS, OUTPUT
 
-# Keys of an adapter_config.json that say nothing about how the saved factors are merged. Any other must
-# be absent, null, false or empty, or have the value of `REQUIRED`: it changes the mathematics.
+# Keys of adapter_config.json that do not affect how the saved factors are merged. All others change the
+# result, so they must be absent, null, false or empty, or have the value in `REQUIRED`.
 HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
     "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern",
@@ -32,9 +32,9 @@ KINDS: dict[str, tuple[type, ...]] = {
     **{"lora_alpha": (float,), "use_rslora": (bool,), "alpha_pattern": (dict,)},
     **{"init_lora_weights": (bool, str), "peft_type": (str,), "bias": (str,)},
 }
-# Initialisations of the factors that leave the base as it was, and those that take their product out of
-# it in a way that the base and the adapter's files let one repeat. PEFT has others, such as corda and
-# loftq, that depend on data or on random numbers.
+# Initialisations that leave the base unchanged, and those that subtract the factors' product from it in a
+# way that can be repeated from the base and the adapter's files. PEFT has others, such as corda and loftq,
+# which depend on data or random numbers.
 PLAIN = (True, False, None, "true", "false", "gaussian", "eva", "orthogonal")
 SUBTRACTED = ("pissa", "olora")
 
@@ -42,14 +42,14 @@ SUBTRACTED = ("pissa", "olora")
 class Adapted:
     """A `TensorSource` with an adapter merged in: W + scale · B A (Hu et al. 2021, section 4.1), in fp32.
 
-    Raises FileNotFoundError where a file of the adapter lacks, CheckpointError where it is of
-    another kind, or was trained for another base.
+    Raises FileNotFoundError if a file of the adapter is missing, CheckpointError if the adapter is of
+    another kind or was trained for another base model.
     """
 
     def __init__(self, base: TensorSource, folder: Path, args: ModelArgs) -> None:
         self.base, self.dtype = base, base.dtype
         self._replaced, self._deltas = read_adapter(folder, base, args)
-        # An adapter to the embeddings does not reach an output layer that shares their weights.
+        # An adapter for the embeddings does not apply to an output layer that shares their weights.
         self._untied = is_tied(base.shapes) and EMBEDDINGS in self._deltas
         self.shapes = {**base.shapes, **({OUTPUT: base.shapes[EMBEDDINGS]} if self._untied else {})}
 
@@ -71,7 +71,7 @@ class Adapted:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """An adapter_config.json. Raises CheckpointError, with the key, for an adapter that cannot be merged."""
+    """An adapter_config.json. Raises CheckpointError, naming the key, if the adapter cannot be merged."""
     config = read_json(path)
     check_kinds(path, config, KINDS)
     for key, value in config.items():
@@ -89,7 +89,7 @@ def read_config(path: Path) -> dict[str, Any]:
     for key, value in [("lora_alpha", config.get("lora_alpha", 8)), *patterns.items()]:
         if value is None or not is_kind(value, float) or not abs(value) < 1e30:
             raise CheckpointError(f"{path}: the alpha of {shown(key)} must be a number, not {shown(value)}")
-        # Keys are regular expressions: without groups, and with few repetitions, none takes long.
+        # Keys are regular expressions: without groups and with few repetitions, matching is fast.
         if len(key) > 200 or "(" in key or len(re.findall(r"[*+?{]", key)) > 3 or not _compiles(key):
             raise CheckpointError(f"{path}: the alpha_pattern key {shown(key)} is too complex")
     return config
@@ -106,10 +106,10 @@ def _compiles(pattern: str) -> bool:
 def read_adapter(
     folder: Path, base: TensorSource, args: ModelArgs
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
-    """What an adapter does to each tensor, by native name.
+    """An adapter's changes to each tensor, by native name.
 
-    Returns whole tensors that stand for the base's (PEFT saves embeddings that it adapts), and
-    factors B (out, r), scale included, and A (r, in), fp32, rows in native order.
+    Returns whole tensors that replace the base's (PEFT saves adapted embeddings), and factors
+    B (out, r), including the scale, and A (r, in), fp32, with rows in native order.
     """
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"no adapter_config.json in {folder}: is it an adapter in PEFT's format?")
@@ -144,7 +144,7 @@ def read_adapter(
             raise CheckpointError(
                 f"{path}: {name} has shape {tuple(tensor.shape)}, but a LoRA factor must be a matrix"
             )
-        # Embeddings are looked up by row, so their factors are stored the other way round.
+        # Embeddings are looked up by row, so their factors are stored in the opposite order.
         which = match[3] if not match[2] else "BA"["AB".index(match[3])]
         pairs.setdefault(match[1], {})[which] = tensor.float().T if match[2] else tensor.float()
     deltas = (_delta(path, config, module, pair, base, args) for module, pair in pairs.items())
@@ -196,7 +196,7 @@ def _delta(
 
 
 def initial(weight: Tensor, rank: int, scale: float, kind: str) -> tuple[Tensor, Tensor]:
-    """The factors (out, rank) and (rank, in) whose product an initialisation takes out of the base, fp32.
+    """The factors (out, rank) and (rank, in) whose product an initialisation subtracted from the base, fp32.
 
     kind: "pissa", the largest singular values (Meng et al. 2024, section 3), or "olora", the first
     columns of an orthogonal basis (Büyükakyüz 2024, section 3), the latter times the scale.

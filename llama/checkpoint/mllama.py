@@ -1,8 +1,8 @@
-"""Hugging Face's form of Llama 3.2 Vision, which it calls Mllama: configuration, names and tensors.
+"""Hugging Face's form of Llama 3.2 Vision, called Mllama: configuration, names and tensors.
 
-Cross-attention blocks are numbered among the other layers there, the image token's embedding stands
-behind those of text, and what depends on a tile's place is stored once for each canvas: row i of a
-table holds the tiles of the i-th canvas one behind the other, row 0 nothing.
+There, cross-attention blocks are numbered among the other layers, the image token's embedding follows
+those of text, and tensors that depend on a tile's position are stored once per canvas: row i of a table
+has the tiles of the i-th canvas concatenated; row 0 is empty.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llama.quantization import EMBEDDINGS, LEARNABLE
 from llama.vision import VisionArgs
 
 ENCODER = "vision_model.vision_encoder."
-# Of the encoder: parts of native names, and what they are here.
+# For the encoder: parts of native names, and their names here.
 PARTS = {
     "conv1._linear.weight": "patch_embedding.weight",
     "gated_positional_embedding_gate": "gated_positional_embedding.gate",
@@ -56,7 +56,7 @@ CROSS = {
     "gate_attn": "cross_attn_attn_gate",
     "gate_ffwd": "cross_attn_mlp_gate",
 }
-# Since version 4.52, `transformers` has other names in memory, which some files have too.
+# Since version 4.52, `transformers` uses other names in memory, and some files have these too.
 RENAMED = {
     "model.language_model.": "language_model.model.",
     "model.vision_model.": "vision_model.",
@@ -64,7 +64,7 @@ RENAMED = {
     "lm_head.": "language_model.lm_head.",
 }
 TABLES = ("gated_positional_embedding", "pre_tile_pos_embed.embedding", "post_tile_pos_embed.embedding")
-# What the two parts of a config.json may say beside shapes, and what they must say if they say it.
+# Keys that the two parts of a config.json may have besides shapes, and required values of some.
 VISION_CONFIG = {
     "hidden_act": "gelu", "num_channels": 3, "norm_eps": 1e-5, "patch_size": 14,
     "model_type": "mllama_vision_model",
@@ -81,12 +81,12 @@ VISION_SHAPE = {
 
 
 def open_mllama(folder: Path, tokenizer_path: Path | None = None) -> Checkpoint:
-    """As `open_huggingface`, of a vision model."""
+    """Like `open_huggingface`, for a vision model."""
     return open_huggingface(folder, tokenizer_path, mllama_params, MllamaWeights)
 
 
 def mllama_params(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json as arguments for `VisionArgs`. Raises CheckpointError for what this model cannot be."""
+    """A config.json as arguments for `VisionArgs`. Raises CheckpointError for unsupported features."""
     check_kinds(path, config, {"text_config": (dict,), "vision_config": (dict,), "image_token_index": (int,)})
     text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
     kinds = dict.fromkeys(VISION_SHAPE, (int,)) | {"intermediate_layers_indices": (list,)}
@@ -109,7 +109,7 @@ def mllama_params(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         if value is None:
             raise CheckpointError(f"{path} has no {key} in its vision_config; download it again")
         value = tuple(value) if name == "vision_taps" else value
-        # params.json of Meta's models leaves out the encoder's shape.
+        # params.json of Meta's models omits the encoder's shape.
         if name in ("vision_chunk_size", "vision_max_num_chunks") or value != usual[name]:
             params[name] = value
     args = VisionArgs(**checked(path, params))
@@ -125,7 +125,7 @@ def mllama_params(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mllama_config(args: VisionArgs, text: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json, from that of the text model alone."""
+    """A config.json, from that of the text model."""
     shape = {key: getattr(args, name) for key, name in VISION_SHAPE.items()}
     cross = [layer + i for i, layer in enumerate(args.fusion)]
     return {
@@ -185,7 +185,7 @@ def is_table(name: str) -> bool:
 
 
 def to_table(places: Tensor) -> Tensor:
-    """Of every place (tiles, tiles, tokens, dim) to of every canvas (1 + canvases, tiles * tokens * dim)."""
+    """Table by position (tiles, tiles, tokens, dim) to one by canvas (1 + canvases, tiles * tokens * dim)."""
     n = len(places)
     table = places.new_zeros(1 + len(canvases(n)), n, *places.shape[2:])
     for row, (h, w) in zip(table[1:], canvases(n), strict=True):
@@ -194,9 +194,9 @@ def to_table(places: Tensor) -> Tensor:
 
 
 def from_table(table: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `to_table`; places that are on no canvas are 0, and nothing reads them.
+    """The inverse of `to_table`; positions on no canvas are 0 and never read.
 
-    Raises CheckpointError for a table whose canvases contradict each other.
+    Raises CheckpointError if the table's canvases contradict each other.
     """
     places = table.new_zeros(shape)
     rows = table.unflatten(1, (shape[0], *shape[2:]))
@@ -211,7 +211,7 @@ def from_table(table: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def file_shape(name: str, shape: tuple[int, ...], args: VisionArgs) -> tuple[int, ...]:
-    """The shape that a native tensor of a shape has in Hugging Face's files."""
+    """The shape in Hugging Face's files of a native tensor."""
     if name in (EMBEDDINGS, LEARNABLE):
         return args.vocab_size + 8, args.dim
     if is_table(name):
@@ -222,7 +222,7 @@ def file_shape(name: str, shape: tuple[int, ...], args: VisionArgs) -> tuple[int
 
 
 class MllamaWeights(HFWeights):
-    """`HFWeights` of a vision model."""
+    """`HFWeights` for a vision model."""
 
     args: VisionArgs
 

@@ -1,10 +1,10 @@
 """Meta's native format: a folder of `consolidated.NN.pth` and `params.json`.
 
-Each file holds the n-th part of every matrix, cut along the dimension that the parallel layer has too;
-norms lie whole in each file. Where a rank needs exactly what a file holds, the memory-mapped tensor
-becomes the weight itself and nothing is copied.
+Each file holds the n-th part of every matrix, split along the same dimension as the parallel layer, and
+complete norms. If a rank needs exactly what a file holds, the memory-mapped tensor becomes the weight and
+nothing is copied.
 
-Vision models have their text tensors under `text_model.`; here they go by the names of other models.
+Vision models store text tensors under `text_model.`; here they have the same names as in other models.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TEXT = "text_model."
 
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
-    """The checkpoint's files in order. Raises FileNotFoundError where there are none, or one lacks."""
+    """The checkpoint's files in order. Raises FileNotFoundError if there are none or one is missing."""
     found: dict[int, Path] = {}
     for path in sorted(ckpt_dir.iterdir()):
         m = re.fullmatch(r"consolidated\.(\d{1,6})\.pth", path.name)
@@ -47,7 +47,7 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
                 f"{ckpt_dir} has both {twin.name} and {path.name}: keep one model per folder"
             )
     if not found and (single := ckpt_dir / "consolidated.pth").is_file():
-        return [single]  # as Hugging Face's original/ folders have it
+        return [single]  # the name in Hugging Face's original/ folders
     if not found:
         raise FileNotFoundError(f"no consolidated.*.pth in {ckpt_dir}: is this a native Llama checkpoint?")
     if missing := sorted(set(range(max(found) + 1)) - found.keys()):
@@ -61,14 +61,14 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
 def open_native(
     ckpt_dir: Path, tokenizer: TextTokenizer, formatter: DialogFormat | None = None
 ) -> Checkpoint:
-    """A native checkpoint, its generation told by its files.
+    """A native checkpoint, whose generation is recognised from its files.
 
-    formatter: of dialogs, where something tells it better than the generation.
-    Raises FileNotFoundError where a file lacks, CheckpointError where they do not belong together.
+    formatter: chat format, if something determines it better than the generation does.
+    Raises FileNotFoundError if a file is missing, CheckpointError if files are inconsistent.
     """
     params = read_params(ckpt_dir)
     shards = find_shards(ckpt_dir)
-    if params.get("vocab_size", -1) == -1:  # LLaMA 1 and 2 leave it to the tokenizer
+    if params.get("vocab_size", -1) == -1:  # LLaMA 1 and 2 take it from the tokenizer
         params["vocab_size"] = tokenizer.n_words
     if params["vocab_size"] != tokenizer.n_words:
         raise CheckpointError(
@@ -96,14 +96,14 @@ def open_native(
 def recognize(
     params: Mapping[str, Any], weights: TensorSource, tokenizer: TextTokenizer
 ) -> tuple[str, int | None, str]:
-    """Family, context and chat format of a native checkpoint, as its files tell them.
+    """Family, context and chat format of a native checkpoint, recognised from its files.
 
-    Base and chat models of a generation have the same files, but for the numbers in them. What
-    `format.json` says goes before what is seen in the weights.
+    Base and chat models of a generation differ only in their weights. What `format.json` says takes
+    precedence over what the weights show.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
-        # LLaMA 1 came in fp16 and Llama 2 in bf16. Of LLaMA 1, 65B alone has the later norm_eps, and
-        # is told from Llama 2 70B by its key heads.
+        # LLaMA 1 was released in fp16 and Llama 2 in bf16. LLaMA 1 65B is the only one with the later
+        # norm_eps; its key heads distinguish it from Llama 2 70B.
         first = weights.dtype == torch.float16 and (
             params.get("norm_eps") == 1e-6
             or (params["dim"] == 8192 and params.get("n_kv_heads") in (None, params["n_heads"]))
@@ -113,7 +113,7 @@ def recognize(
         return "Llama architecture", getattr(tokenizer, "context", None), tokenizer.chat_format
     if "<|start_header_id|>" not in tokenizer.special_tokens:
         return "Llama architecture", tokenizer.layout.context, tokenizer.chat_format
-    # The headers' embeddings of base models were left as they were initialised, at zero.
+    # In base models, the header tokens' embeddings still have their initial value, zero.
     header = tokenizer.special_tokens["<|start_header_id|>"]
     rows = [weights.read("tok_embeddings.weight", 0, (i, i + 1)).float().norm().item() for i in (0, header)]
     chat = "none" if rows[0] > 1e-6 and rows[1] < 1e-9 else tokenizer.chat_format
@@ -128,8 +128,8 @@ def recognize(
 class NativeShards:
     """The weights of native shards, as a `TensorSource`.
 
-    Every file is opened at once, which costs nothing while it is only mapped, so that any fault is
-    found. Raises CheckpointError where a tensor is missing, unknown or of another shape than the model's.
+    All files are opened up front, which costs nothing because they are only mapped, so that any fault is
+    found early. Raises CheckpointError if a tensor is missing, unknown or of the wrong shape.
     """
 
     def __init__(self, paths: Sequence[Path], args: ModelArgs) -> None:
@@ -170,31 +170,31 @@ class NativeShards:
         self._mapped = {}
 
     def cut(self, name: str, shape: Sequence[int]) -> tuple[int | None, int]:
-        """The dimension that files are cut along, None where they are not, and how many hold the same.
+        """The dimension that files are split along, None if they are not, and how many hold the same part.
 
-        Raises ValueError where this is not the shape of such a part.
+        Raises ValueError if `shape` is not that of such a part.
         """
         part, count = self.parts[name], len(self.paths)
         if part.dim is None and tuple(shape) == part.shape:
             return None, 1
-        # LLaMA 1 and 2 cut the embeddings along the other dimension than Llama 3.
+        # LLaMA 1 and 2 split the embeddings along the other dimension than Llama 3.
         for dim in (part.dim, 1 if name == "tok_embeddings.weight" else None):
             if dim is None or part.shape[dim] % count:
                 continue
             if tuple(shape) == part.resized(dim, part.shape[dim] // count):
                 return dim, 1
         if re.search(r"attention\.w[kv]\.", name) and tuple(shape) == part.resized(0, self.head_dim):
-            # Of more files than key heads, each has one: 0, 0, 1, 1, …
+            # With more files than key heads, each file has one: 0, 0, 1, 1, …
             copies, rest = divmod(count * self.head_dim, part.shape[0])
             if rest == 0:
                 return 0, copies
-        belongs = f"{part.shape}" if part.dim is None else f"one of {count} parts of {part.shape}"
-        found = f"has the shape {tuple(shape)}, where by params.json {belongs} belongs"
+        implied = f"{part.shape}" if part.dim is None else f"one of {count} parts of {part.shape}"
+        found = f"has shape {tuple(shape)}, but params.json implies {implied}"
         whole = [n // m for n, m in zip(part.shape, shape, strict=False) if n != m and m and n % m == 0]
         hint = (
             f"is a shard missing? This looks like one of {whole[0]}"
             if whole
-            else "do all files belong to one model?"
+            else "do all files belong to the same model?"
         )
         raise ArgumentError(f"{found}; {hint}")
 
@@ -221,7 +221,7 @@ class NativeShards:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A file's tensors as `read_shard`, by the names that this package uses."""
+    """A file's tensors, as from `read_shard`, under the names that this package uses."""
     return {name.removeprefix(TEXT): tensor for name, tensor in read_shard(path).items()}
 
 

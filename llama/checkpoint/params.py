@@ -16,7 +16,7 @@ from llama.vision import VisionArgs, make_args
 def read_params(ckpt_dir: Path) -> dict[str, Any]:
     """The `params.json` of a checkpoint: arguments for `ModelArgs`, and perhaps `quantization`.
 
-    Raises FileNotFoundError where there is none, CheckpointError where it is not a model's.
+    Raises FileNotFoundError if there is none, CheckpointError if it does not describe a model.
     """
     if not ckpt_dir.is_dir():
         raise FileNotFoundError(f"no folder {ckpt_dir}: pass the path of a downloaded checkpoint as ckpt_dir")
@@ -27,7 +27,7 @@ def read_params(ckpt_dir: Path) -> dict[str, Any]:
         )
     params = read_json(path)
     if isinstance(params.get("model"), dict):
-        params = params["model"]  # as some vision models have it
+        params = params["model"]  # the layout of some vision models
     if not {"dim", "n_layers", "n_heads"} <= params.keys():
         raise CheckpointError(f"{path} lacks dim, n_layers or n_heads; download it again")
     kind = VisionArgs if "vision_chunk_size" in params else ModelArgs
@@ -43,12 +43,12 @@ def read_params(ckpt_dir: Path) -> dict[str, Any]:
                 "`python -m llama convert --quantize` again on the folder it was converted from"
             )
         params["quantization"] = scheme
-    # LLaMA 1 and 2 came before the key, with the original paper's theta.
+    # LLaMA 1 and 2 predate this key and use the original paper's theta.
     return checked(path, {"rope_theta": 10000.0, **params})
 
 
 def checked(path: Path, params: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `make_args` as they are. Raises CheckpointError, naming the file, if they are none."""
+    """The arguments for `make_args`, unchanged. Raises CheckpointError, naming the file, if invalid."""
     check_kinds(path, params, {"use_scaled_rope": (bool,)})
     try:
         make_args({key: value for key, value in params.items() if key != "quantization"})
@@ -58,11 +58,11 @@ def checked(path: Path, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def feed_forward(path: Path, dim: Any, hidden_dim: Any) -> dict[str, Any]:
-    """`multiple_of` and `ffn_dim_multiplier` that make `ModelArgs.hidden_dim` come out as given.
+    """`multiple_of` and `ffn_dim_multiplier` for which `ModelArgs.hidden_dim` equals `hidden_dim`.
 
-    path: for the CheckpointError if these are no sizes.
+    path: named in the CheckpointError if a size is invalid.
     """
-    for name, value in (("the model's size", dim), ("the feed-forward's size", hidden_dim)):
+    for name, value in (("the model size", dim), ("the feed-forward size", hidden_dim)):
         try:
             check_number(name, value, LARGEST["dim"])
         except ArgumentError as error:

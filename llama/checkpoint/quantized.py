@@ -1,7 +1,7 @@
 """Folders of quantized weights.
 
-Such a folder looks like a native one, but for a key `quantization` in its `params.json`, and its files
-hold whole matrices: some of them each, in groups that any rank can take its part of.
+Such a folder looks like a native one, except for a key `quantization` in its `params.json`. Each file holds
+some of the matrices, whole, in groups from which any rank can read its part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llama.quantization import GROUP, QuantizedMatrix, plain
 
 
 def keys(name: str) -> list[str]:
-    """Where a folder holds the values, the scales and the minima of a quantized matrix."""
+    """The names under which a folder stores a quantized matrix's values, scales and minima."""
     stem = name.removesuffix("weight")
     return [name, f"{stem}scales", f"{stem}mins"]
 
@@ -28,9 +28,9 @@ def keys(name: str) -> list[str]:
 class QuantizedShards:
     """The matrices of a folder of quantized weights, as a `QuantizedSource`.
 
-    Files hold the tensors of a `QuantizedMatrix` under `keys`. Norms are plain, and so are matrices with
-    inputs that do not divide into groups.
-    Raises CheckpointError if a tensor is missing, unknown, or of another shape or dtype.
+    Files contain the tensors of each `QuantizedMatrix` under `keys`. Norms, and matrices whose inputs do
+    not divide into groups, are not quantized.
+    Raises CheckpointError if a tensor is missing, unknown, or has the wrong shape or dtype.
     """
 
     def __init__(self, paths: Sequence[Path], args: ModelArgs) -> None:
@@ -90,7 +90,7 @@ class QuantizedShards:
         return self._mapped[path][key]
 
     def _expected(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """The tensors that belong to a weight, with dtype and shape, by the dtype of the first."""
+        """The expected tensors of a weight, with dtype and shape, given the dtype of the first."""
         first, shape = self._tensor(name), self.shapes[name]
         if first.is_floating_point() or len(shape) == 1 or shape[1] % GROUP:
             check_float(self._where[name], name, first)

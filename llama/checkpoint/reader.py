@@ -19,19 +19,19 @@ from llama.vision import VisionModel
 
 
 class RankReader:
-    """This rank's parts of a source's tensors, by name, with a bar to watch. Use it in a `with` block.
+    """This rank's parts of a source's tensors, by name, with a progress bar. Use it in a `with` block.
 
-    tied: whether the embeddings are read as output layer too.
+    tied: whether the embeddings also serve as the output layer.
     """
 
     def __init__(self, model: Transformer | VisionModel, source: TensorSource, prefix: str = "") -> None:
-        """prefix: of the source's names, if `model` is a part of a model."""
+        """prefix: of the source's names, if `model` is part of a model."""
         self.prefix = prefix
         self.parts = {name: Part.of(model, name) for name, _ in model.named_parameters()}
         self.sizes = {name: weight.numel() for name, weight in model.named_parameters()}
         self.tied = is_tied(source.shapes)
         self.source, self._pages = source, Pages(source)
-        quiet = True if model.parallel.rank else None  # None: tqdm looks whether anybody watches
+        quiet = True if model.parallel.rank else None  # None: tqdm checks for a terminal
         total = sum(self.sizes.values())
         self._bar = tqdm(
             total=total, desc="Loading", unit=" weights", unit_scale=True, leave=False, disable=quiet
@@ -44,9 +44,9 @@ class RankReader:
         self._bar.close()
 
     def read(self, name: str, quantized: bool = True) -> Weight:
-        """A part; mapped from the file where it can be.
+        """A part; mapped from the file if possible.
 
-        quantized: as it is stored, if that is in few bits and no group is cut. Else plain in any case.
+        quantized: keep it as stored if it is quantized and no group is split; False always dequantizes.
         Raises CheckpointError if a value is not finite.
         """
         part, source, stored = self.parts[name], self.source, stored_name(self.source, self.prefix + name)
@@ -61,6 +61,6 @@ class RankReader:
         return joined(pieces if alike(pieces) else [plain(piece) for piece in pieces], part.dim)
 
     def done(self, name: str, copied: bool) -> None:
-        """Move the bar by one part. copied: whether its pages of a mapped file are not needed any more."""
+        """Advance the bar by one part. copied: whether its pages of a mapped file are no longer needed."""
         self._bar.update(self.sizes[name])
         self._pages.read(self.sizes[name] * self.source.dtype.itemsize if copied else 0)

@@ -1,13 +1,13 @@
-"""Checkpoints by URL: copied once into a local cache, verified, safely for many processes at a time.
+"""Checkpoints by URL: copied once to a local cache, verified, and safe for concurrent processes.
 
 Buckets (gs://, az://, https:// of Azure) are listed and read by blobfile. Plain web servers cannot be
-listed, so there the files of the known formats are asked for by name.
+listed, so the files of the known formats are requested by name.
 
-A copy is whole when `.complete` lies beside it. Until then one process at a time works on it, under a
-lock that the system takes back should the process die; files already whole are kept.
+A copy is complete when `.complete` is next to it. Until then, one process at a time works on it, under a
+lock that the system releases if the process dies; complete files are kept.
 
-Nothing that a server says becomes a path: names are those of `SMALL_FILES`, or what weights are called.
-Folders of the cache belong to the user alone, and no link in them is followed.
+Nothing a server says becomes a path: only names in `SMALL_FILES` and valid names of weight files do.
+Folders in the cache are private to the user, and links in them are not followed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from llama.device import cache_folder
 from llama.errors import ArgumentError, CheckpointError
 from llama.files import LARGEST
 
-# What may lie in a folder beside its weights.
+# What a folder may contain besides weights.
 SMALL_FILES = (
     "params.json", "tokenizer.model", "checklist.chk", "format.json", "config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
@@ -41,7 +41,7 @@ SMALL_FILES = (
 )  # fmt: skip
 INDEX = "model.safetensors.index.json"
 SCHEMES = ("https", "http", "gs", "az")
-MOST_SHARDS = 100  # their numbers have two digits
+MOST_SHARDS = 100  # shard numbers have two digits
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -71,18 +71,18 @@ def check_url(url: str) -> None:
 
 
 def fetch(url: str) -> Path:
-    """The local copy of a remote checkpoint folder or file, made now if there is none.
+    """The local copy of a remote checkpoint folder or file, downloaded if there is none.
 
-    Raises ArgumentError for a URL that cannot be fetched, FileNotFoundError if nothing is at the
-    address, CheckpointError if what came does not match its checklist or names files elsewhere,
-    OSError if the network fails.
+    Raises ArgumentError for a URL that cannot be fetched, FileNotFoundError if there is nothing at the
+    address, CheckpointError if files do not match the checklist or refer to files elsewhere, OSError
+    if the network fails.
     """
     check_url(url)
     parts = urlsplit(url)
     base = urlunsplit(parts._replace(path=parts.path.rstrip("/")))
     name = re.sub(r"[^\w.-]", "_", parts.path.rstrip("/").rpartition("/")[2], flags=re.ASCII)[-100:]
     name = name.lstrip(".") or "checkpoint"
-    # The signature of a link changes from day to day, and what it leads to does not.
+    # A link's signature changes from day to day, but its target does not.
     folder = cache_folder() / f"{name}-{hashlib.sha256(public(base).encode()).hexdigest()[:12]}"
     cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -99,7 +99,7 @@ def fetch(url: str) -> Path:
 
 
 def check_private(folder: Path) -> None:
-    """Make a folder the user's alone. Raises CheckpointError for a link, or another user's folder."""
+    """Make a folder private. Raises CheckpointError if it is a link or another user's folder."""
     state = folder.lstat()
     if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
         raise CheckpointError(
@@ -109,7 +109,7 @@ def check_private(folder: Path) -> None:
 
 
 def check_links(folder: Path) -> None:
-    """Raise CheckpointError if anything in a folder of the cache is not a plain file."""
+    """Raise CheckpointError if anything in a cache folder is not a regular file."""
     for entry in os.scandir(folder):
         if not entry.is_file(follow_symlinks=False):
             raise CheckpointError(f"{entry.path} is not a regular file: remove {folder} to download it again")
@@ -121,7 +121,7 @@ def is_web(url: str) -> bool:
 
 
 def public(url: str) -> str:
-    """A URL without what must not be printed: query, user and password."""
+    """A URL without its secrets: query, user and password."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
@@ -132,8 +132,8 @@ def _is_file(url: str) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """A block that one process at a time is in."""
-    import fcntl  # of Unix
+    """A context that only one process at a time can enter."""
+    import fcntl  # Unix only
 
     with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "a") as file:
         try:
@@ -145,16 +145,16 @@ def locked(path: Path) -> Iterator[None]:
 
 
 class Web:
-    """Files of a web server, by the names that the known formats have.
+    """Files on a web server, with the names of the known formats.
 
-    single: the local name, if the address is that of one file.
+    single: the local name, if the address is that of a single file.
     """
 
     def __init__(self, base: str, single: str | None) -> None:
         self.base, self.single = base, single
 
     def names(self, folder: Path) -> Iterator[str]:
-        """Names of what is to be copied; those before have been, so that indexes can be read."""
+        """The names of files to copy; earlier ones are already there, so that indexes can be read."""
         if self.single:
             yield self.single
             return
@@ -162,7 +162,7 @@ class Web:
         try:
             listed = {*listed_weights(folder / INDEX).values()} if (folder / INDEX).is_file() else set()
         except CheckpointError:
-            (folder / INDEX).unlink()  # so that it is fetched again when the server has a better one
+            (folder / INDEX).unlink()  # so that a later try downloads it again
             raise
         listed |= {name for name in checklist(folder) if WEIGHTS.fullmatch(name)}
         if listed:
@@ -195,7 +195,7 @@ class Web:
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """To the web only, and never from an encrypted connection to one that is not."""
+    """Follows redirects to http and https only, and never from https to http."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         target = urlsplit(newurl).scheme
@@ -205,7 +205,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 
 class Bucket:
-    """Files of a storage bucket, by blobfile."""
+    """Files in a storage bucket, read with blobfile."""
 
     def __init__(self, base: str, single: str | None) -> None:
         self.base, self.single = base, single
@@ -233,7 +233,7 @@ class Bucket:
 
 
 def copy(source: Web | Bucket, folder: Path) -> None:
-    """Copy all files of a source, each under its name when it is whole, and check them."""
+    """Copy all files of a source, each under its name only when complete, and check them."""
     found = 0
     for name in source.names(folder):
         target = folder / name
@@ -259,7 +259,7 @@ def copy(source: Web | Bucket, folder: Path) -> None:
                     if most is not None and file.tell() > most:
                         raise CheckpointError(f"{public(source.base)}: {name} is larger than {most:,} bytes")
             except http.client.HTTPException:
-                size = size if size is not None else -1  # broken off in the middle of a chunk
+                size = size if size is not None else -1  # cut off in the middle of a chunk
         if size is not None and part.stat().st_size != size:
             raise OSError(
                 f"{public(source.base)}: {name} was cut off after {part.stat().st_size:,} bytes; try again"
@@ -283,7 +283,7 @@ def copy(source: Web | Bucket, folder: Path) -> None:
 
 
 def checklist(folder: Path) -> dict[str, str]:
-    """MD5 sums by name, of a folder's checklist.chk."""
+    """MD5 sums by file name, from a folder's checklist.chk."""
     path = folder / "checklist.chk"
     if not path.is_file():
         return {}

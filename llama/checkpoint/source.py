@@ -1,7 +1,7 @@
 """What a checkpoint is, whatever its format, and the checks that all formats share.
 
-A format offers its weights as a `TensorSource`: whole tensors by their native names, of which any
-part can be read. `reader.RankReader` gives each rank its parts.
+Every format presents its weights as a `TensorSource`: whole tensors by native name, any part of which can
+be read. `reader.RankReader` reads each rank's parts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llama.tokenizer import DialogFormat, TextTokenizer, load_tokenizer
 from llama.vision import make_model
 
 W = TypeVar("W", Tensor, QuantizedMatrix, Weight)
-# What files of weights are called: bare names, which cannot lead out of their folder.
+# Valid names of weight files: bare names, which cannot point outside their folder.
 WEIGHTS = re.compile(
     r"consolidated\.\d+\.pth|[A-Za-z0-9_-][\w.-]*\.(safetensors|gguf)|(pytorch|adapter)_model[\w.-]*\.bin",
     re.ASCII,
@@ -34,10 +34,10 @@ IGNORED = {"rope.freqs"}  # LLaMA 1 and 2 saved this table, which follows from p
 
 
 class TensorSource(Protocol):
-    """A model's weights: whole tensors by their native names, of which any part can be read.
+    """A model's weights: whole tensors by native name, any part of which can be read.
 
     shapes: of all tensors (see `is_tied`).
-    dtype: what most of them are stored in; quantized ones count as what they are read as.
+    dtype: that most tensors are stored in; for quantized ones, that of the dequantized values.
     """
 
     @property
@@ -47,49 +47,49 @@ class TensorSource(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def read(self, name: str, dim: int = 0, span: Span | None = None) -> Tensor:
-        """A tensor, or the half-open span of its dimension `dim`; mapped from the file where it can be."""
+        """A tensor, or a half-open span of its dimension `dim`; mapped from the file if possible."""
         ...
 
     def release(self) -> None:
-        """Let go of mapped files. The next `read` opens them again."""
+        """Unmap files. The next `read` opens them again."""
         ...
 
 
 @runtime_checkable
 class QuantizedSource(TensorSource, Protocol):
-    """A source some of whose matrices are stored in 8, 5 or 4 bits. `read` dequantizes these."""
+    """A source with some matrices stored in 8, 5 or 4 bits. `read` dequantizes these."""
 
     def bits(self, name: str) -> int | None:
         """How many bits a matrix is stored in; None for a plain tensor."""
         ...
 
     def matrix(self, name: str) -> QuantizedMatrix:
-        """A quantized matrix as it is stored; mapped from the file where it can be."""
+        """A quantized matrix as stored; mapped from the file if possible."""
         ...
 
 
 def stored_bits(source: TensorSource, name: str) -> int | None:
-    """How many bits a source has a matrix of a model in; None for a plain tensor."""
+    """How many bits a source stores a model's matrix in; None for a plain tensor."""
     name = stored_name(source, name)
     return source.bits(name) if isinstance(source, QuantizedSource) else None
 
 
 def stored_weight(source: TensorSource, name: str) -> Weight:
-    """A whole tensor of a source as it is stored."""
+    """A whole tensor of a source, as stored."""
     if isinstance(source, QuantizedSource) and source.bits(name):
         return source.matrix(name)
     return source.read(name)
 
 
 class Pages:
-    """Lets go of a source's mapped files now and then: what was read of them would count as memory in use."""
+    """Unmaps a source's files from time to time, because pages that were read count as memory in use."""
 
     def __init__(self, source: TensorSource, limit: int = 2**28) -> None:
-        """limit: bytes that may be mapped and read at a time."""
+        """limit: bytes of mapped pages to keep at most."""
         self.source, self.limit, self.held = source, limit, 0
 
     def read(self, nbytes: int) -> None:
-        """To be called when as many bytes of the files were read, and are not needed any more."""
+        """Call this after reading `nbytes` of the files that are no longer needed."""
         self.held += nbytes
         if self.held > self.limit:
             self.source.release()
@@ -98,7 +98,7 @@ class Pages:
 
 @dataclass(frozen=True)
 class Classifier:
-    """What a classifier has on top of the last token's hidden state.
+    """A classifier's head, applied to the last token's hidden state.
 
     labels: the classes, in the order of the rows.
     weight: (labels, dim), on the CPU.
@@ -110,13 +110,17 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One model as it was found.
+    """One model and where it was found.
 
-    path: its folder or file. kind: "native", "Hugging Face" or "GGUF". family: of models, as people
-    call it. params: arguments for `ModelArgs`, by the names of `params.json`. context: tokens it was
-    trained for, None where its files do not say. files: how many hold weights. quantization: what its
-    matrices are quantized to, with a `QuantizedSource` as weights: "int8", "int5" or "int4", or "Q4_1" and
-    the like for a GGUF file. classifier: None for a model of language.
+    path: its folder or file.
+    kind: "native", "Hugging Face" or "GGUF".
+    family: the model family's common name.
+    params: arguments for `ModelArgs`, with the names of `params.json`.
+    context: tokens it was trained for; None if its files do not say.
+    files: number of weight files.
+    quantization: the format of its matrices if `weights` is a `QuantizedSource`: "int8", "int5" or "int4",
+        or a GGUF file's own, such as "Q4_1".
+    classifier: None for a language model.
     """
 
     path: Path
@@ -134,7 +138,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Part:
-    """What a rank holds of one tensor: `spans` of dimension `dim` of the whole; all, where dim is None."""
+    """A rank's part of one tensor: `spans` of dimension `dim` of the whole; all of it if dim is None."""
 
     shape: tuple[int, ...]
     dim: int | None
@@ -153,17 +157,17 @@ class Part:
 
 
 def is_tied(names: Container[str | None]) -> bool:
-    """Whether the embeddings serve as the output layer too: then there is no `output.weight`."""
+    """Whether the embeddings also serve as the output layer: then there is no `output.weight`."""
     return OUTPUT not in names
 
 
 def stored_name(source: TensorSource, name: str) -> str:
-    """The tensor of a source that holds a model's weight."""
+    """The name under which a source stores a model's weight."""
     return EMBEDDINGS if name == OUTPUT and is_tied(source.shapes) else name
 
 
 def whole_parts(args: ModelArgs, names: Container[str | None] = (OUTPUT,)) -> dict[str, Part]:
-    """Every tensor of a model on one rank, by its native name, if it is tied as these names are."""
+    """Every tensor of a model on one rank, by native name; tied if `names` has no output layer."""
     with torch.device("meta"):
         model = make_model(args, ModelParallel())
     parts = {name: Part.of(model, name) for name, _ in model.named_parameters()}
@@ -177,7 +181,7 @@ def check_shapes(
 ) -> None:
     """Raise CheckpointError unless a source has the model's tensors, in its shapes, and no others.
 
-    config: what says which these are, for people.
+    config: where these are defined, for the error message.
     """
     check_names(where, shapes, parts, config)
     for name, part in parts.items():
@@ -189,15 +193,15 @@ def check_shapes(
 
 
 def check_float(path: Path, name: str, tensor: Tensor) -> None:
-    """Raise CheckpointError for a dtype that no model is computed in."""
+    """Raise CheckpointError for a dtype that cannot be loaded."""
     if not tensor.is_floating_point() or tensor.itemsize < 2:
         raise CheckpointError(f"{path}: {name} is {tensor.dtype}; fp32, fp16 and bf16 can be loaded")
 
 
 def check_finite(name: str, weight: W) -> W:
-    """The weight. Raises CheckpointError if a value of it is not finite: no answer would be right."""
+    """The weight. Raises CheckpointError if any value is not finite, since no answer would be right."""
     for tensor in weight.tensors if isinstance(weight, QuantizedMatrix) else (weight,):
-        # The extremes propagate NaN, and read a tensor many times faster than `isfinite` does.
+        # Minimum and maximum propagate NaN, and take a fraction of the time of `isfinite`.
         if (
             tensor.is_floating_point()
             and tensor.numel()
@@ -212,7 +216,7 @@ def check_finite(name: str, weight: W) -> W:
 def check_names(
     where: Path | str, found: Mapping[str, Any], wanted: Mapping[str, Any], config: str = "params.json"
 ) -> None:
-    """Raise CheckpointError unless a file, or several, has the model's tensors and no others."""
+    """Raise CheckpointError unless one or more files have the model's tensors and no others."""
     if missing := [name for name in wanted if name not in found]:
         raise CheckpointError(f"{where} lacks {some(missing)}; does {config} belong to this model?")
     if unknown := [name for name in found if name not in wanted]:
@@ -226,9 +230,9 @@ def some(names: list[str]) -> str:
 
 
 def listed_weights(index: Path) -> dict[str, str]:
-    """The `weight_map` of an index: the name of the file that holds each tensor.
+    """The `weight_map` of an index: the name of each tensor's file.
 
-    Raises CheckpointError if it is missing or has a name that files of weights do not have.
+    Raises CheckpointError if it is missing or has an invalid name for a weight file.
     """
     content = read_json(index)
     check_kinds(index, content, {"weight_map": (dict,)})
@@ -242,9 +246,9 @@ def listed_weights(index: Path) -> dict[str, str]:
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
-    """One file's tensors by name, memory-mapped, never executing what is in it.
+    """One file's tensors by name, memory-mapped, without executing code from the file.
 
-    Raises CheckpointError for a file that is truncated, or a pickle of something else.
+    Raises CheckpointError if the file is truncated or contains anything else.
     """
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -269,7 +273,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
 
 
 def find_tokenizer(ckpt_dir: Path, tokenizer_path: Path | None) -> TextTokenizer:
-    """The tokenizer given, else `tokenizer.model` in the folder, or above it as Meta laid out Llama 2."""
+    """The tokenizer at a path, else `tokenizer.model` in the folder or, as in Llama 2, above it."""
     if tokenizer_path is not None:
         return load_tokenizer(tokenizer_path)
     beside, above = ckpt_dir / "tokenizer.model", ckpt_dir.resolve().parent / "tokenizer.model"
@@ -277,5 +281,5 @@ def find_tokenizer(ckpt_dir: Path, tokenizer_path: Path | None) -> TextTokenizer
 
 
 def _plain_line(error: Exception) -> str:
-    """The first line of an error of PyTorch's, without what colours a terminal."""
+    """The first line of a PyTorch error, without terminal colours."""
     return re.sub(r"\x1b\[[\d;]*m", "", str(error).split("\n")[0])

@@ -1,6 +1,6 @@
 """The `llama` command: `llama NAME ...`, `python -m llama NAME ...`, or under torchrun.
 
-A command is a function in a module of this package, both of its name, and a line in COMMANDS.
+A command is a function in a module of the same name in this package, and a line in COMMANDS.
 """
 
 import difflib
@@ -21,12 +21,12 @@ COMMANDS = {
     "chat": "chat with a model in the terminal",
     "ask": "answer one question",
     "complete": "continue a text",
-    "serve": "serve a model to clients of OpenAI's and Anthropic's interfaces",
-    "guard": "tell whether a text is safe, by a Llama Guard",
-    "info": "what a checkpoint is, and what memory it takes to run",
-    "convert": "write a checkpoint in another format, number of files, or precision",
-    "bench": "how fast a model runs here, beside what this machine can do",
-    "perplexity": "how well a model predicts a text",
+    "serve": "serve a model over HTTP, with OpenAI's and Anthropic's APIs",
+    "guard": "check whether a text is safe, with a Llama Guard model",
+    "info": "show what a checkpoint is and how much memory it needs",
+    "convert": "convert a checkpoint to another format, number of files, or precision",
+    "bench": "measure a model's speed, compared with this machine's limits",
+    "perplexity": "measure how well a model predicts a text",
 }
 LISTED = "\n".join(f"  {name:<13} {summary}" for name, summary in COMMANDS.items())
 HELP = f"""\
@@ -34,7 +34,7 @@ usage: llama COMMAND ...
 
 {LISTED}
 
-  help COMMAND  what its arguments are
+  help COMMAND  show the arguments of a command
   completion    print a script for bash or fish: source <(llama completion bash)
   --version     print the version
 
@@ -42,7 +42,7 @@ On several ranks: torchrun --nproc_per_node N -m llama COMMAND ..."""
 
 
 def main() -> None:
-    """Run the command that the command line names."""
+    """Run the command named on the command line."""
     name, *words = sys.argv[1:] or ["help"]
     if name in ("help", "-h", "--help"):
         name, words = (words[0], ["--help"]) if words else ("help", [])
@@ -53,17 +53,17 @@ def main() -> None:
 
 
 def completion(shell: Literal["bash", "fish"] = "bash") -> None:
-    """Print a script that makes a shell complete commands and flags.
+    """Print a shell script that completes commands and flags.
 
     Args:
-        shell: which one
+        shell: which shell
     """
     flags = {name: _as_function(options_of(load(name))) for name in COMMANDS}
     print(Script("llama", {**flags, "completion": completion}, shell=shell))
 
 
 def load(name: str) -> Callable[..., Any]:
-    """The function of a command. Leaves the program, with the nearest name, if there is none."""
+    """The function of a command. If there is none, exits and suggests the nearest name."""
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else "llama help lists them"
@@ -71,7 +71,7 @@ def load(name: str) -> Callable[..., Any]:
     handler = signal.getsignal(signal.SIGINT)
     try:
         if handler is signal.default_int_handler:
-            # Importing torch takes seconds; until then Ctrl-C ends the program without a stack.
+            # Importing torch takes seconds; Ctrl-C in that time exits without a traceback.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         return getattr(import_module(f"llama.cli.{name}"), name)
     finally:
@@ -79,7 +79,7 @@ def load(name: str) -> Callable[..., Any]:
 
 
 def _as_function(flags: Sequence[Option]) -> Callable[..., None]:
-    """A function with these parameters, which is what fire reads flags from."""
+    """A function with these parameters, from which fire reads the flags."""
 
     def function() -> None: ...
 

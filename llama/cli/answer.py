@@ -1,4 +1,4 @@
-"""An answer on the screen as it comes: as plain text or rendered Markdown, or as JSON at its end."""
+"""Printing an answer as it is generated, as plain text or rendered Markdown, or at its end as JSON."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from llama.streaming import StreamEvent
 
 
 class Writer(Protocol):
-    """Puts the pieces of one answer on the screen; `close` ends its last line."""
+    """Prints the pieces of one answer; `close` ends its last line."""
 
     def write(self, text: str) -> None: ...
 
@@ -23,7 +23,7 @@ class Writer(Protocol):
 
 
 class Plain:
-    """Text as it is."""
+    """Plain text."""
 
     def __init__(self) -> None:
         self._last = ""
@@ -38,7 +38,7 @@ class Plain:
 
 
 class Markdown:
-    """Markdown by rich: each block once it is complete, and the last one anew with each piece."""
+    """Markdown rendered by rich: each block once complete; the last one again with every piece."""
 
     def __init__(self) -> None:
         from rich import console, live, markdown, segment
@@ -63,12 +63,12 @@ class Markdown:
             self._separate()
             lines = self._console.render_lines(self._rendered(), new_lines=True, pad=False)
             self._live.start()
-            # Of a block taller than the screen, its end.
+            # If the block is taller than the screen, show its end.
             self._live.update(self._joined(lines[1 - self._console.height :]), refresh=True)
 
     def close(self) -> None:
         self._live.stop()
-        self._live = self._create_live()  # one that is started again erases as many lines as it had before
+        self._live = self._create_live()  # a restarted one would erase the lines of its last block
         if self._block.strip():
             self._separate()
             self._console.print(self._rendered())
@@ -82,7 +82,7 @@ class Markdown:
 
 
 def block_end(text: str) -> int:
-    """Where the first block of Markdown ends: after a blank line outside a code fence; 0 if it has not."""
+    """Where the first Markdown block ends, after a blank line outside a code fence; 0 if it has not yet."""
     fenced = False
     lines = text.splitlines(keepends=True)
     for line, end in zip(lines, accumulate(map(len, lines)), strict=True):
@@ -93,7 +93,7 @@ def block_end(text: str) -> int:
 
 
 def writer(markdown: bool | str) -> Callable[[], Writer]:
-    """How answers are written. Raises MissingPackageError if Markdown is asked for and rich is missing.
+    """How answers are printed. Raises MissingPackageError if `markdown` is True and rich is missing.
 
     markdown: True, False, or "auto" for a terminal that can move its cursor, if rich is installed.
     """
@@ -106,7 +106,7 @@ def writer(markdown: bool | str) -> Callable[[], Writer]:
 
 
 def print_answer(events: Iterable[StreamEvent], write: Writer, as_json: bool = False) -> None:
-    """Print the one answer of a stream as it comes, or as one JSON object when it has ended.
+    """Print a stream's only answer as it is generated, or as one JSON object when it has ended.
 
     Raises LlamaError if the request failed.
     """

@@ -1,8 +1,8 @@
-"""A command's arguments, by its signature: all of them are checked before the command is called.
+"""A command's arguments, from its signature; all are checked before the command is called.
 
-Parameters before a `*` may be given by position, every parameter by its flag. A parameter whose
+Parameters before a `*` may be passed by position, every parameter by its flag. A parameter whose
 default is a dataclass stands for the fields of that class, so that options shared by commands are
-written once. Help is the docstring's: one parameter a line, after `Args:`.
+defined once. Help comes from the docstring: one parameter a line, after `Args:`.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ from llama.errors import ArgumentError
 
 FLAG = re.compile(r"--?([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
 REQUIRED = inspect.Parameter.empty
-# What a value of each type is called in an error, and in help.
-WORDS = {int: ("a whole number", "N"), float: ("a number", "X"), str: ("a text", "TEXT")}
+# What a value of each type is called in errors and in help.
+WORDS = {int: ("a whole number", "N"), float: ("a number", "X"), str: ("a string", "TEXT")}
 
 
 class Option(NamedTuple):
     """One argument of a command.
 
-    group: the parameter whose dataclass it is a field of, or None.
+    group: the parameter whose dataclass this is a field of, or None.
     """
 
     name: str
@@ -44,18 +44,18 @@ class Option(NamedTuple):
 
     @property
     def choices(self) -> list[str]:
-        """The values it can have, if they can be listed."""
+        """The possible values, if they can be listed."""
         listed = ["True", "False"] if bool in self.kinds else []
         return listed + [
             word for kind in self.kinds if get_origin(kind) is Literal for word in get_args(kind)
         ]
 
     def parse(self, text: str) -> Any:
-        """The value that the text after a flag stands for. Raises ArgumentError if it stands for none."""
+        """The value of the text after a flag. Raises ArgumentError if it is invalid."""
         return None if NoneType in self.kinds and text.lower() == "none" else self.value(text)
 
     def value(self, text: str) -> Any:
-        """As `parse`, but "None" is a text like any other."""
+        """Like `parse`, but "None" is ordinary text."""
         for kind in self.kinds:
             try:
                 return _parse(kind, text)
@@ -106,7 +106,7 @@ def _options(command: Callable[..., Any]) -> Iterator[Option]:
 
 
 def shared_options(shared: Any, group: str | None = None) -> Iterator[Option]:
-    """The fields of a dataclass as flags, whose defaults are the values of this instance."""
+    """The fields of a dataclass as flags; their defaults are this instance's values."""
     types, helps = get_type_hints(type(shared)), _helps(type(shared))
     for field in dataclasses.fields(shared):
         yield Option(
@@ -115,18 +115,18 @@ def shared_options(shared: Any, group: str | None = None) -> Iterator[Option]:
 
 
 def _helps(documented: Any) -> dict[str, str]:
-    """What a docstring says of each parameter: a line each, whose continuation is indented."""
+    """What a docstring says about each parameter: one line each, continuation lines indented."""
     _, _, section = inspect.cleandoc(documented.__doc__ or "").partition("Args:\n")
     entries = re.split(r"^(\w+): ", textwrap.dedent(section), flags=re.MULTILINE)[1:]
     return {name: " ".join(text.split()) for name, text in zip(entries[::2], entries[1::2], strict=True)}
 
 
 def parse(command: Callable[..., Any], words: Sequence[str], name: str) -> dict[str, Any]:
-    """The keyword arguments that a command line gives to a command.
+    """The keyword arguments that a command line passes to a command.
 
-    name: of the command, as it is typed.
-    Raises ArgumentError for an unknown or repeated flag, one without its value, a value of the wrong
-    type, a surplus argument, or a missing one.
+    name: of the command, as typed.
+    Raises ArgumentError for an unknown or repeated flag, a flag without its value, a value of the wrong
+    type, an extra argument, or a missing one.
     """
     known = {option.name: option for option in options_of(command)}
     by_position = [option for option in known.values() if option.positional]
@@ -164,7 +164,7 @@ def parse(command: Callable[..., Any], words: Sequence[str], name: str) -> dict[
 
 def _is_value(word: str, option: Option) -> bool:
     """Whether the word after a flag belongs to it."""
-    if bool in option.kinds:  # which also stands alone
+    if bool in option.kinds:  # also valid without a value
         return word.lower() in map(str.lower, option.choices)
     return FLAG.fullmatch(word) is None
 
@@ -183,7 +183,7 @@ def _nearest(flag: str, known: dict[str, Option], name: str) -> str:
 
 
 def _grouped(command: Callable[..., Any], known: dict[str, Option], given: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments, with those of a shared dataclass put into it."""
+    """The keyword arguments, with shared options collected into their dataclasses."""
     arguments = {name: value for name, value in given.items() if known[name].group is None}
     for name, parameter in inspect.signature(command).parameters.items():
         if dataclasses.is_dataclass(parameter.default):

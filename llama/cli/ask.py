@@ -19,15 +19,15 @@ def ask(
     sampling: SamplingOptions = SamplingOptions(),
     build: BuildOptions = BuildOptions(),
 ) -> None:
-    """Answer one question with a chat model, and print the answer as it comes.
+    """Answer one question with a chat model and print the answer as it is generated.
 
     Args:
         ckpt_dir: folder of a checkpoint, a GGUF file, a URL, or a Hugging Face repository
-        question: what to answer; by default the text of --file, or the standard input
+        question: what to answer; by default the text of --file, or standard input
         system: the system prompt
-        file: a file of UTF-8 text that holds the question
+        file: a UTF-8 text file that contains the question
         json: print one JSON object at the end: text, finish_reason, counts and speed
-        markdown: render the answer; auto does on a terminal, if the rich package is installed
+        markdown: render the answer; auto means on a terminal, if the rich package is installed
     """
     check_prompt(question, file)
     write = writer(markdown)

@@ -1,4 +1,4 @@
-"""How fast a model runs here, beside what this machine can do."""
+"""How fast a model runs here, compared with what this machine can do."""
 
 import contextlib
 import math
@@ -37,15 +37,15 @@ def bench(
     json: bool = False,
     build: BuildOptions = BuildOptions(max_seq_len=160),
 ) -> None:
-    """Print the speed of prefill and decode, memory, and the share of this machine's limits reached.
+    """Print the speed of prefill and decode, memory, and the fraction reached of this machine's limits.
 
     Args:
         ckpt_dir: folder of a checkpoint, a GGUF file, a URL, or a Hugging Face repository
-        batch: sequences at a time
-        prompt: tokens of each prompt, which are random
-        new: tokens generated after each
-        runs: of which the medians are printed; one more goes before them
-        profile: a file to write a trace of one more run to, for https://ui.perfetto.dev
+        batch: sequences at the same time
+        prompt: random tokens per prompt
+        new: tokens generated per prompt
+        runs: number of measured runs, after one to warm up; the output shows their medians
+        profile: file for a trace of one more run, to open in https://ui.perfetto.dev
         json: print one JSON object, in seconds, tokens per second and bytes
     """
     if min(batch, prompt, runs) < 1 or new < 3:
@@ -84,9 +84,9 @@ class Figures:
     decode_tokens_per_second: float
     peak_memory: int
     kv_cache: int
-    bytes_per_second: float  # that decode reads
+    bytes_per_second: float  # read by decode
     bandwidth: float  # bytes per second that this machine can read
-    flops: float  # of the matrices, in prefill
+    flops: float  # of matrix products, per second of prefill
     matrix_rate: float  # floating point operations per second that this machine can do
 
     def as_text(self) -> str:
@@ -109,7 +109,7 @@ class Figures:
 
 
 def measure(llama: Llama, loaded: float, batch: int, prompt: int, new: int, runs: int) -> Figures:
-    """The medians of some runs after one to warm up. loaded: seconds that loading took."""
+    """The medians of some runs, after one to warm up. loaded: seconds that loading took."""
     lengths = [prompt] * batch
     generate(llama, lengths, new)
     # The limits are probed between the runs, so that all see the same machine.
@@ -147,7 +147,7 @@ class Timing:
 
 
 def generate(llama: Llama, lengths: list[int], new: int) -> Timing:
-    """Generate `new` tokens greedily after random prompts of these lengths, all at once."""
+    """Generate `new` tokens greedily after random prompts of these lengths, all in one batch."""
     vocab_size = llama.model.params.vocab_size
     params = SamplingParams(temperature=0, max_tokens=new)
     prompts = [torch.randint(vocab_size, (length,)).tolist() for length in lengths]
@@ -164,7 +164,7 @@ def generate(llama: Llama, lengths: list[int], new: int) -> Timing:
 
 
 def bytes_per_step(model: Transformer, batch: int, context: int) -> int:
-    """What one decode step reads: every weight once, of embeddings only if they are the output layer too,
+    """Bytes one decode step reads: every weight once, embeddings only if they are also the output layer,
     and the live cache."""
     weights, embeddings = resident_bytes(model), model.tok_embeddings
     if embeddings.backend and embeddings.backend is not model.output.backend:
@@ -175,7 +175,8 @@ def bytes_per_step(model: Transformer, batch: int, context: int) -> int:
 
 
 def prefill_flops(model: Transformer, batch: int, prompt: int) -> int:
-    """Of the matrices for all tokens, the last one's logits, and causal attention (two products)."""
+    """Operations of the matrices for all tokens, the last token's logits, and causal attention's two
+    products."""
     args = model.params
     with torch.device("meta"):
         layers = Transformer(args, model.parallel).layers
@@ -203,7 +204,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def best(device: torch.device, call: Callable[[], Any], times: int = 5) -> float:
-    """Seconds that a call takes at least."""
+    """Seconds of the fastest of several calls."""
     seconds = math.inf
     for _ in range(times):
         start = time.perf_counter()
@@ -215,15 +216,15 @@ def best(device: torch.device, call: Callable[[], Any], times: int = 5) -> float
 
 
 def peak_memory() -> int:
-    """Bytes of memory that this process, or its CUDA device, held at most."""
+    """Most bytes of memory that this process, or its CUDA device, has held."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return peak_resident()
 
 
 def peak_resident() -> int:
-    """Bytes of memory that this process held at most, pages of mapped files included; 0 if unknown."""
-    # Linux, where getrusage would begin with the peak of the parent.
+    """Most bytes of memory that this process has held, including mapped files' pages; 0 if unknown."""
+    # On Linux; getrusage there starts from the parent's peak.
     with contextlib.suppress(OSError, IndexError):
         return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     if resource is None:

@@ -20,15 +20,15 @@ from llama.prompts import tiled
 from llama.vision import sighted
 
 HELP = """\
-/system TEXT   set the system prompt; alone, show it; /system - for none
-/image FILE    show the model an image, with the next message
-/reset         forget all turns
+/system TEXT   set the system prompt;  /system  show it;  /system -  remove it
+/image FILE    send an image with the next message
+/reset         clear the history
 /retry         answer the last message again
-/save FILE     write the conversation;  /load FILE  go on with one
+/save FILE     save the conversation;  /load FILE  continue a saved one
 /params        show the sampling parameters;  /params temperature=0.2 top_k=40  set some
-/markdown      render answers as Markdown, or no longer
-/speed         show counts and speed after each answer, or no longer
-/help          this;  /quit or /exit, or Ctrl-D  leave
+/markdown      render answers as Markdown: on or off
+/speed         show counts and speed after each answer: on or off
+/help          show this;  /quit, /exit or Ctrl-D  quit
 //...          send a message that begins with a slash
 Ctrl-C stops an answer. Tab completes commands. A backslash at the end of a line continues it."""
 
@@ -47,11 +47,11 @@ def chat(
 
     Args:
         ckpt_dir: folder of a checkpoint, a GGUF file, a URL, or a Hugging Face repository; by default
-            the demo model, if it lies in this folder
+            the demo model, if it is in this folder
         system: the system prompt
         speed: show counts and speed after each answer
-        markdown: render answers; auto does on a terminal, if the rich package is installed
-        history: keep what is typed for the arrow keys of later sessions
+        markdown: render answers; auto means on a terminal, if the rich package is installed
+        history: keep typed lines for the arrow keys in later sessions
     """
     write = writer(markdown)
     with build.build(ckpt_dir or default_ckpt_dir()) as llama:
@@ -61,8 +61,8 @@ def chat(
 class Chat:
     """One conversation with a model, in the terminal of rank 0.
 
-    write: makes what puts an answer on the screen.
-    history: whether typed lines are kept for later sessions.
+    write: creates a writer for each answer.
+    history: whether to keep typed lines for later sessions.
     Raises ArgumentError if the model has no chat format.
     """
 
@@ -83,7 +83,7 @@ class Chat:
         self.speed = speed
         self.write = write
         self.left = False
-        self.images: list[bytes] = []  # of the next message
+        self.images: list[bytes] = []  # for the next message
         self.commands: dict[str, Callable[[str], None]] = {
             "/system": self.set_system,
             "/image": self.add_image,
@@ -112,7 +112,7 @@ class Chat:
                     print(f"[{error}]")
 
     def take(self, line: str) -> None:
-        """Do what one message or command says. Raises ValueError or OSError if that cannot be done."""
+        """Answer one message or run one command. Raises ValueError or OSError if that fails."""
         name, _, rest = line.partition(" ")
         if line.startswith("//") or not line.startswith("/"):
             if line:
@@ -123,7 +123,7 @@ class Chat:
             raise ArgumentError(f"unknown command {name}; /help lists the commands")
 
     def answer(self, message: str) -> None:
-        """Answer a message, as the conversation's next turn, and print the answer as it comes."""
+        """Answer a message as the conversation's next turn and print the answer as it is generated."""
         prompt = self.fit(message)
         images = [*self.conversation.images(), *self.images]
         tokens: list[int] = []
@@ -170,9 +170,9 @@ class Chat:
         return self.llama.model.params.max_seq_len
 
     def fit(self, message: str) -> list[int]:
-        """The prompt for a message, with room for an answer; drops the oldest turns for that, and says so.
+        """The prompt for a message, with room for an answer; if needed, drops the oldest turns and says so.
 
-        Raises ValueError for a message that does not fit without any turn before it.
+        Raises ValueError if the message does not fit even without earlier turns.
         """
         turns = self.conversation.turns
         room = max(1, min(self.sampling.max_gen_len or self.context, self.context // 4))
@@ -199,7 +199,7 @@ class Chat:
     def set_system(self, text: str) -> None:
         if text:
             self.conversation.system = "" if text == "-" else text
-        print(f"[system: {self.conversation.system or 'none of its own'}]")
+        print(f"[system: {self.conversation.system or 'none'}]")
 
     def add_image(self, name: str) -> None:
         sighted(self.llama.model)
@@ -209,7 +209,7 @@ class Chat:
             )
         path = _path(name)
         data = self.terminal.once(path.read_bytes)
-        tiled(data, self.llama.model)  # a bad file is refused here
+        tiled(data, self.llama.model)  # raises for a bad file
         self.images.append(data)
         print(f"[{path.name} will be sent with your next message]")
 

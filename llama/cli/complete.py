@@ -14,12 +14,12 @@ def complete(
     sampling: SamplingOptions = SamplingOptions(),
     build: BuildOptions = BuildOptions(max_seq_len=2048),
 ) -> None:
-    """Continue a text, and print the continuation as it comes.
+    """Continue a text and print the continuation as it is generated.
 
     Args:
         ckpt_dir: folder of a checkpoint, a GGUF file, a URL, or a Hugging Face repository
-        prompt: the text; by default that of --file, or the standard input
-        file: a file of UTF-8 text to continue
+        prompt: the text; by default that of --file, or standard input
+        file: a UTF-8 text file to continue
         json: print one JSON object at the end: text, finish_reason, counts and speed
     """
     check_prompt(prompt, file)

@@ -1,4 +1,4 @@
-"""A conversation's turns, and the ids they make: answers as they were generated, never encoded anew."""
+"""A conversation's turns and their token ids: answers keep their generated ids, and are not re-encoded."""
 
 import json
 from base64 import b64decode, b64encode
@@ -13,9 +13,9 @@ from llama.tokenizer import Message
 
 @dataclass(frozen=True)
 class Turn:
-    """A message, and the ids of the answer as they were generated.
+    """A message, and the ids of its answer as they were generated.
 
-    images: of the message, files' bytes; they stand before its text
+    images: of the message, as bytes of image files; they come before its text
     """
 
     message: str
@@ -29,7 +29,7 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
 
     def prompt(self, llama: Llama, message: str, skip: int = 0, images: Sequence[bytes] = ()) -> list[int]:
-        """The ids that ask for the answer to a message that follows all turns but the first `skip`.
+        """The ids that prompt for an answer to a message after all turns but the first `skip`.
 
         images: of the message
         """
@@ -47,7 +47,7 @@ class Conversation:
         return with_image_token(ids, llama.model, llama.tokenizer) if seen else ids
 
     def images(self, skip: int = 0) -> list[bytes]:
-        """Those of all turns but the first `skip`."""
+        """The images of all turns but the first `skip`."""
         return [image for turn in self.turns[skip:] for image in turn.images]
 
     def dump(self, llama: Llama) -> str:
@@ -64,9 +64,9 @@ class Conversation:
 
     @staticmethod
     def parse(text: str, llama: Llama) -> "Conversation":
-        """What `dump` wrote; answers of a model with another tokenizer are encoded anew.
+        """Read what `dump` wrote; answers of a model with another tokenizer are re-encoded.
 
-        Raises ValueError for another kind of text.
+        Raises ValueError for any other text.
         """
         try:
             data = json.loads(text)
@@ -84,7 +84,7 @@ class Conversation:
 
 
 def _content(message: str, images: Sequence[bytes]) -> str | list[dict[str, str]]:
-    """A message as chat formats take it."""
+    """A message in the form that chat formats accept."""
     return [*({"type": "image"} for _ in images), {"type": "text", "text": message}] if images else message
 
 
@@ -92,6 +92,6 @@ def _answer_ids(llama: Llama, text: str, ids: list[int]) -> list[int]:
     try:
         if llama.tokenizer.decode(ids) == text:
             return ids
-    except ValueError:  # an id that this tokenizer has not
+    except ValueError:  # an id that this tokenizer does not have
         pass
     return llama.tokenizer.encode(text, bos=False, eos=False)

@@ -1,4 +1,4 @@
-"""The command that writes a checkpoint in another form."""
+"""The command that converts a checkpoint."""
 
 import signal
 import sys
@@ -19,20 +19,20 @@ def convert(
     adapter: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a checkpoint in another format, or with other files, as a new folder.
+    """Convert a checkpoint to another format or number of files, in a new folder.
 
     Args:
         source: a native or Hugging Face folder, a GGUF file, a URL, or a Hugging Face repository
-        destination: the folder to make
+        destination: the folder to create
         to: native writes consolidated.*.pth, hf writes safetensors for transformers, vLLM and TGI
-        shards: files to cut the weights into; by default as many as the source has, or as is usual
+        shards: number of weight files; by default as many as the source has, or the usual number
         dtype: bfloat16, float16 or float32; by default the source's
-        quantize: quantize the weights, in a native folder that every command loads
+        quantize: quantize the weights; the result is a native folder that every command loads
         tokenizer_path: a tokenizer other than the source's own
         adapter: folder of a LoRA adapter in PEFT's format, merged into the weights
         overwrite: replace the destination if it exists
     """
-    # As on Ctrl-C, so that nothing half-made stays behind.
+    # As for Ctrl-C, so that no partial output is left behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     write(source, destination, to, shards, dtype, tokenizer_path, adapter, overwrite, quantize)
     print(f"Wrote {destination}")

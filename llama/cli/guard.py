@@ -1,4 +1,4 @@
-"""The command that asks a Llama Guard."""
+"""The command that checks a text with a Llama Guard."""
 
 import json as jsonlib
 from dataclasses import asdict
@@ -20,15 +20,15 @@ def guard(
     json: bool = False,
     build: BuildOptions = BuildOptions(),
 ) -> None:
-    """Tell whether a text, or the last message of a dialog, is safe.
+    """Check whether a text, or the last message of a dialog, is safe.
 
     Args:
         ckpt_dir: folder of a Llama Guard, a GGUF file, a URL, or a Hugging Face repository
-        text: what a user wrote, or a dialog as a JSON list of messages; by default the text of --file,
-            or the standard input
-        file: a file of UTF-8 text that holds the text or the dialog
-        version: which Llama Guard it is; by default what its files tell
-        exclude: a category that is allowed; a JSON list for several
+        text: a user's message, or a dialog as a JSON list of messages; by default the text of --file,
+            or standard input
+        file: a UTF-8 text file that contains the message or the dialog
+        version: version of Llama Guard; by default recognised from its files
+        exclude: a category to ignore; a JSON list for several
         json: print one JSON object: safe, categories, unsafe_probability, role, text
     """
     check_prompt(text, file)
@@ -39,7 +39,7 @@ def guard(
 
 
 def parse_dialog(text: str) -> Any:
-    """The dialog that a text is, or what a user wrote. Raises ArgumentError for a list of something else."""
+    """The dialog in a text, or the text as a user's message. Raises ArgumentError for any other list."""
     try:
         dialog = jsonlib.loads(text)
     except ValueError:
@@ -52,7 +52,7 @@ def parse_dialog(text: str) -> Any:
 
 
 def as_text(verdict: Verdict) -> str:
-    """A verdict, as lines of text."""
+    """A verdict as lines of text."""
     lines = [f"{category.code} {category.name}" for category in verdict.categories]
     sure = f"{'safe' if verdict.safe else 'unsafe'} (probability of unsafe: {verdict.unsafe_probability:.1%})"
     return "\n".join([sure, *lines])

@@ -1,4 +1,4 @@
-"""What a checkpoint is, and what it takes to run it."""
+"""What a checkpoint is, and what it needs to run."""
 
 from json import dumps
 from math import prod
@@ -20,7 +20,7 @@ from llama.tokenizer.chat_format import ChatFormat, ChatML, Llama2Chat, NoChat
 from llama.tools.use import default_format
 from llama.vision import VisionArgs, VisionTransformer, make_args, make_model
 
-TOOLS = {None: "not trained to call any", "template": "as its own template has them"}
+TOOLS = {None: "not trained to call tools", "template": "in the format of its own template"}
 
 
 def info(
@@ -35,18 +35,18 @@ def info(
     max_images: int = 1,
     json: bool = False,
 ) -> None:
-    """Tell what a checkpoint is, and what memory it takes to run it.
+    """Show what a checkpoint is and how much memory it needs.
 
     Args:
         ckpt_dir: folder of a checkpoint, a GGUF file, a URL, or a Hugging Face repository
-        max_seq_len: tokens of the KV cache per sequence
-        max_batch_size: sequences of the KV cache
+        max_seq_len: tokens per sequence in the KV cache
+        max_batch_size: sequences in the KV cache
         dtype: bfloat16, float16 or float32; by default that of the files
-        quantize: of the weights; by default that of the files
+        quantize: quantization of the weights; by default that of the files
         tokenizer_path: a tokenizer other than the checkpoint's own
         adapter: folder of a LoRA adapter in PEFT's format
-        max_images: images of one sequence that the cache of a vision model has room for
-        json: print one JSON object; memory in bytes
+        max_images: images per sequence in the cache of a vision model
+        json: print one JSON object, with memory in bytes
     """
     cache = max_seq_len, max_batch_size
     found = inspect(ckpt_dir, *cache, dtype, quantize, tokenizer_path, adapter, max_images)
@@ -63,13 +63,13 @@ def inspect(
     adapter: StrPath | None = None,
     max_images: int = 1,
 ) -> dict[str, Any]:
-    """A checkpoint's family, shapes, files and tokenizer, and the memory it takes, as JSON has them.
+    """A checkpoint's family, shapes, files and tokenizer, and the memory it needs, ready for JSON.
 
     max_seq_len, max_batch_size, max_images: of the KV cache.
-    dtype: that weights and cache are loaded in; by default the files' own.
-    quantize: of the weights, "int8", "int5", "int4" or "fp8"; by default as the files have them.
+    dtype: of weights and cache once loaded; by default the files' own.
+    quantize: of the weights, "int8", "int5", "int4" or "fp8"; by default as stored in the files.
 
-    Raises ArgumentError for other arguments, and what `open_checkpoint` raises.
+    Raises ArgumentError for invalid arguments, and what `open_checkpoint` raises.
     """
     if quantize is not None and quantize not in SCHEMES:
         raise ArgumentError(f"quantize must be one of {', '.join(SCHEMES)}, not {quantize!r}")
@@ -134,7 +134,7 @@ def as_text(found: dict[str, Any]) -> str:
         ("tokenizer", "{kind}, {tokens:,} tokens, bos {bos}, stops at {stop}".format(**found["tokenizer"])),
         ("chat format", found["chat_format"] or "none (a base model)"),
         ("tools", TOOLS.get(found["tool_format"], found["tool_format"])),
-        ("context", f"{context:,} tokens" if context else "not in the files"),
+        ("context", f"{context:,} tokens" if context else "not stated in the files"),
         ("world sizes", ", ".join(str(row["ranks"]) for row in found["memory"])),
     ]
     kept = ""
@@ -160,7 +160,7 @@ def _memory_row(ranks: int, weights: int, kv_cache: int) -> str:
 
 
 def world_sizes(args: ModelArgs) -> list[int]:
-    """The numbers of ranks that a model can be cut across."""
+    """The numbers of ranks that a model can be split across."""
     return [size for size in range(1, args.n_heads + 1) if args.n_heads % size == 0]
 
 

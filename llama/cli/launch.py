@@ -1,4 +1,4 @@
-"""Run a command on one rank or many: one voice for all of them, exit codes, errors as sentences."""
+"""Run a command on one rank or many: output from one rank only, exit codes, errors without tracebacks."""
 
 import contextlib
 import os
@@ -20,14 +20,14 @@ def launch(
     words: Sequence[str] | None = None,
     name: str | None = None,
 ) -> None:
-    """Call a command, or the one of a table that the first word names, and leave the program on an error.
+    """Call a command, or the one in a table that the first word names, and exit on an error.
 
-    Only rank 0 prints. A user's mistake, or a lost rank, is one sentence without a stack, and every
-    rank exits with 1; $LLAMA_TRACEBACK=1 shows the stack. Any other exception is a fault of this
-    package and keeps its stack.
+    Only rank 0 prints. A user's mistake or a lost rank prints one message without a traceback, and every
+    rank exits with 1; $LLAMA_TRACEBACK=1 shows the traceback. Any other exception is a bug in this
+    package and keeps its traceback.
 
-    words: of the command line; by default the program's.
-    name: of the program, as it is typed; by default the script's.
+    words: arguments on the command line; by default the program's.
+    name: of the program, as typed; by default the script's.
     """
     words = sys.argv[1:] if words is None else words
     name = name or Path(sys.argv[0]).name
@@ -48,22 +48,22 @@ def launch(
             else:
                 command(**parse(command, words, name))
             sys.stdout.flush()
-        except BrokenPipeError:  # whoever reads has enough, as `head` does
+        except BrokenPipeError:  # the reader closed the pipe, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (LlamaError, OSError) as error:
             if os.environ.get("LLAMA_TRACEBACK") or not _is_sentence(error):
                 raise
             if torchrun:
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is leaving already
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is exiting already
             sys.exit(f"error: {error}" if _first_to_fail() else 1)
         except KeyboardInterrupt:
             sys.exit(130)
 
 
 def _is_sentence(error: Exception) -> bool:
-    """Whether an error is a user's to mend: ours, or the system's of a path that was given.
+    """Whether an error is for the user to fix: ours, or the system's about a path the user gave.
 
-    The system's errors have a number; those that this package raises itself are sentences only.
+    The system's errors have a number; those that this package raises have only a message.
     """
     return not isinstance(error, OSError) or error.errno is None or error.filename is not None
 
@@ -76,7 +76,7 @@ def _terminated(*_: object) -> None:
 
 
 def default_ckpt_dir() -> str:
-    """The demo model's folder, in this one. Raises FileNotFoundError, with ways to get weights."""
+    """The demo model's folder in this one. If there is none, raises FileNotFoundError with alternatives."""
     if Path(DEMO).is_dir():
         return DEMO
     raise FileNotFoundError(
@@ -89,7 +89,7 @@ def default_ckpt_dir() -> str:
 
 
 def _first_to_fail() -> bool:
-    """Whether this rank is the first that asks. Any rank may be the one that died, 0 too."""
+    """Whether this rank is the first to ask. Any rank may be the one that died, even rank 0."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # takes a second to import
 
     try:

@@ -1,4 +1,4 @@
-"""The flags that commands share, each written once, with its help."""
+"""The flags that commands share, each defined once, with its help."""
 
 import sys
 from dataclasses import asdict, dataclass, field
@@ -17,16 +17,16 @@ class BuildOptions:
 
     Args:
         tokenizer_path: a tokenizer other than the checkpoint's own
-        max_seq_len: tokens of prompt and answer together; the KV cache is allocated for them
-        max_batch_size: sequences computed at a time; the KV cache is allocated for them
+        max_seq_len: maximum tokens of prompt plus answer; sets the size of the KV cache
+        max_batch_size: sequences computed at the same time; sets the size of the KV cache
         device: cuda, cuda:N, mps or cpu; by default the best one available
-        dtype: bfloat16, float16 or float32; by default what suits the device
-        quantize: quantize the weights as they load (fp8: CUDA only); by default they stay as they are
-        compile: compile the model; auto does on CUDA only
+        dtype: bfloat16, float16 or float32; by default the best one for the device
+        quantize: quantize the weights as they load (fp8: CUDA only); by default as stored
+        compile: compile the model; auto means on CUDA only
         adapter: folder of a LoRA adapter in PEFT's format, merged into the weights
-        batch_invariant: make logprobs bitwise independent of what else runs, for some speed
-        vision: load a vision model so that it sees
-        max_images: images of one chat or prompt that a vision model's cache has room for
+        batch_invariant: make logprobs bit-identical whatever else runs, at some cost in speed
+        vision: load a vision model with image support
+        max_images: maximum images per chat or prompt; sets the size of a vision model's image cache
     """
 
     tokenizer_path: str | None = None
@@ -42,7 +42,7 @@ class BuildOptions:
     max_images: int = 1
 
     def build(self, ckpt_dir: str) -> Llama:
-        """Load a checkpoint as these options say. Raises what `Llama.build` raises."""
+        """Load a checkpoint with these options. Raises what `Llama.build` raises."""
         return Llama.build(ckpt_dir, **asdict(self))
 
 
@@ -51,18 +51,18 @@ class SamplingOptions:
     """Sampling:
 
     Args:
-        temperature: divides the logits; 0 always takes the most likely token
-        top_p: keep the most likely tokens that together have this probability
+        temperature: divides the logits; 0 always picks the most likely token
+        top_p: keep the most likely tokens whose probabilities sum to this
         top_k: keep only the N most likely tokens
-        min_p: drop tokens less likely than this share of the most likely one
-        repetition_penalty: divides the logits of tokens already in prompt and answer; 1 changes nothing
+        min_p: drop tokens whose probability is below this fraction of the most likely token's
+        repetition_penalty: divides the logits of tokens already in prompt and answer; 1 has no effect
         presence_penalty: subtracted from the logit of each token already in the answer
-        frequency_penalty: subtracted from a token's logit as often as it is in the answer
+        frequency_penalty: subtracted from a token's logit once for each time it occurs in the answer
         logit_bias: added to the logits of these token ids, as in '{"198": -100}'
         stop: text that ends the answer and is not part of it; a JSON list for several
         stop_token_ids: ids that end the answer, besides the tokenizer's own; a JSON list for several
-        max_gen_len: new tokens at most; by default as many as fit
-        seed: of the random draws; by default each answer has its own, the same in every run
+        max_gen_len: maximum number of new tokens; by default as many as fit
+        seed: for the random draws; by default each answer has its own, the same in every run
     """
 
     temperature: float = 0.6
@@ -88,12 +88,12 @@ class SamplingOptions:
         SamplingParams(**values)
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the calls of `Llama`."""
+        """Keyword arguments for the methods of `Llama`."""
         return asdict(self)
 
 
 def read_prompt(prompt: str | None, file: str | None, terminal: Terminal) -> str:
-    """The prompt: the argument, a file's text, or the standard input without its last newline."""
+    """The prompt: the argument, a file's text, or standard input without its last newline."""
     if prompt is not None:
         return prompt
     if file is not None:

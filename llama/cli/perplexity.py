@@ -1,4 +1,4 @@
-"""How well a model predicts a text, which tells what fewer bits cost."""
+"""How well a model predicts a text, which shows the cost of quantization."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,11 @@ def perplexity(
     stride: int | None = None,
     build: BuildOptions = BuildOptions(max_seq_len=1024),
 ) -> None:
-    """Print the mean negative log-likelihood (NLL) of a text's tokens, and their perplexity.
+    """Print the mean negative log-likelihood (NLL) and the perplexity of a text's tokens.
 
     Args:
         ckpt_dir: folder of a checkpoint, a GGUF file, a URL, or a Hugging Face repository
-        file: a text in UTF-8
+        file: a UTF-8 text file
         stride: tokens from one window of max_seq_len to the next; by default half a window
     """
     text = Path(file).read_text("utf-8")
@@ -37,10 +37,10 @@ def perplexity(
 
 
 def negative_log_likelihoods(llama: Llama, tokens: Sequence[int], stride: int) -> list[float]:
-    """-log p of every token but the first, each scored once, by what stands before it in its window.
+    """-log p of every token but the first, each scored once, given the tokens before it in its window.
 
-    The windows are max_seq_len long and start `stride` apart, so that from the second one on a token
-    has at least max_seq_len - stride others before it. Raises ValueError where there is nothing to score.
+    The windows are max_seq_len long and start `stride` apart, so from the second window on every token
+    has at least max_seq_len - stride tokens before it. Raises ValueError if there is nothing to score.
     """
     length = llama.model.params.max_seq_len
     if len(tokens) < 2:
@@ -58,7 +58,7 @@ def negative_log_likelihoods(llama: Llama, tokens: Sequence[int], stride: int) -
 
 
 def windows(n: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, first that is scored) of the windows that score tokens 1 … n - 1 once each."""
+    """(start, stop, first scored token) of the windows that score tokens 1 … n - 1 once each."""
     scored, start = 1, 0
     while scored < n:
         stop = min(start + length, n)

@@ -1,4 +1,4 @@
-"""The command that serves a model by HTTP."""
+"""The command that serves a model over HTTP."""
 
 import contextlib
 from pathlib import Path
@@ -36,25 +36,25 @@ def serve(
     ssl_keyfile: str | None = None,
     build: BuildOptions = BuildOptions(max_batch_size=8),
 ) -> None:
-    """Serve a model to clients of OpenAI's and Anthropic's interfaces, and on a page to try it.
+    """Serve a model over HTTP, with OpenAI's and Anthropic's APIs and a page to try it.
 
     Args:
         ckpt_dir: folder of a checkpoint, a GGUF file, a URL, or a Hugging Face repository; by default
-            the demo model, if it lies in this folder
-        host: address to listen on; 0.0.0.0 for every network
+            the demo model, if it is in this folder
+        host: address to listen on; 0.0.0.0 for all networks
         port: port to listen on
-        name: of the model, as clients call it; by default the folder's
-        api_key: key that requests must bring; a JSON list for several
-        api_key_file: file with such keys, one a line, which no list of processes shows
-        cors: web sites whose pages may ask, as in https://example.org; a JSON list for several
-        queue: answers that may wait for a slot; beyond, requests are refused with status 429
-        timeout: seconds that a request may take, its wait included
-        max_body: bytes of a request
-        tool_format: how prompts tell of tools; by default as the checkpoint was trained, if it was
+        name: model name for clients; by default the folder's name
+        api_key: key that requests must send; a JSON list for several
+        api_key_file: file with API keys, one per line, which unlike --api_key no process list shows
+        cors: origins of web pages allowed to call, such as https://example.org; a JSON list for several
+        queue: answers that may wait for a slot; further requests get status 429
+        timeout: maximum seconds per request, including its wait
+        max_body: maximum bytes of a request
+        tool_format: how prompts describe tools; by default as in the checkpoint's training, if any
         guard: folder of a Llama Guard that checks what users ask and what the model answers
-        metrics_prefix: of the names of metrics; with vllm, dashboards for vLLM show them
-        ssl_certfile: certificate, to serve by TLS
-        ssl_keyfile: its key
+        metrics_prefix: prefix of metric names; with vllm, dashboards for vLLM work
+        ssl_certfile: TLS certificate
+        ssl_keyfile: key of the TLS certificate
     """
     if run is None:
         raise MissingPackageError(f"serve needs the package {missing}: pip install -e '.[serve]'")
@@ -72,7 +72,7 @@ def serve(
     with contextlib.ExitStack() as stack:
         llama = stack.enter_context(build.build(ckpt_dir))
         if guard and llama.model.parallel.size > 1:
-            raise ArgumentError("--guard needs a server on one rank")
+            raise ArgumentError("--guard works on a single rank only")
         moderator = stack.enter_context(Guard.build(guard, device=build.device)) if guard else None
         llama.tool_format = tool_format or llama.tool_format
         once = Terminal(llama.model.parallel).once

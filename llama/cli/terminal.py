@@ -1,7 +1,7 @@
-"""The keyboard of a program that runs on one rank or many: rank 0 reads, and every rank gets it.
+"""Keyboard input for a program on one rank or many: rank 0 reads it, and every rank receives it.
 
-Ctrl-C is read as a key, not taken as a signal. As a signal it would reach only whatever the terminal
-holds for the program; under `torchrun` that is the launcher, which ends all ranks.
+Ctrl-C is read as a key, not received as a signal: under `torchrun` the signal would go to the launcher,
+which ends all ranks.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ KEPT = 1000  # lines of history
 
 
 class Terminal:
-    """Reads lines, and notices Ctrl-C in between. Every rank must make the same calls.
+    """Reads lines, and detects Ctrl-C in between. Every rank must make the same calls.
 
     parallel: the ranks.
-    commands: words that begin with a slash; Tab completes them, and after one the names of files.
-    history: whether what is typed is kept for later programs.
-    Raises ArgumentError if the model is on some of the ranks only.
+    commands: words that begin with a slash; Tab completes them, and file names after them.
+    history: whether to keep typed lines for later sessions.
+    Raises ArgumentError if the model is on only some of the ranks.
     """
 
     def __init__(self, parallel: ModelParallel, commands: Iterable[str] = (), history: bool = False) -> None:
@@ -46,7 +46,7 @@ class Terminal:
         self.commands = sorted(commands)
         self.history = history
         self.interactive = sys.stdin.isatty() and termios is not None
-        self._typed = ""  # while nobody asked for it
+        self._typed = ""  # ahead of the next prompt
         self._group: dist.ProcessGroup | None = None
         if parallel.size > 1:
             if parallel.size != dist.get_world_size():
@@ -54,11 +54,11 @@ class Terminal:
                     f"this needs one model across all {dist.get_world_size()} ranks, not one per "
                     f"{parallel.size} ranks"
                 )
-            # The other ranks wait as long as somebody thinks before typing.
+            # The other ranks wait as long as the user takes to type.
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))
 
     def once(self, act: Callable[[], T]) -> T:
-        """Do something on rank 0 alone. Returns what it gives, or raises what it raises, on every rank."""
+        """Call `act` on rank 0 only. Returns its result, or raises its exception, on every rank."""
         if self._group is None:
             return act()
         outcome: list[Any] = [None, None]
@@ -76,8 +76,8 @@ class Terminal:
     def read_line(self, prompt: str) -> str | None:
         """The next message; None at the end of the input (Ctrl-D).
 
-        That is a line, with those that a backslash at its end continues it by, or a block that was
-        pasted: lines that the terminal delivers at once. A command is always one line.
+        A message is a line, plus the next lines while each ends with a backslash, or a pasted block:
+        lines that the terminal delivers at once. A command is always one line.
         """
         lines: list[str] = []
         while (line := self.once(lambda: self._read(prompt if not lines else "… "))) is not None:
@@ -110,7 +110,7 @@ class Terminal:
                 readline.set_startup_hook()
 
     def _more(self) -> bool:
-        """Whether the terminal has delivered more than the line that was read."""
+        """Whether the terminal has delivered more than the line just read."""
         return self.interactive and bool(select.select([sys.stdin], [], [], 0)[0])
 
     def _is_command(self, line: str) -> bool:
@@ -137,7 +137,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def ctrl_c_as_key(self) -> Iterator[None]:
-        """A block in which Ctrl-C is a key; while a line is typed it clears the line."""
+        """A context in which Ctrl-C is a key; at the prompt it clears the line."""
         if self.parallel.rank != 0 or not self.interactive:
             yield
             return
@@ -152,7 +152,7 @@ class Terminal:
                 stack.enter_context(kept_history())
 
             def end(*_: object) -> None:
-                # No exception, which would be lost if the signal fell into a destructor.
+                # Not an exception, which would be lost if the signal arrived in a destructor.
                 stack.close()
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -172,7 +172,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """A block in which keys are not shown, and `interrupted` sees them as they are typed."""
+        """A context in which keys are not echoed, and `interrupted` sees them as they are typed."""
         if self.parallel.rank != 0 or not self.interactive:
             yield
             return
@@ -186,7 +186,7 @@ class Terminal:
 
 @contextlib.contextmanager
 def kept_history() -> Iterator[None]:
-    """A block whose lines are kept in $XDG_STATE_HOME/llama/history, readable by their author only."""
+    """A context whose lines are kept in $XDG_STATE_HOME/llama/history, readable only by the user."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     path = Path(state) / "llama" / "history"
     with contextlib.suppress(OSError):
@@ -203,7 +203,7 @@ def kept_history() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _settings(change: Callable[[list[Any]], None]) -> Iterator[None]:
-    """The terminal's settings, as tcgetattr has them, changed for a block."""
+    """A context with changed terminal settings, in tcgetattr's form."""
     stdin = sys.stdin.fileno()
     before, mode = termios.tcgetattr(stdin), termios.tcgetattr(stdin)
     change(mode)

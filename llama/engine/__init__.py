@@ -1,4 +1,4 @@
-"""Requests in, tokens out: ids only."""
+"""Requests in, tokens out; token ids only."""
 
 from llama.engine.engine import Engine
 from llama.engine.request import Event, FinishReason, Request, TopLogprobs

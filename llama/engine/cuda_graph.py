@@ -1,4 +1,4 @@
-"""Steps captured as CUDA graphs: the part of the engine that needs a GPU."""
+"""Steps captured as CUDA graphs: the only part of the engine that needs a GPU."""
 
 import atexit
 import weakref
@@ -7,17 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Run = Callable[[Tensor, Tensor, int], Tensor]  # tokens, positions and how far to look, to logits
+Run = Callable[[Tensor, Tensor, int], Tensor]  # tokens, positions and live positions, to logits
 
 
 class Graphs:
-    """A step captured once for each shape. One step runs at a time, so all graphs share their memory."""
+    """A step captured once per shape. Only one step runs at a time, so all graphs share their memory."""
 
     def __init__(self, device: torch.device, run: Run) -> None:
         self.run = run
         self.stream = torch.cuda.Stream(device)
         self.clear()
-        # NCCL waits for ever to be taken down while a graph holds its collectives.
+        # NCCL's shutdown hangs while a graph holds its collectives.
         atexit.register(_clear, weakref.ref(self))
 
     def clear(self) -> None:
@@ -25,7 +25,7 @@ class Graphs:
         self.pool = torch.cuda.graph_pool_handle()
 
     def replay(self, tokens: Tensor, positions: Tensor, live: int) -> Tensor:
-        """What `run` returns, by a graph that is captured first if there is none of this shape."""
+        """What `run` returns, from a graph of this shape, captured first if there is none."""
         shape = len(tokens), live
         if shape not in self.graphs:
             self.graphs[shape] = Graph(self, tokens, positions, live)
@@ -43,12 +43,12 @@ class Graph:
     def __init__(self, graphs: Graphs, tokens: Tensor, positions: Tensor, live: int) -> None:
         self.inputs = tokens.clone(), positions.clone()
         graphs.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(graphs.stream):  # compiling and allocating happen now
+        with torch.cuda.stream(graphs.stream):  # compiles and allocates
             for _ in range(2):
                 graphs.run(*self.inputs, live)
         torch.cuda.current_stream().wait_stream(graphs.stream)
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads, such as NCCL's watchdog, may call CUDA meanwhile.
+        # Other threads, such as NCCL's watchdog, may call CUDA at the same time.
         mode = "thread_local"
         with torch.cuda.graph(self.graph, graphs.pool, graphs.stream, capture_error_mode=mode):
             self.logits = graphs.run(*self.inputs, live)
@@ -57,4 +57,4 @@ class Graph:
         for mine, new in zip(self.inputs, inputs, strict=True):
             mine.copy_(new)
         self.graph.replay()
-        return self.logits.clone()  # the next replay writes there
+        return self.logits.clone()  # the next replay overwrites it

@@ -1,13 +1,13 @@
-"""The one loop that generates: requests, steps, stop conditions.
+"""The only loop that generates: requests, steps, stop conditions.
 
-A request is token ids and sampling parameters; nothing here knows text or tokenizers. It waits in a
-queue until one of the model's `max_batch_size` cache slots is free. A step runs the model once for
-all requests that have a slot: a bounded chunk of the prompt for those still reading theirs, one token
-for the others. A request's tokens never depend on which others share its steps.
+A request is token ids and sampling parameters; nothing here knows about text or tokenizers. It waits
+in a queue until one of the model's `max_batch_size` cache slots is free. A step runs the model once
+for all requests that have a slot: a bounded chunk of the prompt for those in prefill, one token for
+the others. A request's tokens never depend on which other requests share its steps.
 
-Any number of threads may add, run and cancel requests. One of them at a time runs the model, for the
-requests of all; the others wait for its news. With several ranks, every rank must make the same calls
-in the same order, so there one thread a rank calls.
+Any number of threads may add, run and cancel requests. One thread at a time runs the model, for the
+requests of all threads; the others wait for its results. With several ranks, every rank must make the
+same calls in the same order, so only one thread per rank may call.
 """
 
 import math
@@ -29,21 +29,21 @@ from llama.vision import PlacedImage, TiledImage, sighted
 
 ERRORS = {
     BROKEN: "the model's logits are not finite; is the checkpoint damaged?",
-    FORBIDDEN: "no token may follow: logit_bias forbids all, or the constraint does or is too complex",
+    FORBIDDEN: "no token may follow: logit_bias or the constraint, which may be too complex, forbids all",
 }
 
 
 class Engine:
-    """Generates for many requests over one model.
+    """Generates for many requests with one model.
 
-    model: its cache's `max_batch_size` is the number of requests that run at once.
-    prefill_chunk: tokens of one prompt that a step reads at most; of all prompts together, while other
+    model: its `max_batch_size` is the number of requests that run at the same time.
+    prefill_chunk: maximum prompt tokens per step: of one prompt, or of all prompts together while other
       requests wait for their next token.
-    batch_invariant: run every matrix product at a shape that depends on the request alone, so that its
-      logprobs are the same to the bit whatever runs beside it. Raises ArgumentError if the model's
-      kernels give a row other bits at another place in the batch or beside other rows.
-    static: decode at shapes that stay the same, for a compiled model, and one step ahead of the tokens
-      that are read. Ignored with batch_invariant, which has shapes of its own.
+    batch_invariant: run every matrix product at a shape that depends only on the request, so that its
+      logprobs are bit-identical whatever runs alongside it. Raises ArgumentError if the kernels' results
+      for a row depend on its position in the batch or on the other rows.
+    static: decode at fixed shapes, for a compiled model, and one step ahead of the tokens already read.
+      Ignored with batch_invariant, which has shapes of its own.
     """
 
     def __init__(
@@ -57,18 +57,18 @@ class Engine:
         if prefill_chunk < 1:
             raise ArgumentError(f"prefill_chunk must be 1 or more, not {prefill_chunk}")
         self.model, self.prefill_chunk = model, prefill_chunk
-        fixed_shapes = batch_invariant and not model.step_backend  # which is invariant by itself
+        fixed_shapes = batch_invariant and not model.step_backend  # a step backend is invariant anyway
         self.ragged = (InvariantRunner if fixed_shapes else RaggedRunner)(model, prefill_chunk)
         self.static = StaticRunner(model) if static and not batch_invariant else None
         self.runners: list[Runner] = [self.static, self.ragged] if self.static else [self.ragged]
         self.slots = Slots(model, self.ragged.reusable, any(runner.clears for runner in self.runners))
         self.waiting: deque[Request] = deque()
-        self.pending: list[Pending] = []  # steps that have been started and not settled, at most two
+        self.pending: list[Pending] = []  # steps started but not settled, at most two
         self.steps = 0
         self.turns = Turns()
 
     def check(self, prompt: Sequence[int], params: SamplingParams, images: Sequence[TiledImage] = ()) -> None:
-        """Raise what `add` raises."""
+        """Raise what `add` would raise."""
         vocab_size, max_seq_len = self.model.params.vocab_size, self.model.params.max_seq_len
         known = vocab_size + bool(images)
         if images:
@@ -104,8 +104,8 @@ class Engine:
 
         images: one for each image token of the prompt, whose id is the model's vocab_size.
 
-        Raises PromptError if nothing can be generated from it, ArgumentError for parameters that do not
-        fit the model.
+        Raises PromptError if the prompt is invalid or leaves no room, ArgumentError if the parameters do
+        not fit the model.
         """
         self.check(prompt, params, images)
         self.turns.check_process()
@@ -124,7 +124,7 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request where it is; its slot is free at once. An ended one stays as it is."""
+        """End a request and free its slot immediately. Has no effect on a request that has ended."""
         with self.turns.lock:
             if request.finish_reason is None:
                 if request in self.waiting:
@@ -137,10 +137,10 @@ class Engine:
         return bool(self.waiting or self.slots.running())
 
     def run(self, requests: Sequence[Request]) -> Iterator[Event]:
-        """Step until these requests have ended, and yield what happens to them, in steps of other callers
-        too: several of these iterators may take turns, or run in threads.
+        """Run steps until these requests have ended, and yield their events, including those from steps
+        of other callers. Several such iterators may alternate, or run in threads.
 
-        Closing one early, or an exception, cancels its requests that have not ended.
+        Closing an iterator early, or an exception, cancels its unfinished requests.
         """
         told = dict.fromkeys(requests, 0)  # how many events of each have been yielded
         try:
@@ -158,22 +158,22 @@ class Engine:
     def step(self) -> None:
         """Run the model once for the requests that have a slot.
 
-        An exception, KeyboardInterrupt included, leaves every request as it was before the step or after it.
+        An exception, even KeyboardInterrupt, leaves each request in its state before or after the step.
         """
         self._step(until=lambda: False)
 
     def forget(self) -> None:
-        """Reuse nothing that the cache holds, because weights were edited in a way that cannot be seen."""
+        """Reuse nothing in the cache, because weights were edited in a way that cannot be detected."""
         self.slots.epoch = None
 
     def close(self) -> None:
-        """Decode by ragged steps from now on, and let go of what static ones hold."""
+        """Decode with ragged steps from now on, and release what the static runner holds."""
         if self.static:
             self.static.close()
             self.static, self.runners = None, [self.ragged]
 
     def _step(self, until: Callable[[], bool]) -> None:
-        """Make a step when it is this thread's turn, unless `until` holds by then."""
+        """Run a step when it is this thread's turn, unless `until` is true by then."""
         with self.turns.turn(until) as mine:
             if not mine:
                 return
@@ -191,15 +191,15 @@ class Engine:
                 self._settle()
 
     def _plan(self) -> list[Work] | None:
-        """What each request has to do in this step; None if the pending one must be settled first."""
-        with self.turns.lock:  # throughout: a cancellation in between would leave a slot to somebody else
+        """Each request's work for this step; None if the pending step must be settled first."""
+        with self.turns.lock:  # held throughout: a cancellation in between could reassign a slot
             if self.pending and not self._may_run_ahead():
                 return None
             self._admit()
             return self._schedule()
 
     def _may_run_ahead(self) -> bool:
-        """Whether the next step is one more token for the same requests, whatever the pending one brings."""
+        """Whether the next step is one more token for the same requests, whatever the pending outcome."""
         running = self.slots.running()
         return (
             len(self.pending) == 1
@@ -210,7 +210,7 @@ class Engine:
         )
 
     def _admit(self) -> None:
-        """Give waiting requests, in order, the free slots."""
+        """Assign free slots to waiting requests, in order."""
         while self.waiting:
             request = self.waiting[0]
             if request not in self.slots.running() and not self.slots.admit(request):
@@ -218,7 +218,7 @@ class Engine:
             self.waiting.popleft()
 
     def _schedule(self) -> list[Work]:
-        """What each request has to do in this step, within the bound on reading prompts."""
+        """Each request's work for this step, within the limit on prompt tokens."""
         self.steps += 1
         work = [self._next(slot, slot.request) for slot in self.slots.all if slot.request and not slot.free]
         reading = sorted(
@@ -226,7 +226,7 @@ class Engine:
         )
         scheduled = [item for item in work if not item.reads_prompt]
         room = self.prefill_chunk if scheduled else self.prefill_chunk * len(reading)
-        for item in reading:  # the one that waited longest comes first, and always fits
+        for item in reading:  # longest waiting first, which always fits
             if item.row.length <= room:
                 room -= item.row.length
                 scheduled.append(item)
@@ -235,11 +235,11 @@ class Engine:
         return scheduled
 
     def _next(self, slot: Slot, request: Request) -> Work:
-        """The tokens that a request has and the cache has not, up to a chunk of them.
+        """The request's tokens that are not in the cache yet, up to a chunk of them.
 
-        Of generated tokens that is the last one, or more if the cache was lost.
+        Of the generated tokens, that is only the last one, or more if the cache was lost.
         """
-        start = len(slot.tokens) + len(self.pending)  # a pending step adds one token
+        start = len(slot.tokens) + len(self.pending)  # each pending step adds one token
         if start < len(request.prompt):
             length = min(self.prefill_chunk, len(request.prompt) - start)
         else:
@@ -247,14 +247,14 @@ class Engine:
         return Work(request, Row(slot.index, start, length))
 
     def _settle(self) -> None:
-        """Wait for the oldest pending step, and enter what it brings into its requests.
+        """Wait for the oldest pending step and record its outcomes in its requests.
 
-        May be interrupted anywhere: the step then stays pending, and is settled again from the start.
+        May be interrupted at any point: the step then stays pending and is settled again from the start.
         """
         pending = self.pending[0]
         outcomes = pending.wait()
         with self.turns.lock:
-            pending.ahead = False  # from here on, nothing else may come first
+            pending.ahead = False  # no other step may start before this one is settled
             for item, outcome in zip(pending.work, outcomes, strict=True):
                 if item.request.finish_reason is None:
                     self._enter(item, outcome)
@@ -266,14 +266,14 @@ class Engine:
         slot = self.slots.all[row.slot]
         slot.tokens[row.start :] = item.tokens
         slot.used = self.steps
-        n = row.start + bool(row.start)  # the first token of a chunk was scored with the chunk before
+        n = row.start + bool(row.start)  # a chunk's first token was scored with the previous chunk
         request.prompt_logprobs[n : n + len(outcome.prompt_logprobs)] = outcome.prompt_logprobs
         request.prompt_top_logprobs[n : n + len(outcome.prompt_top_logprobs)] = outcome.prompt_top_logprobs
         token = BROKEN if any(map(math.isnan, outcome.prompt_logprobs)) else outcome.token
         if token in ERRORS:
             return self._finish(request, "error", ERRORS[token])
         if token is not None:
-            # Finite logits vouch for all keys and values before them.
+            # Finite logits show that all keys and values before them are finite.
             slot.committed = self.ragged.reusable(request, row.stop)
             if token in params.stop_token_ids:
                 return self._finish(request, "stop")
@@ -291,10 +291,10 @@ class Engine:
             request.listener()
 
     def _force(self, request: Request) -> bool:
-        """Append the tokens that a constraint leaves no choice about; whether the answer is complete.
+        """Append the tokens that a constraint forces. Returns whether the answer is complete.
 
-        They cost no sampling, and the next step reads them together. Those whose logprobs are asked for
-        are sampled all the same.
+        They need no sampling, and the next step reads them together. If logprobs are requested, they
+        are sampled anyway.
         """
         if not request.constraint or not request.max_tokens:
             return False

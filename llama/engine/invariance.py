@@ -1,4 +1,4 @@
-"""Batch invariance: a request's results are the same to the bit whatever runs beside it."""
+"""Batch invariance: a request's results are bit-identical whatever runs alongside it."""
 
 from collections.abc import Sequence
 
@@ -14,19 +14,19 @@ from llama.ranks import lost_rank_as_error
 class InvariantRunner(RaggedRunner):
     """Runs every matrix product at a shape that depends on one request alone.
 
-    A chunk of a prompt runs by itself, and the new tokens, however few, padded to a row for each slot.
-    Raises ArgumentError if this machine's kernels give a row other bits at another place in the batch.
+    A prompt chunk runs by itself; new tokens, however few, are padded to one row per slot.
+    Raises ArgumentError if this machine's kernels make a row's bits depend on its position in the batch.
     """
 
     def __init__(self, model: Transformer, prefill_chunk: int) -> None:
         super().__init__(model, reread=1)
         self.chunk = prefill_chunk
-        # Kernels work in blocks of rows, so a power of two leaves no odd rows at the end.
+        # Kernels work in blocks of rows; a power of two leaves no partial block at the end.
         self.width = 1 << (model.params.max_batch_size - 1).bit_length()
         check_batch_invariance(model, self.width)
 
     def reusable(self, request: Request, n: int) -> int:
-        """Only whole chunks of a prompt are the same to the bit in another request."""
+        """Only whole chunks of a prompt are bit-identical in another request."""
         n = min(n, len(request.prompt))
         return n - n % self.chunk
 
@@ -42,7 +42,7 @@ class InvariantRunner(RaggedRunner):
 
 
 def check_batch_invariance(model: Transformer, width: int) -> None:
-    """Test whether a row's bits depend on its place in a batch padded to `width`, or on the other rows.
+    """Test whether a row's bits depend on its position in a batch padded to `width`, or on other rows.
 
     Raises ArgumentError if they do: then no fixed shape makes a request's results independent.
     """

@@ -1,4 +1,4 @@
-"""From a step's hidden states and logits to what it brings: next tokens, and logprobs."""
+"""From a step's hidden states and logits to its outcomes: next tokens and logprobs."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,17 +10,17 @@ from llama.engine.request import Request, TopLogprobs, Work
 from llama.model import Transformer
 from llama.sampling import sample, token_logprobs, top_logprobs
 
-# Prompt positions projected to the vocabulary at once when a prompt's own logprobs are asked for:
-# at 128,256 entries of fp32 each, 256 of them take 131 MB, where a prompt of 8192 would take 4.2 GB.
+# Prompt positions projected to the vocabulary at once when a prompt's own logprobs are requested: with
+# 128,256 fp32 entries each, 256 of them take 131 MB; a whole prompt of 8192 would take 4.2 GB.
 LOGPROB_ROWS = 256
 
 
 class Outcome(NamedTuple):
-    """What a step brings for one request.
+    """The result of a step for one request.
 
-    token: the next one, BROKEN or FORBIDDEN; None if the step read a part of the prompt only.
-    prompt_logprobs, prompt_top_logprobs: of the part of the prompt that was read, if asked for.
-    restart: whether a step that began with another token must be thrown away.
+    token: the next token, BROKEN or FORBIDDEN; None if the step read only part of the prompt.
+    prompt_logprobs, prompt_top_logprobs: of the part of the prompt that was read, if requested.
+    restart: whether a step that began with another token must be discarded.
     """
 
     token: int | None = None
@@ -36,12 +36,12 @@ def choose_next(
 ) -> dict[Request, Outcome]:
     """The next token of each request, from the logits after its last one, fp32 (N, vocab_size).
 
-    draw: how many rows to draw at a time, because sums too may add up in another order; 0: all.
+    draw: rows to draw at a time, because sums too may depend on the number of rows; 0: all.
     """
     draw = draw or len(requests)
     parts = [slice(first, first + draw) for first in range(0, len(requests), draw)]
     tokens = torch.cat([sample(logits[part], requests[part]) for part in parts])
-    model.parallel.broadcast(tokens)  # kernels may differ between ranks; the tokens must not
+    model.parallel.broadcast(tokens)  # kernels may differ between ranks, but tokens must not
     logprobs: list[float | None] = [None] * len(requests)
     if any(request.params.logprobs for request in requests):
         known = tokens.clamp(min=0)
@@ -54,9 +54,9 @@ def choose_next(
 
 
 def score_prompt(model: Transformer, item: Work, states: Tensor) -> tuple[list[float], list[TopLogprobs]]:
-    """Logprobs of the prompt's tokens that follow those of `item`, whose states are (n, dim).
+    """Logprobs of the prompt tokens that follow those of `item`, whose states are (n, dim).
 
-    The prompt's very first token gets 0, and no alternatives.
+    The prompt's first token gets 0 and no alternatives.
     """
     request, row, params = item.request, item.row, item.request.params
     if not (params.prompt_logprobs and item.reads_prompt):
@@ -67,7 +67,7 @@ def score_prompt(model: Transformer, item: Work, states: Tensor) -> tuple[list[f
     for first in range(0, len(following), LOGPROB_ROWS):
         targets = torch.tensor(following[first : first + LOGPROB_ROWS], device=states.device)
         logits = model.logits(states[first : first + len(targets)])
-        given = targets == logits.shape[-1]  # the image token has no logit, for nobody generates it
+        given = targets == logits.shape[-1]  # the image token is never generated and has no logit
         logprobs += token_logprobs(logits, targets.masked_fill(given, 0)).masked_fill(given, 0).tolist()
         top += top_logprobs(logits, params.top_logprobs) if params.top_logprobs else []
     return logprobs, top if params.top_logprobs else []

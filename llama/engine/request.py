@@ -14,15 +14,15 @@ TopLogprobs = list[tuple[int, float]]  # ids and log-probabilities, most likely 
 
 @dataclass(eq=False)
 class Request:
-    """One prompt on its way through the engine. The lists grow as it goes.
+    """One prompt on its way through the engine. Its lists grow as it is generated.
 
-    `logprobs` and `top_logprobs` run parallel to `tokens`, and `prompt_…` to `prompt`; they are
-    empty unless the parameters ask for them.
+    `logprobs` and `top_logprobs` are parallel to `tokens`, and `prompt_…` to `prompt`; they are
+    empty unless the parameters request them.
 
     images: at the positions of the prompt's image tokens, in order.
-    prefix_keys: what else the cache depends on besides the ids, as (position, key) in order: from that
+    prefix_keys: what the cache depends on besides the ids, as (position, key) in order: from that
       position on, keys and values are shared only with requests that have the same key there.
-    listener: called after every change, on the thread that runs the model: it must return at once.
+    listener: called after every change, on the thread that runs the model, so it must return quickly.
     """
 
     prompt: list[int]
@@ -40,7 +40,7 @@ class Request:
     reused: int = 0  # how many of the prompt's tokens were in the cache already
     slot: int | None = None
     finish_reason: FinishReason | None = None
-    error: str | None = None  # a sentence, if finish_reason is "error"
+    error: str | None = None  # the message, if finish_reason is "error"
 
     @property
     def length(self) -> int:
@@ -52,7 +52,7 @@ class Request:
 
     def events(self, told: int) -> "list[Event]":
         """What has happened after the first `told` events: one for each token, and one for the end."""
-        ended = self.finish_reason is not None  # looked at first, because it is set last
+        ended = self.finish_reason is not None  # read first, because it is set last
         events = []
         for n in range(told, len(self.tokens)):
             logprob = self.logprobs[n] if self.params.logprobs else None
@@ -65,7 +65,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Event:
-    """What a step did for one request: a token, or the end (then `finish_reason` is not None)."""
+    """What a step did for one request: a token, or the end (which has a `finish_reason`)."""
 
     request: Request
     token: int | None = None
@@ -76,7 +76,7 @@ class Event:
 
 
 class Work(NamedTuple):
-    """One request's part in a step: which of its tokens the model reads, and where in the cache they go."""
+    """One request's part of a step: which of its tokens the model reads, and their place in the cache."""
 
     request: Request
     row: Row

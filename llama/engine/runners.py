@@ -1,4 +1,4 @@
-"""How a step is computed: what a runner is, and the one that runs rows of any length."""
+"""How a step is computed: the interface of a runner, and the one for rows of any length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Pending(Protocol):
     ahead: bool  # whether the next step may start before this one's outcomes are known
 
     def wait(self) -> Sequence[Outcome]:
-        """What it brings for each item of work, once the device is done. May be called again."""
+        """Wait for the device. Returns the outcome of each item of work. May be called again."""
 
 
 class Runner(Protocol):
@@ -33,12 +33,12 @@ class Runner(Protocol):
         """Whether it can compute this step."""
 
     def start(self, work: Sequence[Work], after: Pending | None) -> Pending:
-        """Start a step. after: the step before, if it is pending: each token follows one of its tokens."""
+        """Start a step. after: the previous step, if pending: each token then follows one of its tokens."""
 
 
 @dataclass
 class Done:
-    """A step that was computed when it was started."""
+    """A step that was computed as it was started."""
 
     work: Sequence[Work]
     outcomes: Sequence[Outcome]
@@ -51,18 +51,18 @@ class Done:
 class RaggedRunner:
     """Runs the model once for rows of any length.
 
-    reread: how many generated tokens a request reads in one step if the cache was lost.
+    reread: how many generated tokens a request re-reads per step if the cache was lost.
     """
 
     clears = False
 
     def __init__(self, model: Transformer, reread: int) -> None:
         self.model, self.reread = model, reread
-        # The results of a whole step never depend on other rows, so the draws' must not either.
+        # A step backend's results never depend on other rows, so its draws must not either.
         self.draw = 1 if model.step_backend else 0
 
     def reusable(self, request: Request, n: int) -> int:
-        """How many of the first n positions of a request any other request may reuse."""
+        """How many of a request's first n positions any other request may reuse."""
         return n
 
     def takes(self, work: Sequence[Work]) -> bool:
@@ -74,7 +74,8 @@ class RaggedRunner:
     def run(self, work: Sequence[Work], width: int = 0, draw: int = 0) -> list[Outcome]:
         """Run the model over some work.
 
-        width: pad tokens and logits to this many rows. draw: rows to draw at a time; 0: all.
+        width: pad tokens and logits to this many rows.
+        draw: rows to draw at a time; 0: all.
         """
         model = self.model
         with lost_rank_as_error(model.parallel):

@@ -1,4 +1,4 @@
-"""The sequences in the KV cache: who has them, what of them other requests may reuse, who wrote to them."""
+"""The sequences in the KV cache: who owns them, what other requests may reuse, who wrote to them."""
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -14,12 +14,12 @@ class Slot:
     """One sequence's place in the KV cache."""
 
     index: int
-    tokens: list[int] = field(default_factory=list)  # whose keys and values the cache holds
-    keys: Sequence[tuple[int, Hashable]] = ()  # what these depend on besides; see `Request.prefix_keys`
+    tokens: list[int] = field(default_factory=list)  # those with keys and values in the cache
+    keys: Sequence[tuple[int, Hashable]] = ()  # what else these depend on; see `Request.prefix_keys`
     committed: int = 0  # how many of the tokens other requests may reuse
     reach: int = 0  # positions that may have been written to
     request: Request | None = None
-    used: int = 0  # the last step it took part in
+    used: int = 0  # the last step that used it
 
     @property
     def free(self) -> bool:
@@ -29,14 +29,14 @@ class Slot:
 class Slots:
     """All slots of a model's cache.
 
-    reusable: how many of the first n positions of a request any other request may reuse.
+    reusable: how many of a request's first n positions any other request may reuse.
     clears: whether to clear what a slot's last request left behind.
     """
 
     def __init__(self, model: Transformer, reusable: Callable[[Request, int], int], clears: bool) -> None:
         self.model, self.reusable, self.clears = model, reusable, clears
         self.all = [Slot(index) for index in range(model.params.max_batch_size)]
-        self.epoch: int | None = None  # of the cache, after this engine's last write; None: forget
+        self.epoch: int | None = None  # the cache's, after this engine's last write; None: forget
         self.weights = 0
 
     def running(self) -> list[Request]:
@@ -45,14 +45,14 @@ class Slots:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """A block whose writes to the cache are this engine's own."""
+        """A context whose cache writes count as this engine's own."""
         try:
             yield
         finally:
             self.epoch = self.model.cache.epoch
 
     def reclaim(self, look_at_weights: bool) -> bool:
-        """Forget all keys and values if somebody else wrote to cache or weights, and return whether so."""
+        """Forget all keys and values if other code wrote to cache or weights. Returns whether it did."""
         weights = weights_version(self.model) if look_at_weights else self.weights
         if (self.epoch, self.weights) == (self.model.cache.epoch, weights):
             return False
@@ -67,10 +67,10 @@ class Slots:
         return True
 
     def admit(self, request: Request) -> bool:
-        """Give a request a free slot, with what any slot holds of its prompt; False if none is free.
+        """Assign a free slot to a request, with the longest prefix any slot has; False if none is free.
 
-        A slot whose tokens all belong to the prompt is continued. Otherwise the prefix is copied to
-        the free slot unused for longest: two chats that begin alike do not evict each other.
+        A slot whose tokens are all part of the prompt is continued. Otherwise the prefix is copied to
+        the least recently used free slot, so two chats with the same beginning do not evict each other.
         """
         if not (free := [slot for slot in self.all if slot.free]):
             return False
@@ -80,7 +80,7 @@ class Slots:
         continues = reused and source.free and reused == len(source.tokens)
         slot = source if continues else min(free, key=lambda slot: slot.used)
         prefix = source.tokens[:reused]
-        slot.committed, slot.tokens = 0, []  # until they are there
+        slot.committed, slot.tokens = 0, []  # until they are copied
         with self.writing():
             if slot is not source and reused:
                 self.model.cache.copy(source.index, slot.index, reused)
@@ -91,17 +91,17 @@ class Slots:
         return True
 
     def _reusable(self, slot: Slot, request: Request) -> int:
-        """How many of a request's first tokens need not be read if it gets what this slot holds."""
+        """How many of a request's first tokens need not be computed if it reuses this slot."""
         if request.params.prompt_logprobs:
             return 0  # all logits are needed
-        # The last token's logits are needed in any case.
+        # The last token's logits are always needed.
         count = _common(slot.tokens[: slot.committed], request.prompt[:-1])
         same = _common(slot.keys, request.prefix_keys)
         differing = *slot.keys[same : same + 1], *request.prefix_keys[same : same + 1]
         return self.reusable(request, min(count, *(position for position, _ in differing), count))
 
     def release(self, request: Request) -> None:
-        """Free the slot of a request that has ended; what is committed stays, to be reused."""
+        """Free the slot of a request that has ended; committed tokens stay for reuse."""
         for slot in self.all:
             if slot.request is request:
                 slot.request = None
@@ -115,9 +115,9 @@ def _common(a: Sequence[object], b: Sequence[object]) -> int:
 
 
 def weights_version(model: Transformer) -> int:
-    """A number that changes when weights are replaced or edited in place, but for edits through `.data`.
+    """A number that changes when weights are replaced or edited in place, except through `.data`.
 
-    An image encoder counts for nothing: it may load at any time.
+    An image encoder's weights are ignored: they may load at any time.
     """
     weights = (w for name, w in model.named_parameters() if not name.startswith("vision_model."))
     return hash(tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights))

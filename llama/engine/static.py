@@ -1,9 +1,9 @@
-"""Decoding at shapes that stay the same, one step ahead of the tokens that are read.
+"""Decoding at fixed shapes, one step ahead of the tokens already read.
 
-A ragged step has other shapes every time, so it is launched operator by operator. Here every slot
-from the first to the last one in use takes part, with or without a token: a compiler compiles such a
-step whole, and on CUDA it is captured once for each shape and replayed as a graph. Its tokens stay on
-the device, where the next step finds them; the host reads them while that one runs.
+A ragged step has different shapes every time, so its operators are launched one by one. Here every
+slot up to the last one in use takes part, with or without a token: such a step can be compiled whole,
+and on CUDA it is captured once per shape and replayed as a graph. Its tokens stay on the device as
+input for the next step; the host reads them while that step runs.
 """
 
 import importlib.util
@@ -29,25 +29,25 @@ from llama.model import Transformer
 from llama.ranks import lost_rank_as_error
 from llama.sampling import SamplingParams, choose, columns, token_logprobs
 
-# Leave out what only training needs, if this PyTorch (2.9 and newer) can.
+# Leave out what only training needs, if this PyTorch supports it (2.9 and newer).
 FORWARD_ONLY: dict[str, Any] = (
     {"compute_q_blocks": False}
     if "compute_q_blocks" in inspect.signature(BlockMask.from_kv_blocks).parameters
     else {}
 )
-BLOCK = 128  # positions of the cache that flex attention reads or skips together
+BLOCK = 128  # cache positions that flex attention reads or skips together
 
 
 def power_of_two(n: int, most: int) -> int:
-    """The next power of two, or `most` if that is less."""
+    """The next power of two, at most `most`."""
     return min(1 << (n - 1).bit_length(), most)
 
 
 class StaticStep:
     """One token in each of the first n slots, under a mask.
 
-    positions: int64 (n), where each token goes, or -1 for a slot without one, whose cache stays as it is.
-    live: how many positions of each slot attention looks at; more than any of `positions`.
+    positions: int64 (n), each token's position, or -1 for a slot without one, whose cache is unchanged.
+    live: how many positions of each slot attention covers; more than any of `positions`.
     """
 
     def __init__(self, rotations: Tensor, positions: Tensor, live: int) -> None:
@@ -75,10 +75,10 @@ class StaticStep:
 
 
 class FlexStep(StaticStep):
-    """The same by flex attention, which reads only the blocks of each slot that are alive."""
+    """The same with flex attention, which reads only the live blocks of each slot."""
 
     def __init__(self, rotations: Tensor, positions: Tensor, live: int, group: int) -> None:
-        """group: query heads for each key head."""
+        """group: query heads per key head."""
         self.group = group
         super().__init__(rotations, positions, live)
 
@@ -95,19 +95,19 @@ class FlexStep(StaticStep):
 
     def attention(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if queries.device.type == "cpu":
-            queries = queries * 1.0  # the CPU's kernel accepts no views
+            queries = queries * 1.0  # the CPU kernel accepts no views
         else:
-            torch._dynamo.mark_static(queries, 0)  # or there is no kernel that splits the positions
+            torch._dynamo.mark_static(queries, 0)  # otherwise no kernel that splits the positions is used
         return flex_attention(queries, keys, values, block_mask=self.mask)
 
 
 class StaticRunner:
-    """Decodes one token for each request.
+    """Decodes one token per request.
 
-    flex: whether by flex attention, whose kernels for CPUs are slow.
+    flex: whether to use flex attention, whose CPU kernels are slow.
     """
 
-    clears = True  # a mask hides what another request left behind, unless that is not finite
+    clears = True  # the mask hides what another request left behind only if it is finite
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -115,7 +115,7 @@ class StaticRunner:
         self.graphs = Graphs(model.device, self.run) if self.flex else None
 
     def close(self) -> None:
-        """Let go of captured graphs."""
+        """Release captured graphs."""
         if self.graphs:
             self.graphs.clear()
 
@@ -127,7 +127,9 @@ class StaticRunner:
     def start(self, work: Sequence[Work], after: Pending | None) -> Pending:
         model, requests = self.model, {item.row.slot: item.request for item in work}
         positions = {item.row.slot: item.row.start for item in work}
-        rows = power_of_two(max(requests) + 1, model.params.max_batch_size)  # so that shapes are few
+        rows = power_of_two(
+            max(requests) + 1, model.params.max_batch_size
+        )  # to keep the number of shapes small
         with (
             lost_rank_as_error(model.parallel),
             torch.inference_mode(),
@@ -150,7 +152,7 @@ class StaticRunner:
         """Logits, fp32 (n, vocab_size), after one token in each of the first n slots.
 
         tokens: int64 (n).
-        positions: int64 (n), -1 for slots without a token, whose logits mean nothing.
+        positions: int64 (n), -1 for slots without a token, whose logits are meaningless.
         reach: the largest position.
         """
         self.model.cache.mark_written()
@@ -159,7 +161,7 @@ class StaticRunner:
                 return self._replay(tokens, positions, self.model.params.max_seq_len)
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 if isinstance(error, torch.OutOfMemoryError | dist.DistError) or "gloo" in str(error):
-                    raise  # for other reasons
+                    raise  # not flex attention's fault
                 reason = str(error).partition("\n")[0]
                 warnings.warn(f"flex attention failed, decoding without it: {reason}", stacklevel=2)
                 self.flex = False
@@ -181,7 +183,7 @@ class StaticRunner:
 
 
 class StaticPending:
-    """A step that the device may still be at. Rows are slots.
+    """A step that the device may still be computing. Rows are slots.
 
     tokens: int64 (n), the input of the next step.
     """
@@ -202,7 +204,7 @@ class StaticPending:
         if any(item.request.params.logprobs for item in work):
             logprobs = token_logprobs(logits, chosen.clamp(min=0))
         result = torch.stack((chosen.float(), again.float(), logprobs))
-        model.parallel.broadcast(result)  # kernels may differ between ranks; the tokens must not
+        model.parallel.broadcast(result)  # kernels may differ between ranks, but tokens must not
         self.tokens = result[0].long().clamp(min=0)
         self.ready = None
         if device.type == "cuda":
@@ -227,7 +229,7 @@ class StaticPending:
         return self.outcomes
 
     def _look_again(self, slot: int, before: float) -> Outcome:
-        """The token of a slot whose nucleus is larger than the shortcut."""
+        """The token of a slot whose nucleus exceeds the shortcut."""
         model, logits = self.model, self.logits[slot : slot + 1]
         with lost_rank_as_error(model.parallel), torch.inference_mode():
             everything = columns(
@@ -239,7 +241,7 @@ class StaticPending:
 
 
 def draws_of(requests: Mapping[int, Request], n: int, ahead: int) -> list[tuple[SamplingParams, int]]:
-    """For `columns`: the parameters of the first n slots, and how many tokens they have drawn before.
+    """For `columns`: the parameters of the first n slots, and how many tokens they have drawn already.
 
     ahead: how many of these are still pending.
     """
@@ -253,9 +255,9 @@ def draws_of(requests: Mapping[int, Request], n: int, ahead: int) -> list[tuple[
 def compile_blocks(model: Transformer) -> None:
     """Compile the model's blocks, once for all layers, and the output layer.
 
-    A ragged step's attention stays outside: prompts are read in compiled parts around it.
+    A ragged step's attention is not compiled; prefill runs compiled parts around it.
     """
-    # Each kind of step has a variant, on CUDA for each number of slots, and all models share the limit.
+    # Each kind of step needs a variant, on CUDA per number of slots, and all models share the limit.
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     for module in (*model.layers, model.output):
         module.compile(dynamic=True)

@@ -1,4 +1,4 @@
-"""Many threads, one of which at a time runs the model for all."""
+"""Many threads, one of which at a time runs the model for all of them."""
 
 import os
 import threading
@@ -11,17 +11,17 @@ from llama.errors import LlamaError
 class Turns:
     """Whose turn it is to run the model.
 
-    lock: guards what the threads share, and is not held while the model runs.
+    lock: protects what the threads share; it is not held while the model runs.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Condition()  # notified after every turn; the same thread may enter it again
+        self.lock = threading.Condition()  # notified after every turn; reentrant
         self.leader: int | None = None  # the thread whose turn it is
-        self._process: int | None = None  # the one that has run the model
+        self._process: int | None = None  # the process that has run the model
 
     @contextmanager
     def turn(self, until: Callable[[], bool]) -> Iterator[bool]:
-        """Wait for the turn of this thread, unless `until` holds by then, and yield whether it has come."""
+        """Wait for this thread's turn until `until` is true, and yield whether the turn has come."""
         self.check_process()
         me = threading.get_ident()
         try:
@@ -30,7 +30,7 @@ class Turns:
                     if self.leader in (None, me):
                         self.leader, self._process = me, os.getpid()
                         break
-                    self.lock.wait(1)  # an interrupted thread may have notified nobody
+                    self.lock.wait(1)  # an interrupted thread may not have notified anyone
             yield self.leader == me
         finally:
             if self.leader == me:

@@ -1,4 +1,4 @@
-"""Llama Guard: is what a user asks, or what an assistant answers, safe?"""
+"""Llama Guard: is a user's question, or an assistant's answer, safe?"""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ __all__ = ["Category", "Guard", "Verdict", "guard_version"]
 
 # Room for a verdict that names every category.
 MAX_VERDICT = 64
-# Among these the words "safe" and "unsafe" are looked for.
+# Look for the words "safe" and "unsafe" among this many most likely tokens.
 TOP_WORDS = 20
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a guard says of the last message of a dialog.
+    """A guard's verdict on the last message of a dialog.
 
-    safe: whether its answer begins with "safe".
-    categories: those it names otherwise; none if its answer cannot be read.
-    unsafe_probability: of the word "unsafe" against "safe" at the place where one of them is due.
+    safe: whether the guard's answer begins with "safe".
+    categories: the hazard categories it names if not; empty if its answer cannot be parsed.
+    unsafe_probability: of "unsafe" relative to "safe", where the guard writes one of the two.
     role: whose message was judged.
-    text: its answer.
+    text: the guard's answer.
     """
 
     safe: bool
@@ -52,15 +52,15 @@ class Verdict:
 
 
 class Guard:
-    """A Llama Guard with its prompt.
+    """A Llama Guard model with its prompt.
 
-    version: which one it is.
+    version: which version it is.
     """
 
     def __init__(self, llama: Llama, version: str | None = None) -> None:
-        """version: a name in `VERSIONS`, such as "3-8b"; by default what the checkpoint's files tell.
+        """version: a name in `VERSIONS`, such as "3-8b"; by default recognised from the checkpoint's files.
 
-        Raises ArgumentError for an unknown version, or if the files do not tell which it is.
+        Raises ArgumentError if the version is unknown or cannot be recognised.
         """
         self.llama = llama
         self.version: GuardVersion = guard_version(version) if version is not None else recognize(llama)
@@ -73,10 +73,10 @@ class Guard:
         max_batch_size: int = 4,
         **options: Any,
     ) -> Guard:
-        """Load a Llama Guard.
+        """Load a Llama Guard. Raises what `Llama.build` and `Guard` raise.
 
-        version: a name in `VERSIONS`, such as "3-8b"; by default what the checkpoint's files tell.
-        options: other arguments of `Llama.build`, which says what they and these mean, and what is raised.
+        version: a name in `VERSIONS`, such as "3-8b"; by default recognised from the checkpoint's files.
+        ckpt_dir, max_seq_len, max_batch_size, options: arguments of `Llama.build`.
         """
         llama = Llama.build(ckpt_dir, max_seq_len=max_seq_len, max_batch_size=max_batch_size, **options)
         return Guard(llama, version)
@@ -102,14 +102,14 @@ class Guard:
         categories: Mapping[str, str] | None = None,
         excluded: Collection[str] = (),
     ) -> Verdict | list[Verdict]:
-        """Judge the last message of a dialog, or of each of several.
+        """Judge the last message of a dialog, or of each of several dialogs.
 
-        dialog: messages of user and assistant in turn, or a list of such dialogs, which run together. Of
-            images in them, Llama Guard 3 11B Vision sees the last.
-        categories: codes and what they mean, such as {"C1": "Spoilers."}, instead of the model's own.
-        excluded: codes of categories that are allowed.
+        dialog: alternating messages of user and assistant, or a list of such dialogs, which run as a
+            batch. Llama Guard 3 11B Vision sees only the last image.
+        categories: codes and their descriptions, such as {"C1": "Spoilers."}, instead of the model's own.
+        excluded: codes of categories to ignore.
 
-        Raises ArgumentError for other dialogs and unknown codes, PromptError if a dialog is too long.
+        Raises ArgumentError for invalid dialogs or unknown codes, PromptError if a dialog is too long.
         """
         if isinstance(dialog, Sequence) and dialog and isinstance(dialog[0], Mapping):
             return self._check([dialog], categories, excluded)[0]  # type: ignore[list-item]
@@ -145,7 +145,7 @@ class Guard:
             logprobs = dict(answer.top_logprobs[0]) if answer.top_logprobs else {}
             odds = logprobs.get(unsafe, -math.inf), logprobs.get(safe, -math.inf)
             is_safe, named = parse_verdict(answer.text, known)
-            # Neither word is among the likely ones: what the answer is read as decides.
+            # If neither word is among the likely ones, the parsed answer decides.
             probability = (
                 float(not is_safe) if max(odds) == -math.inf else 1 / (1 + math.exp(odds[1] - odds[0]))
             )
@@ -155,7 +155,7 @@ class Guard:
         return verdicts
 
     def _split(self, dialog: Dialog) -> tuple[Dialog, list[Any]]:
-        """A dialog as text, and the image that is judged with it: the last one, if there is any."""
+        """A dialog as text, and the image that is judged with it: the last one, if any."""
         messages, images = split_dialog(dialog)
         if images and not self.version.sees:
             raise ArgumentError(f"Llama Guard {self.version.name} reads text only: leave the images out")
@@ -175,7 +175,7 @@ class Guard:
 
 
 def recognize(llama: Llama) -> GuardVersion:
-    """Which Llama Guard a model is, by its chat template, or its vocabulary and shape."""
+    """Which Llama Guard a model is, judging by its chat template, or its vocabulary and shape."""
     if isinstance(llama.formatter, ChatTemplate):
         source = llama.formatter.source
         tells = {

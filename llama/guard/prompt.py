@@ -1,7 +1,7 @@
-"""What each Llama Guard was trained to read, and to write.
+"""What each Llama Guard was trained to read and to write.
 
-The texts in `prompts/` are to the byte those of the models' own templates, with slots for the categories,
-the conversation and the role judged. Only their own special tokens become such, never a message's text.
+The texts in `prompts/` match the models' own templates byte for byte, with slots for the categories, the
+conversation and the judged role. Only their own special tokens are encoded as such, never a message's text.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Judged = Literal["user", "assistant"]
 class GuardVersion:
     """One generation of Llama Guard.
 
-    name: as `Guard.build(version=…)` takes it.
+    name: the value for `Guard.build(version=…)`.
     file: its prompt in `prompts/`.
     answer_prefix: what it writes before its verdict.
-    turn_end: what stands behind each turn of the conversation, before a blank line.
+    turn_end: what follows each turn of the conversation, before a blank line.
     agent: what it calls the assistant.
-    sees: whether an image may stand before the task.
+    sees: whether an image may precede the task.
     """
 
     name: str
@@ -52,7 +52,7 @@ class GuardVersion:
 
     @cached_property
     def categories(self) -> dict[str, str]:
-        """Codes, and the text of each: a name, and in Llama Guard 1 the policy below it."""
+        """Codes and the text of each: a name and, in Llama Guard 1, the policy below it."""
         block = BEGIN.split(self.template)[1].partition(END)[0]
         _, *parts = CATEGORY.split(block)
         return {code: text.removesuffix("\n") for code, text in zip(parts[::2], parts[1::2], strict=True)}
@@ -64,14 +64,14 @@ class GuardVersion:
         excluded: Collection[str] = (),
         image: bool = False,
     ) -> list[str]:
-        """The prompt in parts that are special tokens (they match `SPECIAL`) or ordinary text, in turn.
+        """The prompt as a list of special tokens (which match `SPECIAL`) and ordinary text.
 
-        dialog: messages of user and assistant in turn, the last of which is judged.
+        dialog: alternating messages of user and assistant; the last one is judged.
         categories: codes and texts, instead of the model's own.
         excluded: codes that are left out.
-        image: whether an image stands before the task.
+        image: whether an image precedes the task.
 
-        Raises ArgumentError for other dialogs, and for unknown codes.
+        Raises ArgumentError for invalid dialogs or unknown codes.
         """
         names = {"user": "User", "assistant": self.agent}
         judged = names[check_conversation(dialog)]
@@ -104,7 +104,7 @@ class GuardVersion:
         excluded: Collection[str] = (),
         image: bool = False,
     ) -> list[int]:
-        """Token ids of what `render` gives, up to where the verdict begins."""
+        """Token ids of what `render` returns, up to where the verdict begins."""
         ids: list[int] = []
         for part in self.render(dialog, categories, excluded, image):
             # The part with the messages is never a special token as a whole.
@@ -123,7 +123,7 @@ VERSIONS = {
         GuardVersion("3-8b", "guard3.txt"),
         GuardVersion("3-1b", "guard3-1b.txt"),
         GuardVersion("3-11b-vision", "guard3-11b-vision.txt", sees=True),
-        # The same model as Llama Stack asks it.
+        # The same model with Llama Stack's prompt.
         GuardVersion("3-11b-vision-stack", "guard3-11b-vision-stack.txt", agent="Assistant", sees=True),
         GuardVersion("4", "guard4.txt", turn_end="\\n\\n"),
     )
@@ -131,14 +131,14 @@ VERSIONS = {
 
 
 def guard_version(name: str) -> GuardVersion:
-    """A version by its name. Raises ArgumentError for an unknown one."""
+    """A version by name. Raises ArgumentError for an unknown one."""
     if name not in VERSIONS:
         raise ArgumentError(f"unknown version {name!r} of Llama Guard; use one of {', '.join(VERSIONS)}")
     return VERSIONS[name]
 
 
 def check_conversation(dialog: Sequence[Mapping[str, Any]]) -> Judged:
-    """Whose message is the last. Raises ArgumentError unless user and assistant speak in turn, in text."""
+    """Whose message is last. Raises ArgumentError unless user and assistant alternate, in text only."""
     if isinstance(dialog, str | Mapping) or not isinstance(dialog, Sequence) or not dialog:
         raise ArgumentError(f"a guard checks a dialog, a list of messages; got {dialog!r}")
     for i, message in enumerate(dialog):
@@ -154,9 +154,9 @@ def check_conversation(dialog: Sequence[Mapping[str, Any]]) -> Judged:
 
 
 def parse_verdict(text: str, categories: Mapping[str, str]) -> tuple[bool, tuple[Category, ...]]:
-    """Whether an answer says "safe", and the categories on its second line if not.
+    """Whether an answer says "safe" and, if not, the categories on its second line.
 
-    Whatever else a model may write counts as unsafe.
+    Anything else a model writes counts as unsafe.
     """
     first, _, rest = text.strip().partition("\n")
     if first.strip() == "safe":

@@ -23,9 +23,9 @@ __all__ = [
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | SentencePieceTokenizer:
-    """The tokenizer of a `tokenizer.model`, whose kind is told by its content.
+    """The tokenizer of a `tokenizer.model`, whose kind is recognised from its content.
 
-    Raises FileNotFoundError, or ValueError for a file of another kind.
+    Raises FileNotFoundError, or ValueError for any other kind of file.
     """
     path = Path(path)
     if path.is_file() and is_sentencepiece(path):

@@ -1,7 +1,7 @@
-"""The tokenizer of Llama 3, and others of byte-pair ranks, by tiktoken.
+"""The tokenizer of Llama 3, and others with byte-pair ranks, using tiktoken.
 
-A `tokenizer.model` of tiktoken holds byte-pair ranks and nothing else. What surrounds them (special
-tokens, split pattern, chat format) is Llama 3's unless a `format.json` lies beside it.
+A tiktoken `tokenizer.model` contains byte-pair ranks and nothing else. The rest (special tokens, split
+pattern, chat format) is Llama 3's unless there is a `format.json` next to it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from llama.errors import ArgumentError, CheckpointError, shown
 from llama.files import check_kinds, is_kind, no_panic, read_json
 from llama.tokenizer.spm import is_sentencepiece
 
-# tiktoken panics on longer texts, and takes quadratic time on longer runs of spaces or of anything
-# else, so a text is cut, at the places where Meta's tokenizer cuts it.
+# tiktoken panics on longer texts, and takes quadratic time on longer runs of spaces or non-spaces, so
+# texts are split, at the same places as in Meta's tokenizer.
 MAX_CHARS = 400_000
 
 
@@ -38,7 +38,7 @@ LLAMA3_PATTERN = (
 )
 
 
-# Ids count from the number of base tokens, 128,000. The rest up to 256 is reserved.
+# Ids start at the number of base tokens, 128,000. The rest, up to 256, are reserved.
 LLAMA3_SPECIAL_TOKENS = {
     0: "<|begin_of_text|>",
     1: "<|end_of_text|>",
@@ -55,13 +55,14 @@ LLAMA3_SPECIAL_TOKENS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """What a `tokenizer.model` of byte-pair ranks does not say; as `format.json` beside it, which may
-    leave out what is as in Llama 3. (Beside a sentencepiece model it may have a chat_format only.)
+    """What a `tokenizer.model` of byte-pair ranks does not contain. A `format.json` next to it may omit
+    what is the same as in Llama 3. (Next to a sentencepiece model, it may only have a chat_format.)
 
-    special_tokens: text to id. pattern: cuts text into pieces, by tiktoken's regular expressions.
-    bos, eos: texts of special tokens; stop: those that end an answer; pad: one that no text holds.
-    bos may be None for models that were trained without. context: tokens the model was trained for.
-    added: special tokens that are no more than words, which any text may hold.
+    special_tokens: text to id. pattern: splits text into pieces, in tiktoken's regular expression syntax.
+    bos, eos: texts of special tokens; bos is None for models trained without one.
+    stop: the special tokens that end an answer. pad: one that no text contains.
+    context: tokens the model was trained for.
+    added: special tokens that are ordinary words, which any text may contain.
     """
 
     special_tokens: dict[str, int]
@@ -91,7 +92,7 @@ class Layout:
 
     @staticmethod
     def read(path: Path, default: Layout) -> Layout:
-        """A layout file; what it leaves out is as in `default`. Raises CheckpointError for another file."""
+        """Read a layout file; omitted settings are those of `default`. Raises CheckpointError if invalid."""
         content = read_json(path)
         check_kinds(path, content, LAYOUT)
         if unknown := sorted(content.keys() - LAYOUT.keys()):
@@ -111,7 +112,7 @@ class Layout:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
 
 
-# What `format.json` may hold.
+# What `format.json` may contain.
 LAYOUT: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("pattern", "bos", "eos", "pad", "chat_format", "default_system"), (str,)),
     **{"special_tokens": (dict,), "stop": (list,), "added": (list,), "context": (int,)},
@@ -119,14 +120,14 @@ LAYOUT: dict[str, tuple[type, ...]] = {
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint, by tiktoken; its attributes are those of `TextTokenizer`."""
+    """The tokenizer of a checkpoint, using tiktoken; its attributes are those of `TextTokenizer`."""
 
     num_reserved_special_tokens = 256
     pat_str = LLAMA3_PATTERN
 
     def __init__(self, model_path: str | os.PathLike[str], layout: Layout | None = None) -> None:
-        """model_path: a file of byte-pair ranks. layout: by default that of a `format.json` beside
-        it, else Llama 3's. Raises FileNotFoundError, or ValueError for a file of another kind."""
+        """model_path: a file of byte-pair ranks. layout: by default that of a `format.json` next to it,
+        else Llama 3's. Raises FileNotFoundError, or ValueError for any other kind of file."""
         path = Path(model_path)
         if not path.is_file():
             raise FileNotFoundError(
@@ -144,7 +145,7 @@ class Tokenizer:
 
     @classmethod
     def from_ranks(cls, ranks: dict[bytes, int], layout: Layout) -> Tokenizer:
-        """A tokenizer of byte-pair ranks in memory: token to id, in the order of merging."""
+        """A tokenizer from byte-pair ranks in memory: token to id, in merge order."""
         tokenizer = cls.__new__(cls)
         tokenizer._set(ranks, layout)
         return tokenizer
@@ -162,11 +163,11 @@ class Tokenizer:
                 f"{len(ranks)} ranks and {len(self.special_tokens)} special tokens must have the ids 0 to "
                 f"{self.n_words - 1}, each exactly once"
             )
-        # A vocabulary without a token for some byte would make tiktoken panic. Such bytes get a
-        # rank behind all others, which no merge uses, and `encode` drops it.
+        # A vocabulary that lacks a token for some byte would make tiktoken panic. Such bytes get a
+        # rank after all others, which no merge uses and `encode` drops.
         missing = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
         self._every_byte = not missing
-        with no_panic("the tokenizer cannot be made"):
+        with no_panic("the tokenizer cannot be built"):
             self.model = tiktoken.Encoding(
                 "llama",
                 pat_str=self.pat_str,
@@ -187,11 +188,12 @@ class Tokenizer:
         allowed_special: Literal["all"] | AbstractSet[str] = frozenset(),
         disallowed_special: Literal["all"] | Collection[str] = (),
     ) -> list[int]:
-        """Ids of a text; by default text that looks like a special token is ordinary text.
+        """Ids of a text; by default, text that looks like a special token is ordinary text.
 
-        bos, eos: put the id of begin and end of text around it.
-        allowed_special: texts that become special tokens, or "all". disallowed_special: texts that
-        raise ValueError, or "all". Lone surrogates become U+FFFD, as in UTF-8's own decoders.
+        bos, eos: add the id of the begin or end of text.
+        allowed_special: texts that become special tokens, or "all".
+        disallowed_special: texts that raise ValueError, or "all".
+        Lone surrogates become U+FFFD, as in UTF-8 decoders.
         """
         if not isinstance(s, str):
             raise ArgumentError(f"only text can be encoded, not {type(s).__name__}")
@@ -212,7 +214,7 @@ class Tokenizer:
         return self.decode_bytes(t).decode("utf-8", errors="replace")
 
     def decode_bytes(self, t: Sequence[int]) -> bytes:
-        """Bytes of ids: one token may hold a part of a character. Raises ValueError for an unknown id."""
+        """Bytes of ids: a token may be part of a character. Raises ValueError for an unknown id."""
         for token in t:
             if not 0 <= token < self.n_words:
                 raise ArgumentError(f"{token} is not a token id: ids run from 0 to {self.n_words - 1}")
@@ -220,7 +222,7 @@ class Tokenizer:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Byte-pair ranks, lines of `base64 rank`. Raises ValueError for a file that is something else."""
+    """Byte-pair ranks from lines of `base64 rank`. Raises ValueError for any other kind of file."""
     data = path.read_bytes()
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.split(b"\n"), 1):
@@ -235,7 +237,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         except CheckpointError:
             raise
         except (ValueError, binascii.Error):
-            kind = "it is a sentencepiece model" if is_sentencepiece(path) else "is it whole?"
+            kind = "it is a sentencepiece model" if is_sentencepiece(path) else "is it truncated?"
             raise ArgumentError(
                 f"{path} is not a file of tiktoken ranks: line {number} is not `base64 rank`; {kind}"
             ) from None
@@ -253,7 +255,7 @@ def _pieces(s: str) -> Iterator[str]:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The printable characters that byte-level tokenizers write bytes as (Radford et al. 2019)."""
+    """The printable characters that represent bytes in byte-level tokenizers (Radford et al. 2019)."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

@@ -1,6 +1,6 @@
-"""Dialogs to token ids, in the form each family of chat models was trained on.
+"""Dialogs to token ids, in the format each family of chat models was trained on.
 
-Text of a message never becomes a special token: roles are checked against a list, and content is
+A message's text never becomes a special token: roles are checked against a list, and content is
 encoded as ordinary text, whatever it looks like.
 """
 
@@ -18,8 +18,8 @@ from llama.tokenizer.interface import Dialog, DialogFormat, Message, TextTokeniz
 def check_dialog(dialog: Dialog, roles: Sequence[str], calls: bool = False, images: bool = False) -> None:
     """Raise ArgumentError unless every message of a dialog has a known role and text.
 
-    calls: whether messages may have tool_calls, and then no text.
-    images: whether messages may have images between their text.
+    calls: whether messages may have tool_calls, in which case they need no text.
+    images: whether messages may contain images.
     """
     if isinstance(dialog, str | dict) or not isinstance(dialog, Sequence):
         raise ArgumentError(f"a dialog must be a list of messages, not {type(dialog).__name__}")
@@ -51,7 +51,7 @@ def check_message(message: Message, roles: Sequence[str], calls: bool = False, i
 def parse_call(call: Any) -> tuple[str, Mapping[str, Any]]:
     """Name and arguments of {"function": {"name": …, "arguments": JSON text or an object}}.
 
-    Raises ArgumentError for something else.
+    Raises ArgumentError for anything else.
     """
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(name := function.get("name"), str):
@@ -72,7 +72,7 @@ def parse_call(call: Any) -> tuple[str, Mapping[str, Any]]:
 
 
 def encode_parts(tokenizer: TextTokenizer, parts: Sequence[Mapping[str, str]]) -> list[int]:
-    """Ids of text and images as `split_content` gives them. Raises ArgumentError if no token is an image."""
+    """Ids of text and images from `split_content`. Raises ArgumentError if there is no image token."""
     ids: list[int] = []
     for part in parts:
         if "text" in part:
@@ -85,7 +85,7 @@ def encode_parts(tokenizer: TextTokenizer, parts: Sequence[Mapping[str, str]]) -
 
 
 class ChatFormat:
-    """Llama 3: a header of role, two newlines, the stripped content, <|eot_id|>."""
+    """Llama 3: a header with the role, two newlines, the stripped content, <|eot_id|>."""
 
     roles = ("system", "user", "assistant", "tool", "ipython")
 
@@ -105,7 +105,7 @@ class ChatFormat:
         ]
 
     def encode_message(self, message: Message) -> list[int]:
-        """A header, the content without space around it, and <|eot_id|>."""
+        """A header, the stripped content, and <|eot_id|>."""
         header = self.encode_header(message)
         content = message["content"]
         parts = stripped([{"type": "text", "text": content}] if isinstance(content, str) else content)
@@ -113,7 +113,7 @@ class ChatFormat:
         return [*header, *ids, self.tokenizer.special_tokens["<|eot_id|>"]]
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
-        """<|begin_of_text|>, every message, and the header of the answer to come."""
+        """<|begin_of_text|>, every message, and the answer's header."""
         check_dialog(dialog, self.roles, images=True)
         ids = [self.tokenizer.special_tokens["<|begin_of_text|>"]]
         for message in dialog:
@@ -121,7 +121,7 @@ class ChatFormat:
         return ids + self.encode_header({"role": "assistant", "content": ""})
 
     def encode_next_turn(self, content: Any) -> list[int]:
-        """<|eot_id|>, the user's message, and the header of the answer to come."""
+        """<|eot_id|>, the user's message, and the answer's header."""
         return [
             self.tokenizer.special_tokens["<|eot_id|>"],
             *self.encode_message({"role": "user", "content": content}),
@@ -130,9 +130,9 @@ class ChatFormat:
 
 
 class ChatML:
-    """<|im_start|>role, a newline, the content as it is, <|im_end|>, a newline.
+    """<|im_start|>role, a newline, the unmodified content, <|im_end|>, a newline.
 
-    default_system: goes before a dialog that has no system message of its own, if not empty.
+    default_system: the system message for dialogs without one, if not empty.
     """
 
     roles = ("system", "user", "assistant", "tool")
@@ -147,10 +147,10 @@ class ChatML:
         return [self.tokenizer.special_tokens["<|im_start|>"], *self._text(message["role"] + "\n")]
 
     def encode_message(self, message: Message) -> list[int]:
-        """One message, its closing <|im_end|> and newline included."""
+        """One message, including its closing <|im_end|> and newline."""
         check_message(message, self.roles)
         special = self.tokenizer.special_tokens
-        # Role and content stand between the same two special tokens, so they are one text.
+        # Role and content are between the same two special tokens, so they are encoded as one text.
         body = self._text(f"{message['role']}\n{message['content']}")
         return [special["<|im_start|>"], *body, special["<|im_end|>"], *self._text("\n")]
 
@@ -178,8 +178,8 @@ class ChatML:
 class Llama2Chat:
     """Llama 2: `[INST] user [/INST] answer `, each such pair between its own BOS and EOS.
 
-    A system message stands between <<SYS>> tags at the head of the first user message. The tags are
-    ordinary text to the tokenizer, so content that holds one is refused.
+    A system message goes between <<SYS>> tags at the start of the first user message. The tags are
+    ordinary text to the tokenizer, so content that contains one is refused.
     """
 
     roles = ("system", "user", "assistant")
@@ -189,7 +189,7 @@ class Llama2Chat:
         self.tokenizer = tokenizer
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
-        """All pairs, then the last user message. Raises ValueError for roles that do not alternate."""
+        """All pairs, then the last user message. Raises ValueError if roles do not alternate."""
         check_dialog(dialog, self.roles)
         for message in dialog:
             if found := [tag for tag in self.tags if tag in message["content"]]:
@@ -222,7 +222,7 @@ class Llama2Chat:
 
 
 class NoChat:
-    """The format of base models: none."""
+    """The format of base models, which have none."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self.tokenizer = tokenizer
@@ -246,7 +246,7 @@ NEEDED = {
 
 
 def chat_format(tokenizer: TextTokenizer, name: str | None = None) -> DialogFormat:
-    """A format by its name, by default the one that goes with the tokenizer."""
+    """A format by name; by default the tokenizer's own."""
     formats: dict[str, Callable[[], DialogFormat]] = {
         "llama3": lambda: ChatFormat(tokenizer),
         "llama2": lambda: Llama2Chat(tokenizer),

@@ -1,4 +1,4 @@
-"""The content of a message or prompt: text, or parts, some of which are images.
+"""The content of a message or prompt: text, or parts that are text or images.
 
 Parts may have the form of this package, of OpenAI's API or of `transformers`:
 {"type": "text", "text": …}, {"type": "image", "image": path, bytes, Pillow image or data URL},
@@ -14,16 +14,16 @@ from llama.errors import ArgumentError, PromptError
 
 IMAGE = "<|image|>"  # the name of the token that stands for an image
 FORMS = (
-    'a part of a content is text, {"type": "text", "text": …}, {"type": "image", "image": …} or '
+    'each part of a content must be a string, {"type": "text", "text": …}, {"type": "image", "image": …} or '
     '{"type": "image_url", "image_url": {"url": …}}'
 )
 
 
 def split_content(content: Any) -> tuple[Any, list[Any]]:
-    """A content without its images, and the images as they were given.
+    """Content without its images, and the images as they were passed.
 
     Returns text if there are no images, else parts {"type": "text", "text": …} and {"type": "image"}.
-    Raises ArgumentError for anything else than text or parts.
+    Raises ArgumentError for anything other than text or parts.
     """
     if not isinstance(content, list | tuple):
         return content, []
@@ -44,9 +44,9 @@ def split_content(content: Any) -> tuple[Any, list[Any]]:
 
 
 def split_dialog(dialog: Any) -> tuple[Any, list[Any]]:
-    """A dialog whose messages' contents are what `split_content` makes of them, and all its images."""
+    """A dialog with `split_content` applied to every message, and all its images."""
     if not isinstance(dialog, Sequence) or isinstance(dialog, str):
-        return dialog, []  # which the chat format refuses
+        return dialog, []  # the chat format raises for it
     messages, images = [], []
     for message in dialog:
         if isinstance(message, Mapping) and isinstance(message.get("content"), list | tuple):
@@ -83,19 +83,19 @@ def _parse(part: Any) -> str | tuple[Any]:
 
 
 def is_parts(content: Any) -> bool:
-    """Whether a content is what `split_content` returns if there are images."""
+    """Whether content has the form that `split_content` returns if there are images."""
     return isinstance(content, Sequence) and all(
         isinstance(part, Mapping) and part.get("type") in ("text", "image") for part in content
     )
 
 
 def text_of(content: Any) -> str:
-    """The text of a content, without its images."""
+    """The text of a message's content, without images."""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def stripped(parts: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Parts without space before the first and after the last text."""
+    """Parts without white space before the first and after the last text."""
     out = [dict(part) for part in parts]
     if out and "text" in out[0]:
         out[0]["text"] = out[0]["text"].lstrip()

@@ -1,4 +1,4 @@
-"""Hugging Face's `tokenizer.json`, behind the surface of this package's tokenizers."""
+"""Hugging Face's `tokenizer.json`, with the interface of this package's tokenizers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
-# Types of what is read of a tokenizer_config.json.
+# Types of the values read from tokenizer_config.json.
 CONFIG: dict[str, tuple[type, ...]] = {
     **{"add_bos_token": (bool,), "model_max_length": (float,), "chat_template": (str, list)}
 }
@@ -30,16 +30,16 @@ CONFIG: dict[str, tuple[type, ...]] = {
 class HFTokenizer:
     """The tokenizer of a Hugging Face folder; its attributes are those of `TextTokenizer`.
 
-    context: tokens the model was trained for, where the tokenizer's files say it.
+    context: tokens the model was trained for, if the tokenizer's files say so.
     """
 
     chat_format = "none"
     default_system = ""
 
     def __init__(self, folder: Path, vocab_size: int = 0, eos_ids: Collection[int] = ()) -> None:
-        """vocab_size: of the model, where it has more ids than the tokenizer. eos_ids: further ids
-        that end an answer. Raises FileNotFoundError, ImportError without the tokenizers package, or
-        CheckpointError for a file that is not a tokenizer."""
+        """vocab_size: of the model, if it has more ids than the tokenizer. eos_ids: further ids that end
+        an answer. Raises FileNotFoundError, ImportError if the tokenizers package is missing, or
+        CheckpointError if a file is invalid."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"no tokenizer.json in {folder}; download it again")
@@ -49,11 +49,11 @@ class HFTokenizer:
             raise MissingPackageError(
                 "tokenizer.json needs the tokenizers package: pip install -e '.[hf]'"
             ) from None
-        read_json(path)  # the package follows JSON as deep as it goes
+        read_json(path)  # limits the nesting, which the package does not
         try:
             with no_panic("it is damaged"):
                 self.model = Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises nothing narrower
+        except Exception as error:  # the package raises nothing more specific
             raise CheckpointError(f"{path} is not a tokenizer: {str(error)[:200]}") from None
         self.folder = folder
         self.model.no_truncation()
@@ -74,7 +74,7 @@ class HFTokenizer:
         self.bos_id: int | None = bos if config.get("add_bos_token", bos in begins[:1]) else None
         stops = [self.model.token_to_id(eos_token)] if eos_token else []
         stops += id_list(folder / "generation_config.json", generation, "eos_token_id")
-        # Models that answer in turns may end one by these, whatever their configuration names.
+        # Chat models may end a turn with these, whatever their configuration says.
         stops += [*eos_ids, *(self.special_tokens.get(text) for text in ("<|eot_id|>", "<|eom_id|>"))]
         self.stop_tokens: list[int] = list(dict.fromkeys(i for i in stops if i is not None))
         if not self.stop_tokens:
@@ -88,14 +88,14 @@ class HFTokenizer:
         self.context: int | None = context if isinstance(context, int) and context < 10**9 else None
 
     def encode(self, s: str, *, bos: bool, eos: bool) -> list[int]:
-        """Ids of a text, which never becomes a special token; bos, eos: put begin and end around it."""
+        """Ids of a text, which never becomes a special token; bos, eos: add the id of begin or end."""
         if not isinstance(s, str):
             raise ArgumentError(f"only text can be encoded, not {type(s).__name__}")
         begin = [self.bos_id] if bos and self.bos_id is not None else []
         return [*begin, *self._encode(s, special=False), *([self.eos_id] if eos else [])]
 
     def encode_rendered(self, s: str) -> list[int]:
-        """Ids of a template's output, in which the texts of special tokens become them."""
+        """Ids of a template's output, in which special tokens are encoded as such."""
         return self._encode(s, special=True)
 
     def _encode(self, s: str, special: bool) -> list[int]:
@@ -114,9 +114,9 @@ class HFTokenizer:
         return data.decode("utf-8", errors="replace")
 
     def decode_bytes(self, t: Sequence[int]) -> bytes:
-        """Bytes of ids, each by itself: one token may hold a part of a character.
+        """Bytes of ids, each decoded by itself: a token may be part of a character.
 
-        Ids that the model has and the tokenizer has not hold nothing. Raises ValueError for others.
+        Ids within the vocabulary that have no token are empty. Raises ValueError for unknown ids.
         """
         return b"".join(self._piece(token) for token in t)
 
@@ -136,17 +136,17 @@ class HFTokenizer:
 
     @cached_property
     def _byte_level(self) -> dict[str, int]:
-        """Characters to bytes where pieces are written in the alphabet of byte-level tokenizers."""
+        """Characters to bytes, if pieces use the alphabet of byte-level tokenizers; else empty."""
         decoder = json.loads(self.model.decoder.__getstate__()) if self.model.decoder else {}
         kinds = [decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", ()))]
         return byte_alphabet() if "ByteLevel" in kinds else {}
 
 
 def named_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str | None]:
-    """The texts of the bos, eos and pad token, None for those without, as a folder's files name them.
+    """The texts of the bos, eos and pad tokens in a folder's files; None for missing ones.
 
-    config: its tokenizer_config.json, which goes before special_tokens_map.json.
-    Raises CheckpointError if one is neither a text nor an object with one as its content.
+    config: its tokenizer_config.json, which takes precedence over special_tokens_map.json.
+    Raises CheckpointError if one is neither text nor an object with text as its content.
     """
     found: dict[str, str | None] = {}
     for kind in ("bos", "eos", "pad"):

@@ -1,4 +1,4 @@
-"""What a dialog is, and what every tokenizer and every chat format offers: types only."""
+"""What a dialog is, and the interfaces of tokenizers and chat formats: types only."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Role = Literal["system", "user", "assistant", "tool", "ipython"]
 class Message(TypedDict):
     """One message of a dialog.
 
-    content: its text, or parts with images as `tokenizer.content` has them; of the assistant's it may be
-        None where there are tool_calls.
-    tool_calls: of the assistant, each {"id": …, "function": {"name": …, "arguments": JSON text or a dict}}.
-    tool_call_id: of a tool, the call whose result this is.
+    content: its text, or parts with images, see `tokenizer.content`; None is allowed for an assistant
+        message with tool_calls.
+    tool_calls: the assistant's, each {"id": …, "function": {"name": …, "arguments": JSON text or a dict}}.
+    tool_call_id: for a tool's message, the call whose result it is.
     """
 
     role: Role
@@ -29,11 +29,14 @@ Dialog = Sequence[Message]
 
 
 class TextTokenizer(Protocol):
-    """What every kind of tokenizer offers. Text never becomes a special token unless asked to.
+    """The interface of every tokenizer. Text never becomes a special token unless requested.
 
-    n_words: size of the vocabulary. bos_id, eos_id, pad_id: ids; bos_id is None for models trained
-    without. stop_tokens: ids that end an answer. special_tokens: text to id. chat_format: the name
-    of the dialog format that goes with it. default_system: that format's own system message.
+    n_words: size of the vocabulary.
+    bos_id, eos_id, pad_id: ids; bos_id is None for models trained without one.
+    stop_tokens: ids that end an answer.
+    special_tokens: text to id.
+    chat_format: the name of its dialog format.
+    default_system: that format's own system message.
     """
 
     n_words: int
@@ -53,14 +56,14 @@ class TextTokenizer(Protocol):
 
 
 class DialogFormat(Protocol):
-    """What every chat format offers."""
+    """The interface of every chat format."""
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
-        """The ids that ask for the assistant's next message. Raises ValueError for other dialogs."""
+        """The ids that prompt for the assistant's next message. Raises ValueError for invalid dialogs."""
 
     def encode_next_turn(self, content: Any) -> list[int]:
-        """The ids between an answer, as it was generated, and the answer to the user's next message.
+        """The ids between a generated answer and the answer to the user's next message.
 
-        That is the end of the answer (the stop token is not part of it), the message, and the header of
-        the next answer. A chat that keeps ids needs it: to encode an answer's text again may give others.
+        These are the end of the answer (which excludes the stop token), the message, and the header of
+        the next answer. A chat keeps ids, because re-encoding an answer's text may give different ones.
         """

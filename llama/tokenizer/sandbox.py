@@ -1,8 +1,8 @@
-"""A jinja2 environment for templates of strangers: what transformers offers them, within limits.
+"""A jinja2 environment for untrusted templates: what transformers offers them, within limits.
 
-jinja2's sandbox keeps a template away from Python, but lets it run and grow without end. Here each
-pass of a loop, call of a macro, filter and operator counts its time and its size, so that a template
-is stopped from within: on any platform, in any thread.
+jinja2's sandbox keeps templates away from Python, but lets them run and grow without limit. Here every
+loop iteration, macro call, filter and operator checks time and size, so a template is stopped from
+within, on any platform and in any thread.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any, NoReturn
 from llama.errors import MissingPackageError
 
 SECONDS = 5.0  # a template takes milliseconds
-LARGEST = 2**24  # characters of a text, or numbers that something is repeated by
-WRITTEN = 2**26  # characters that a template writes in all
+LARGEST = 2**24  # characters of a text, or a repeat count
+WRITTEN = 2**26  # total characters that a template writes
 
 
 class Budget:
-    """What one rendering has left."""
+    """What is left of one rendering's limits."""
 
     def __init__(self) -> None:
         self.deadline = time.monotonic() + SECONDS
@@ -42,7 +42,7 @@ BUDGET: ContextVar[Budget] = ContextVar("BUDGET")
 
 
 def render(template: Any, names: Mapping[str, Any]) -> str:
-    """A template of `environment`, rendered. Raises OverflowError beyond its limits, and what jinja2 does."""
+    """Render a template of `environment`. Raises OverflowError beyond the limits, and what jinja2 raises."""
     token = BUDGET.set(Budget())
     try:
         text: str = template.render(names)
@@ -52,7 +52,7 @@ def render(template: Any, names: Mapping[str, Any]) -> str:
 
 
 def check_growth(values: tuple[Any, ...]) -> None:
-    """Raise OverflowError if a result as large as these multiplied would not stay within the limits."""
+    """Raise OverflowError if a result as large as the product of these would exceed the limits."""
     size = 1
     for value in values:
         if isinstance(value, str | bytes | list | tuple | dict):
@@ -65,7 +65,7 @@ def check_growth(values: tuple[Any, ...]) -> None:
 
 
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that looks at what it is given first, and at what it made."""
+    """A filter that checks its arguments and its result."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +80,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_arguments(values: tuple[Any, ...]) -> None:
-    """Raise OverflowError if a text and the arguments to a method or filter of it could grow too large."""
+    """Raise OverflowError if a text method or filter with these arguments could produce too much."""
     if sum(len(value) > 64 for value in values if isinstance(value, str)) > 1 or any(
         isinstance(value, int) and abs(value) > 64 for value in values
     ):
@@ -89,14 +89,14 @@ def check_arguments(values: tuple[Any, ...]) -> None:
 
 
 def check_format(text: object) -> None:
-    """Raise OverflowError if a format string has a width that no text has."""
+    """Raise OverflowError if a format string has an implausible width."""
     if isinstance(text, str) and re.search(r"\d{6}", text):
         raise OverflowError("it formats a value to a width of more than 99,999 characters")
 
 
 @functools.cache
 def environment() -> Any:
-    """The environment. Raises MissingPackageError without jinja2."""
+    """The environment. Raises MissingPackageError if jinja2 is not installed."""
     try:
         import jinja2
         import jinja2.ext
@@ -107,7 +107,7 @@ def environment() -> Any:
         raise MissingPackageError("chat templates need the jinja2 package: pip install -e '.[hf]'") from None
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %} … {% endgeneration %}, which marks answers for training: its body as it is."""
+        """{% generation %} … {% endgeneration %}, which marks answers for training: renders its body."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -116,7 +116,7 @@ def environment() -> Any:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     class Limits(NodeTransformer):
-        """Puts a count at the head of each loop and macro, and looks at texts that are joined."""
+        """Adds a check to the start of each loop and macro, and to concatenations."""
 
         def visit_For(self, node: Any) -> Any:
             self.generic_visit(node)
@@ -204,4 +204,4 @@ def _refuse(message: str) -> NoReturn:
 
 
 class Refusal(ValueError):
-    """What a template says of a dialog that it does not take."""
+    """A template's own message that it rejects a dialog."""

@@ -1,4 +1,4 @@
-"""The tokenizer of LLaMA 1 and 2, by sentencepiece."""
+"""The tokenizer of LLaMA 1 and 2, using sentencepiece."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llama.files import check_kinds, read_json
 
 
 class SentencePieceTokenizer:
-    """The tokenizer of LLaMA 1 and 2, by sentencepiece; its attributes are those of `TextTokenizer`.
+    """The tokenizer of LLaMA 1 and 2, using sentencepiece; its attributes are those of `TextTokenizer`.
 
     pad_id is -1: these models were trained without padding.
     """
@@ -22,8 +22,8 @@ class SentencePieceTokenizer:
     def __init__(self, model: str | os.PathLike[str] | bytes) -> None:
         """model: a sentencepiece model, or the path of one.
 
-        Raises FileNotFoundError, ImportError without the sentencepiece package, or ValueError for
-        something else than a model.
+        Raises FileNotFoundError, ImportError if the sentencepiece package is missing, or ValueError if
+        this is not a model.
         """
         try:
             import sentencepiece
@@ -63,16 +63,16 @@ class SentencePieceTokenizer:
         self.special_tokens = {piece: i for i, piece in enumerate(pieces) if self.model.is_control(i)}
 
     def encode(self, s: str, *, bos: bool, eos: bool) -> list[int]:
-        """Ids of a text, which never becomes a control token; bos, eos: put begin and end around it."""
+        """Ids of a text, which never becomes a control token; bos, eos: add the id of begin or end."""
         if not isinstance(s, str):
             raise ArgumentError(f"only text can be encoded, not {type(s).__name__}")
-        # sentencepiece wants UTF-8, which lone surrogates have not.
+        # sentencepiece needs UTF-8, which cannot encode lone surrogates.
         ids = self.model.encode(s.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         begin = [self.bos_id] if bos and self.bos_id is not None else []
         return [*begin, *ids, *([self.eos_id] if eos else [])]
 
     def decode(self, t: Sequence[int]) -> str:
-        """Text of ids, without the space that sentencepiece puts before a text's first word."""
+        """Text of ids, without the space that sentencepiece adds before a text's first word."""
         data = self.decode_bytes(t)
         first = next((token for token in t if not self.model.is_control(token)), None)
         if first is not None and self.model.id_to_piece(first).startswith("▁"):
@@ -80,10 +80,10 @@ class SentencePieceTokenizer:
         return data.decode("utf-8", errors="replace")
 
     def decode_bytes(self, t: Sequence[int]) -> bytes:
-        """Bytes of ids, each by itself: words keep the space before them, the first one too.
+        """Bytes of ids, each decoded by itself: words keep the space before them, even the first.
 
-        One token may hold a part of a character; a control token holds nothing. Raises ValueError
-        for an unknown id.
+        A token may be part of a character; control tokens are empty. Raises ValueError for an unknown
+        id.
         """
         return b"".join(self._piece(token) for token in t)
 
@@ -101,6 +101,6 @@ class SentencePieceTokenizer:
 
 
 def is_sentencepiece(path: Path) -> bool:
-    """Whether a file begins as a sentencepiece model does, with the piece for the unknown."""
+    """Whether a file starts like a sentencepiece model, with the piece for unknown text."""
     with path.open("rb") as file:
         return b"<unk>" in file.read(64)

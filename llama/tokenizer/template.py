@@ -1,8 +1,8 @@
 """Hugging Face chat templates, rendered by jinja2 in its sandbox.
 
-The template's special tokens must reach the model as such, and those that a user typed must not. So
-a dialog whose content holds the text of one is rendered with a stand-in character, and what the
-template itself wrote is told apart by that.
+The template's special tokens must reach the model as such, but those that a user typed must not. So if
+a dialog contains the text of one, it is rendered with a stand-in character, which distinguishes it from
+what the template itself wrote.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from llama.tokenizer.sandbox import environment, render
 
 
 def find_template(folder: Path, tokenizer: TextTokenizer) -> DialogFormat:
-    """The chat template of a Hugging Face folder for a tokenizer, or the refusal of models without.
+    """The chat template of a Hugging Face folder for a tokenizer, or `NoChat` if it has none.
 
-    A template's own file goes before the configuration, which may hold several.
+    A separate template file takes precedence over the configuration, which may contain several.
     """
     path = folder / "tokenizer_config.json"
     config = read_json(path)
@@ -58,9 +58,9 @@ class ChatTemplate:
         bos_token: str | None = None,
         eos_token: str | None = None,
     ) -> None:
-        """origin: named in errors. bos_token, eos_token: what the template knows by these names.
+        """origin: named in errors. bos_token, eos_token: the template's variables of these names.
 
-        Raises ImportError without jinja2, CheckpointError for a template with a syntax error."""
+        Raises ImportError if jinja2 is missing, CheckpointError if the template has a syntax error."""
         self.tokenizer = tokenizer
         self.origin, self.source = origin, template
         self.names = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
@@ -68,26 +68,26 @@ class ChatTemplate:
             self.template = environment().from_string(template)
         except MissingPackageError:
             raise
-        except Exception as error:  # of jinja2: a syntax error, or recursion where it is too deep
+        except Exception as error:  # jinja2's: a syntax error, or too deep recursion
             raise CheckpointError(f"the chat template of {origin} is not valid jinja2: {error}") from None
 
     @property
     def knows_tools(self) -> bool:
-        """Whether it does anything with tools."""
+        """Whether the template mentions tools."""
         return bool(re.search(r"\btools\b", self.source))
 
     def encode_dialog_prompt(
         self, dialog: Dialog, tools: Sequence[Mapping[str, Any]] = (), builtin_tools: Sequence[str] = ()
     ) -> list[int]:
-        """The rendered dialog with the head of the answer to come.
+        """Ids of the rendered dialog, with the answer's header.
 
         tools: OpenAI function objects that the model may call.
-        builtin_tools: names of tools that the model knows by itself.
+        builtin_tools: names of tools that the model knows already.
 
-        Raises ArgumentError if the template refuses the dialog, or tries to leave its sandbox.
+        Raises ArgumentError if the template rejects the dialog or tries to leave its sandbox.
         """
         check_dialog(dialog, self.roles, calls=True, images=True)
-        # A template must be able to tell whether there are any.
+        # A template must be able to test whether there are any.
         names = {"tools": list(tools) or None} | (
             {"builtin_tools": list(builtin_tools)} if builtin_tools else {}
         )
@@ -106,7 +106,7 @@ class ChatTemplate:
     def _encode(
         self, dialog: Sequence[Mapping[str, Any]], after: str = "", names: Mapping[str, Any] | None = None
     ) -> list[int]:
-        """Ids of a rendered dialog, or of what stands after a mark in it. names: what else is rendered."""
+        """Ids of a rendered dialog, or of the part after a mark. names: other template variables."""
         special = self.tokenizer.special_tokens
         names = {"messages": dialog, **(names or {})}
         texts: list[str] = []
@@ -114,7 +114,7 @@ class ChatTemplate:
         if isinstance(self.tokenizer, HFTokenizer) and not any(s in text for s in special for text in texts):
             text = self._render(names)
             return self.tokenizer.encode_rendered(text.rpartition(after)[2] if after else text)
-        # A private character stands for the first one of each special token that a user typed.
+        # A private-use character replaces the first one of each special token that a user typed.
         used = {*"".join(texts)}
         firsts = sorted({text[0] for text in special})
         stands_for = dict(zip(self._unused(used), firsts, strict=False))
@@ -133,7 +133,7 @@ class ChatTemplate:
         return ids
 
     def _unused(self, used: Collection[str]) -> Iterator[str]:
-        """Private characters that neither a dialog nor the template has. Raises ArgumentError after all."""
+        """Private-use characters that neither dialog nor template uses. Raises ArgumentError at the end."""
         for block in (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)):
             yield from (c for c in map(chr, block) if c not in used and c not in self.source)
         raise ArgumentError("the dialog uses every private-use Unicode character: remove some")
@@ -146,7 +146,7 @@ class ChatTemplate:
             )
         except MemoryError:
             raise
-        except Exception as error:  # a template can raise anything that Python's operators do
+        except Exception as error:  # a template can raise anything that Python's operators raise
             kind = type(error).__name__
             if kind == "SecurityError":
                 raise ArgumentError(
@@ -158,7 +158,7 @@ class ChatTemplate:
 
 
 def _map_texts(value: Any, function: Callable[[str], Any]) -> Any:
-    """Lists and dicts with each text in them replaced by what a function makes of it."""
+    """Apply a function to every text in nested lists and dicts."""
     if isinstance(value, str):
         return function(value)
     if isinstance(value, Mapping):
@@ -169,7 +169,7 @@ def _map_texts(value: Any, function: Callable[[str], Any]) -> Any:
 
 
 def _open_calls(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as templates want it: arguments of calls as objects, and nothing where there is none."""
+    """A message as templates expect it: call arguments as objects, and no empty keys."""
     opened = {key: value for key, value in message.items() if value is not None and value != []}
     if "tool_calls" in opened:
         parsed = [(call, *parse_call(call)) for call in opened["tool_calls"]]

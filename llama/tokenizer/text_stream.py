@@ -1,4 +1,4 @@
-"""From token ids to pieces of text: whole characters, and never a part of a stop string."""
+"""From token ids to pieces of text: whole characters, and never part of a stop string."""
 
 import codecs
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Decoder(Protocol):
-    """What a tokenizer offers here."""
+    """The part of a tokenizer that is needed here."""
 
     def decode(self, t: Sequence[int]) -> str: ...
 
@@ -14,13 +14,13 @@ class Decoder(Protocol):
 
 
 class TextStream:
-    """Turns token ids into pieces of text, which joined are the decoded ids up to a stop string.
+    """Turns token ids into pieces of text; joined, they are the decoded text up to a stop string.
 
-    A token may end in the middle of a character or of a stop string. What could be the beginning of
-    either is held back until the next token tells. Bytes that are no UTF-8 become U+FFFD.
+    A token may end in the middle of a character or a stop string. What could be the beginning of either
+    is held back until the next token decides. Bytes that are not UTF-8 become U+FFFD.
 
-    stop: strings that end the text and are not part of it. The one that is complete first counts,
-    and of two that end together the longer, however the tokens are cut.
+    stop: strings that end the text and are not part of it. The first complete one counts; if two end
+    together, the longer one, however the tokens are split.
     """
 
     def __init__(self, tokenizer: Decoder, stop: Sequence[str] = ()) -> None:
@@ -32,9 +32,9 @@ class TextStream:
         self._held = ""
 
     def push(self, token: int, *, prompt: bool = False) -> str:
-        """The text that is certain now; none any more once a stop string was hit.
+        """The text that is final now; empty once a stop string was hit.
 
-        prompt: a token that was given, not generated, so no stop string is looked for.
+        prompt: whether the token belongs to the prompt, in which stop strings are ignored.
         """
         data = self._tokenizer.decode_bytes([token])
         if data and not self._begun:
@@ -46,7 +46,7 @@ class TextStream:
         return text if prompt else self._certain(text)
 
     def flush(self) -> str:
-        """What was held back, once no token follows."""
+        """The text held back, once no more tokens follow."""
         text = self._certain(self._utf8.decode(b"", final=True))
         if self.stopped is None:
             text, self._held = text + self._held, ""

@@ -11,7 +11,7 @@ from typing import Any
 
 from llama.errors import ArgumentError, MissingPackageError
 
-# What Meta trained the models to call by <|python_tag|>; they need no definition in the prompt.
+# Tools that Meta's models were trained to call with <|python_tag|>; they need no definition in the prompt.
 BUILTIN_TOOLS = {
     "brave_search": "query",
     "wolfram_alpha": "query",
@@ -26,7 +26,7 @@ class Tool:
     """One tool of a call.
 
     definition: the OpenAI object, {"type": "function", "function": {"name": …, "parameters": …}}.
-    function: what `run_tools` calls, if the tool was given as a Python function.
+    function: what `run_tools` calls, if the tool was passed as a Python function.
     builtin: one of `BUILTIN_TOOLS`.
     """
 
@@ -49,13 +49,13 @@ class Tool:
 
 
 def parse_tools(tools: Sequence[Any]) -> list[Tool]:
-    """Tools as a caller gives them.
+    """Parse tools as a caller passes them.
 
     tools: each an OpenAI object, the function object within one, a Python function, the name of one of
     Meta's built-in tools, or a `Tool`.
 
-    Raises ArgumentError for anything else, and for two tools of one name; MissingPackageError for a Python
-    function without the pydantic package.
+    Raises ArgumentError for anything else, and for two tools with the same name; MissingPackageError for a
+    Python function if pydantic is not installed.
     """
     if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
         raise ArgumentError(f"tools must be a list, not {type(tools).__name__}")
@@ -112,10 +112,10 @@ def check_definition(definition: Mapping[str, Any]) -> None:
 
 
 def describe_function(function: Callable[..., Any]) -> dict[str, Any]:
-    """The OpenAI object of a Python function: its name, docstring, and the schema of its arguments.
+    """The OpenAI object for a Python function: its name, docstring, and the schema of its arguments.
 
-    Descriptions of arguments are read from the docstring: lines `name: text`, `name (type): text` or
-    `:param name: text`. The text before the first of them is the function's description.
+    Descriptions of arguments come from docstring lines `name: text`, `name (type): text` or
+    `:param name: text`. The text before the first such line is the function's description.
     """
     documentation = inspect.getdoc(function) or ""
     parameters = arguments_schema(function)
@@ -134,7 +134,7 @@ def describe_function(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def arguments_schema(function: Callable[..., Any]) -> dict[str, Any]:
-    """JSON Schema of a function's arguments. Raises ArgumentError where a type has none."""
+    """JSON Schema of a function's arguments. Raises ArgumentError if a type has none."""
     pydantic = _pydantic()
 
     class Untitled(pydantic.json_schema.GenerateJsonSchema):  # type: ignore[misc, name-defined]
@@ -152,7 +152,7 @@ def arguments_schema(function: Callable[..., Any]) -> dict[str, Any]:
         raise ArgumentError(
             f"{name!r} has positional-only or variadic arguments; a tool's arguments must have names"
         )
-    # Prompts show arguments one by one, so what several share is written out in each.
+    # Prompts show arguments one by one, so shared definitions are written out in each.
     definitions = schema.pop("$defs", {})
     return {"type": "object", "properties": {}} | _written_out(schema, definitions)
 
@@ -175,10 +175,10 @@ def _written_out(schema: Any, definitions: Mapping[str, Any], within: tuple[str,
 def call_function(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     """Call a function with a model's arguments, converted to the types of its signature.
 
-    Raises ArgumentError, whose text is meant for the model, if they do not fit, and what the function raises.
+    Raises ArgumentError, with a message for the model, if they do not fit, and what the function raises.
     """
     pydantic = _pydantic()
-    # Checked by a stand-in, so that an error from within the function is not mistaken for the model's.
+    # Checked with a stand-in, so that an error inside the function is not mistaken for the model's.
     checker = pydantic.validate_call(functools.wraps(function)(lambda *args, **kwargs: (args, kwargs)))
     try:
         args, kwargs = checker(**arguments)

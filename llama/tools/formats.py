@@ -1,7 +1,7 @@
-"""The forms in which Meta's models were taught about tools, and wrote their calls.
+"""The formats in which Meta's models were trained to read about tools and to write their calls.
 
-The texts in `prompts/` are what the models were trained on, to the byte. Around them the JSON of the
-tools is laid out as by the generators of Meta's llama-models package, and unlike there it is escaped.
+The texts in `prompts/` are what the models were trained on, byte for byte. The JSON of the tools is laid
+out as by the generators in Meta's llama-models package but, unlike there, escaped.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Calls = Sequence[tuple[str, Mapping[str, Any]]]  # names and arguments
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """One form of prompt and call.
+    """One format of prompt and call.
 
     prompt: file in `prompts/`, with a slot {tools} and perhaps {question}.
-    place: where the text goes: at the head of the "system" message, in a "user" message of its own before
+    place: where the text goes: at the start of the "system" message, in a "user" message of its own before
     the first question, or "around" that question.
-    describe: the text of the slot {tools}.
-    write: the calls of one message as the model writes them.
+    describe: returns the text for the slot {tools}.
+    write: returns the calls of one message as the model writes them.
     """
 
     name: str
@@ -39,20 +39,20 @@ class ToolFormat:
 
     @property
     def parallel(self) -> bool:
-        """Whether a message may hold several calls."""
+        """Whether a message may contain several calls."""
         return self.write is _write_pythonic
 
     def fill(self, tools: Sequence[Tool], question: str = "") -> str:
-        """The prompt for tools, with the question in its place if this form puts it there."""
+        """The prompt for tools, including the question if this format has a slot for it."""
         text = (PROMPTS / self.prompt).read_bytes().decode()
-        # Cut before filling, so that a tool's or a question's own braces are never taken for a slot.
+        # Split before filling, so that braces in a tool or question are never mistaken for a slot.
         before, _, after = text.partition("{tools}")
         return before.replace("{question}", question) + self.describe(tools) + after
 
 
 def _json_3_1(tools: Sequence[Tool]) -> str:
     def function(tool: Tool) -> dict[str, Any]:
-        # Meta's generator calls every parameter an object.
+        # Meta's generator gives every parameter the type object.
         properties = tuple(
             {name: {"type": "object", "description": schema.get("description", "")} | _keywords(schema)}
             for name, schema in _properties(tool).items()
@@ -108,13 +108,13 @@ def _required(tool: Tool) -> list[str]:
 
 
 def _keywords(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords that Meta's generators know nothing of (enum, items, …), which the model should see."""
+    """Keywords that Meta's generators ignore (enum, items, …) but the model should see."""
     known = ("type", "description", "default", "title")
     return {key: value for key, value in schema.items() if key not in known}
 
 
 def lay_out(value: Any, indent: int = 0) -> str:
-    """JSON with mappings and tuples over several lines, four spaces a level, and lists on one."""
+    """JSON with mappings and tuples on several lines, four spaces per level, and lists on one line."""
     inner, outer = "\n" + " " * (indent + 4), "\n" + " " * indent
     if isinstance(value, Mapping):
         items = [f"{_string(key)}: {lay_out(item, indent + 4)}" for key, item in value.items()]
@@ -135,7 +135,7 @@ def _string(value: Any) -> str:
 
 
 def _sorted_json(value: Any) -> str:
-    # What jinja2 makes of a value by default, which is how Meta's generator wrote it.
+    # jinja2's default encoding of a value, which Meta's generator used.
     escapes = {ord(character): f"\\u{ord(character):04x}" for character in "<>&'"}
     return json.dumps(value, sort_keys=True).translate(escapes)
 
@@ -167,7 +167,7 @@ def python_literal(value: Any) -> str:
 
 
 def write_builtin(name: str, arguments: Mapping[str, Any]) -> str:
-    """A call of a built-in tool, as it stands after <|python_tag|>."""
+    """A call of a built-in tool, as it appears after <|python_tag|>."""
     if name == "code_interpreter":
         return str(arguments.get("code", ""))
     text = ", ".join(f"{key}={_string(value)}" for key, value in arguments.items())
@@ -188,18 +188,18 @@ FORMATS = {
 
 
 def tool_format(name: str) -> ToolFormat:
-    """A form by its name. Raises ArgumentError for an unknown one."""
+    """A format by name. Raises ArgumentError for an unknown one."""
     if name not in FORMATS:
         raise ArgumentError(f"unknown tool_format {name!r}; use one of {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
 def tool_response(ok: bool, stdout: str = "", stderr: str = "") -> str:
-    """What a tool message says of a program's run, in the words that code interpreters were trained with.
+    """The text of a tool message with a program's output, in the format models were trained on.
 
-    ok: whether it ended without an error.
-    stdout: what it printed.
-    stderr: what it printed as errors.
+    ok: whether the program ended without an error.
+    stdout: its standard output.
+    stderr: its standard error.
     """
     lines = ["completed" if ok else "failed"]
     lines += [f"[{name}]{text}[/{name}]" for name, text in (("stdout", stdout), ("stderr", stderr)) if text]

@@ -1,8 +1,8 @@
-"""A model's answer, as it comes, to text and tool calls.
+"""From a model's answer, as it is generated, to text and tool calls.
 
-Models write calls in whatever form they were taught, and around them what they like, so one parser takes
-all forms: JSON objects, `<function=…>`, Python lists of calls, `name.call(…)` and code after
-<|python_tag|>. What turns out not to be a call of a known tool is text.
+Models write calls in any format they were trained on, with anything around them, so one parser accepts
+all formats: JSON objects, `<function=…>`, Python lists of calls, `name.call(…)` and code after
+<|python_tag|>. Whatever turns out not to be a call of a known tool is text.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from llama.tools.reader import NAME, SPACE, NoMatchError, Parse, Reader
 FUNCTION, FUNCTION_END = "<function=", "</function>"
 TAGS = ("<|python_tag|>", "<|python_start|>")
 PYTHON_END = "<|python_end|>"
-CANDIDATE = re.compile(r"[{\[<]")  # what a call, or a tag before one, begins with
+CANDIDATE = re.compile(r"[{\[<]")  # the first character of a call, or of a tag before one
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of an answer, certain not to change.
+    """A final piece of an answer.
 
     content: text.
-    call: which tool call this is about, counting from 0; None for text.
-    id: of the call, where it begins; no other call of the dialog has it.
-    name: of the tool, complete, where a call begins.
+    call: which tool call this is part of, counting from 0; None for text.
+    id: of the call, in its first piece; unique in the dialog.
+    name: of the tool, complete, in the first piece of a call.
     arguments: a piece of JSON text.
     """
 
@@ -45,7 +45,7 @@ class Delta:
 class ToolCall:
     """A call that a model made.
 
-    id: by which a tool's message may say whose result it is.
+    id: by which a tool's message refers to the call.
     arguments: JSON text of an object, unless the answer was cut off within it.
     """
 
@@ -54,14 +54,14 @@ class ToolCall:
     arguments: str = ""
 
     def to_message(self) -> dict[str, Any]:
-        """As it stands in a message's tool_calls."""
+        """The call as an entry of a message's tool_calls."""
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclass
 class ParsedAnswer:
-    """All pieces of an answer put together."""
+    """All pieces of an answer, combined."""
 
     content: str = ""
     calls: list[ToolCall] = field(default_factory=list)
@@ -72,7 +72,7 @@ class ParsedAnswer:
 
 
 def add_deltas(calls: list[ToolCall], deltas: Iterable[Delta]) -> None:
-    """Put what has become certain into calls."""
+    """Add new pieces to calls."""
     for delta in deltas:
         if delta.call is not None:
             if delta.name:
@@ -81,7 +81,7 @@ def add_deltas(calls: list[ToolCall], deltas: Iterable[Delta]) -> None:
 
 
 def parse_answer(text: str, tools: Collection[str]) -> ParsedAnswer:
-    """A whole answer. tools: names of those that may be called."""
+    """Parse a whole answer. tools: names of the tools that may be called."""
     parser, answer = ToolParser(tools), ParsedAnswer()
     for delta in [*parser.push(text), *parser.finish()]:
         answer.add(delta)
@@ -89,48 +89,48 @@ def parse_answer(text: str, tools: Collection[str]) -> ParsedAnswer:
 
 
 class _CompleteError(Exception):
-    """Nothing that follows counts."""
+    """The rest of the answer is ignored."""
 
 
 class ToolParser(Reader):
     """Reads an answer piece by piece.
 
-    A call is tried at every place where one may begin. Until its tool is known nothing of it is sent, and
-    if it turns out not to be a call, what was read so far is text and the search goes on behind it.
+    A call is tried wherever one may begin. Nothing of it is sent until its tool is known; if it turns out
+    not to be a call, what was read so far is text and the search continues after it.
 
     closed: calls that are complete.
     """
 
     def __init__(self, tools: Collection[str], first: int = 0, one_call: bool = False) -> None:
-        """tools: names of those that may be called; with "code_interpreter", code after a tag is a call.
+        """tools: names of the tools that may be called; with "code_interpreter", code after a tag is a call.
 
         first: the number of calls in the dialog so far.
-        one_call: whether all that follows a call is ignored.
+        one_call: whether everything after a call is ignored.
         """
         super().__init__()
         self.closed = 0
         self._first, self._one_call = first, one_call
         self._tools = frozenset(tools)
-        self._start = 0  # text from here on has not become content or a call yet
-        self._failed = 0  # where what was tried last turned out not to be a call
+        self._start = 0  # text from here on is not content or a call yet
+        self._failed = 0  # where the last attempt turned out not to be a call
         self._opened = 0  # calls begun
-        self._raw_from: int | None = None  # arguments that pass unchanged are sent up to here
+        self._raw_from: int | None = None  # unchanged arguments have been sent up to here
         self._out: list[Delta] = []
         self._run = self._answer()
 
     def push(self, text: str) -> list[Delta]:
-        """Take more of the answer; returns what is certain now."""
+        """Add more of the answer; returns the pieces that are final now."""
         self.text += text
         return self._advance()
 
     def finish(self) -> list[Delta]:
-        """What was held back, once no text follows."""
+        """End the answer; returns the pieces that were held back."""
         self.ended = True
         return self._advance()
 
     @property
     def complete(self) -> bool:
-        """Whether nothing that follows counts."""
+        """Whether the rest of the answer is ignored."""
         return self._one_call and self.closed > 0
 
     def _advance(self) -> list[Delta]:
@@ -143,7 +143,7 @@ class ToolParser(Reader):
     # -- the answer: text and calls in any order --
 
     def _answer(self) -> Parse[None]:
-        between = True  # nothing but space, and after a call separators, since a call or the beginning
+        between = True  # since the beginning or a call, only space and, after a call, separators
         while True:
             self.text, self.at, self._start = self.text[self._start :], self.at - self._start, 0
             while (
@@ -175,7 +175,7 @@ class ToolParser(Reader):
                 between = False
 
     def _call(self, tagged: bool, first: bool) -> Parse[bool]:
-        """Read a call, or a list of them; False, and nothing read, if there is none."""
+        """Read a call, or a list of them; if there is none, read nothing and return False."""
         begin, opened = self.at, self._opened
         self._failed = begin
         try:
@@ -191,16 +191,16 @@ class ToolParser(Reader):
             else:
                 return False
         except NoMatchError:
-            if self._opened > self.closed:  # too late to take back: what there is of it is the call
+            if self._opened > self.closed:  # too late to take back: close it as it is
                 self._close()
             self._failed = self.at
             self.at = begin if self._opened == opened else self._start
         return self._opened > opened
 
-    # -- the forms --
+    # -- the formats --
 
     def _json_call(self) -> Parse[None]:
-        """{"name": …, "parameters": {…}} with its keys in any order, and perhaps others."""
+        """{"name": …, "parameters": {…}} with the keys in any order, and perhaps others."""
         self.at += 1
         name, arguments, others, opened = "", "", False, self._opened
         while True:
@@ -225,7 +225,7 @@ class ToolParser(Reader):
                 break
         if self._opened == opened:
             checked = json_object(arguments or "null")
-            # An object with a name and something else may be anything.
+            # An object with a name and other keys may be anything.
             if not name or checked is None or (others and not arguments):
                 raise NoMatchError
             self._open(name)
@@ -243,7 +243,7 @@ class ToolParser(Reader):
                 return
 
     def _python_call(self, bare: bool = True) -> Parse[None]:
-        """f(a=1, b="x"), or f.call(…), which is the only form of the two unless `bare`."""
+        """f(a=1, b="x") or f.call(…); only the latter unless `bare`."""
         written = yield from self.name()
         name = written.removesuffix(".call")
         if written in self._tools and bare:
@@ -268,7 +268,7 @@ class ToolParser(Reader):
                 if (yield from self.expect(",)")) == ")":
                     break
             except NoMatchError:
-                if not self.ended:  # what follows is no argument, but those before it are whole
+                if not self.ended:  # no argument follows, but those before are complete
                     self._send(arguments="}")
                 raise
         if self._opened == opened:
@@ -296,7 +296,7 @@ class ToolParser(Reader):
         self._close()
 
     def _code(self) -> Parse[None]:
-        """All that follows, as an argument of the code interpreter."""
+        """The rest of the answer, as an argument of the code interpreter."""
         self._open("code_interpreter")
         self._send(arguments='{"code": "')
         while (yield from self.peek()) and not (yield from self.one_of(PYTHON_END)):
@@ -307,17 +307,17 @@ class ToolParser(Reader):
         self._send(arguments='"}')
         self._close()
 
-    # -- parts of them; they raise NoMatchError --
+    # -- parts of the formats; they raise NoMatchError --
 
     def _raw_object(self) -> Parse[None]:
-        """A JSON object that is sent as it is, and as it comes."""
+        """A JSON object, sent unchanged as it arrives."""
         self._raw_from = self.at
         yield from self.value()
         self._send_raw()
         self._raw_from = None
 
     def _python_value(self) -> Parse[str]:
-        """A Python literal, as JSON."""
+        """A Python literal, converted to JSON."""
         start, depth = self.at, 0
         while True:
             char = yield from self.peek()
@@ -333,10 +333,10 @@ class ToolParser(Reader):
         if name not in self._tools:
             raise NoMatchError
 
-    # -- what is certain --
+    # -- final pieces --
 
     def _release(self, end: int | None = None) -> None:
-        """What is not accounted for, up to `end`, is text."""
+        """Send what is not part of a call, up to `end`, as text."""
         end = self.at if end is None else end
         if end > self._start:
             self._out.append(Delta(content=self.text[self._start : end]))

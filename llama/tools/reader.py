@@ -1,7 +1,7 @@
 """Reading a text that is still being written, character by character.
 
-Each method is a generator: it yields when it needs more text than there is, and is resumed when more has
-come. So grammars are written as if the whole text were there.
+Each method is a generator: it yields when it needs more text, and is resumed when more has arrived. So
+parsers are written as if the whole text were there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Generator
 from typing import TypeVar
 
 T = TypeVar("T")
-Parse = Generator[None, None, T]  # a part of a parser: it yields where it needs more text
+Parse = Generator[None, None, T]  # part of a parser: it yields when it needs more text
 
 SPACE = " \t\r\n"
 NAME = re.compile(r"[\w.-]")
@@ -20,15 +20,15 @@ LONGEST_NAME = 128
 
 
 class NoMatchError(Exception):
-    """The text is not of the form that was tried, or it ended."""
+    """The text does not match what was tried, or it ended."""
 
 
 class Reader:
-    """A text and a place in it. What reads a form raises NoMatchError where the text is not of it.
+    """A text and a position in it. Its methods raise NoMatchError if the text does not match.
 
-    text: all there is so far.
-    at: the place, an index into it.
-    ended: whether no more will come.
+    text: all the text so far.
+    at: the position, an index into it.
+    ended: whether the text is complete.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Reader:
         self.ended = False
 
     def value(self) -> Parse[str]:
-        """The text of a JSON value, of which strings and brackets are understood."""
+        """The text of a JSON value, of which only strings and brackets are parsed."""
         start, depth = self.at, 0
         while True:
             char = yield from self.peek()
@@ -79,7 +79,7 @@ class Reader:
         return self.text[start : self.at]
 
     def expect(self, characters: str) -> Parse[str]:
-        """One of some characters, after any space."""
+        """One of these characters, after any space."""
         yield from self.space()
         char = yield from self.next()
         if char not in characters:
@@ -92,7 +92,7 @@ class Reader:
             self.at += 1
 
     def one_of(self, *texts: str) -> Parse[str]:
-        """The one of some texts that stands here, and go behind it; else ""."""
+        """Skip and return the one of these texts that is here; else return ""."""
         while True:
             for text in texts:
                 if self.text.startswith(text, self.at):

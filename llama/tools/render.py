@@ -1,6 +1,6 @@
-"""Dialogs with tools to token ids, for models of Meta's own chat formats.
+"""Dialogs with tools to token ids, for models with Meta's own chat formats.
 
-A message's text never becomes a special token here either: only headers, ends and <|python_tag|> are.
+A message's text never becomes a special token here either: only headers, ends and <|python_tag|> do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llama.tools.definitions import BUILTIN_TOOLS, Tool
 from llama.tools.formats import ToolFormat, write_builtin
 
 # Names of special tokens: begin of text, before and after a role, end of turn, end of message (a tool's
-# result is expected), before and after what only a tool should read.
+# result is expected), before and after text meant for a tool only.
 LLAMA_3 = (
     "<|begin_of_text|>",
     "<|start_header_id|>",
@@ -42,10 +42,10 @@ LLAMA_4 = (
 class Turn:
     """One message of the prompt.
 
-    role: as it stands in the header.
-    text: to the byte; nothing is stripped any more.
-    calls: whether it calls a tool, and so ends with the token that asks for a result.
-    tagged: whether it is written after <|python_tag|>.
+    role: as in the header.
+    text: exact; it is not stripped any further.
+    calls: whether it calls a tool, and so ends with the token that requests a result.
+    tagged: whether it comes after <|python_tag|>.
     """
 
     role: str
@@ -76,14 +76,14 @@ def encode_turns(turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[int]:
 def render(
     dialog: Sequence[Mapping[str, Any]], tools: Sequence[Tool], form: ToolFormat, today: date
 ) -> list[Turn]:
-    """The turns of a dialog, with what its model should know of the tools.
+    """The turns of a dialog, with a description of the tools.
 
-    dialog: checked messages; those of the assistant may carry "tool_calls", those of role "tool" a
+    dialog: checked messages; the assistant's may have "tool_calls", those of role "tool" a
     "tool_call_id".
-    today: the date that Llama 3.1's system message tells.
+    today: the date in Llama 3.1's system message.
 
-    Raises ArgumentError for calls and results that do not fit each other, or if there is no user message
-    that tools could stand with.
+    Raises ArgumentError if calls and results do not match, or if there is no user message to put the
+    tools in.
     """
     messages = list(dialog)
     custom = [tool for tool in tools if not tool.builtin]
@@ -95,7 +95,9 @@ def render(
     elif tools and form.place == "user":
         system = system_3_1(builtin, system, today)
     elif builtin:
-        raise ArgumentError(f"tool_format {form.name!r} has no built-in tools; use tool_format='json'")
+        raise ArgumentError(
+            f"tool_format {form.name!r} does not support built-in tools; use tool_format='json'"
+        )
     if system:
         turns.append(Turn("system", system))
     question = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
@@ -112,7 +114,7 @@ def render(
 
 def system_3_1(builtin: Sequence[str], instruction: str, today: date) -> str:
     """Llama 3.1's system message with tools: environment, built-in tools, dates, the user's instruction."""
-    listed = [name for name in builtin if name != "code_interpreter"]  # which the environment implies
+    listed = [name for name in builtin if name != "code_interpreter"]  # implied by the environment
     lines = ["Environment: ipython", f"Tools: {', '.join(listed)}" if listed else ""]
     lines += ["Cutting Knowledge Date: December 2023", f"Today Date: {today:%d %B %Y}"]
     return "\n".join(lines) + (f"\n\n{instruction}" if instruction else "") + "\n"
@@ -136,12 +138,12 @@ def _history(messages: Sequence[Mapping[str, Any]], form: ToolFormat, custom: Co
 
 
 def ordered(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """A dialog in which the results of tools stand in the order of the calls."""
+    """A dialog in which tool results are in the order of the calls."""
     return [one for message, results in pair_results(messages) for one in (message, *results)]
 
 
 def one_call_each(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """A dialog in which no message has several tool calls: each has its own, before its result."""
+    """A dialog in which each message has at most one tool call, followed by its result."""
     split: list[Any] = []
     for message, results in pair_results(messages):
         calls = message.get("tool_calls") or ()
@@ -159,9 +161,9 @@ def one_call_each(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
 def pair_results(
     messages: Sequence[Mapping[str, Any]],
 ) -> list[tuple[Mapping[str, Any], list[Mapping[str, Any]]]]:
-    """Each message, and if it has tool calls, the results that follow it, in the order of the calls.
+    """Each message with the tool results that follow it, in the order of its calls.
 
-    Raises ArgumentError for a result that names a call which is not there, or more results than calls.
+    Raises ArgumentError for a result of an unknown call, or for more results than calls.
     """
     paired: list[tuple[Mapping[str, Any], list[Mapping[str, Any]]]] = []
     for message in messages:

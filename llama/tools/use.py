@@ -1,4 +1,4 @@
-"""What one call of a chat says about tools: which, in what form, and which of them must be called."""
+"""The tool options of one chat call: which tools, in what format, and which of them must be called."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from llama.tools.parser import ToolParser
 from llama.tools.render import LLAMA_3, LLAMA_4, encode_turns, one_call_each, ordered, render
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
-# What Meta's families were trained with, by the names that checkpoints have here.
+# The formats that Meta's model families were trained with, by the family names used here.
 FAMILIES = {"Llama 3.1 or 3.3": "json", "Llama 3.2": "pythonic", "Llama 3.2 Vision": "json"}
 
 
 def default_format(family: str, formatter: DialogFormat) -> str | None:
-    """How a checkpoint was trained to be told of tools: "template", a name in `FORMATS`, or None."""
+    """How a checkpoint's prompts describe tools: "template", a name in `FORMATS`, or None if untrained."""
     if isinstance(formatter, ChatTemplate):
         return "template" if formatter.knows_tools else None
     return FAMILIES.get(family)
@@ -32,10 +32,10 @@ def default_format(family: str, formatter: DialogFormat) -> str | None:
 class ToolUse:
     """The tools of one call.
 
-    tools: all that were given.
+    tools: all tools that were passed.
     choice: "auto", "none", "required", or the name of the tool that must be called.
     form: None for the checkpoint's own chat template.
-    parallel: whether an answer may hold several calls.
+    parallel: whether an answer may contain several calls.
     """
 
     tools: Sequence[Tool] = ()
@@ -50,13 +50,13 @@ class ToolUse:
         form: str | None = None,
         parallel: bool = True,
     ) -> ToolUse:
-        """Check what a caller says. form: None or "template" for the checkpoint's own chat template.
+        """Check a call's options. form: None or "template" for the checkpoint's own chat template.
 
-        Raises ArgumentError for what does not fit.
+        Raises ArgumentError if they are invalid.
         """
         parsed = parse_tools(tools or ())
         choice = tool_choice
-        if isinstance(tool_choice, Mapping):  # OpenAI's {"type": "function", "function": {"name": …}} too
+        if isinstance(tool_choice, Mapping):  # also OpenAI's {"type": "function", "function": {"name": …}}
             inner = tool_choice.get("function", tool_choice)
             choice = inner.get("name") if isinstance(inner, Mapping) else None
             if choice not in [tool.name for tool in parsed]:
@@ -73,7 +73,7 @@ class ToolUse:
 
     @property
     def offered(self) -> Sequence[Tool]:
-        """Those that the model is told of."""
+        """The tools that the prompt describes."""
         return () if self.choice == "none" else self.tools
 
     @property
@@ -82,7 +82,7 @@ class ToolUse:
 
     @property
     def schema(self) -> dict[str, Any] | None:
-        """What an answer must be if a tool must be called: JSON Schema of its call."""
+        """JSON Schema of the call that an answer must be, if a tool must be called."""
         if self.choice in ("auto", "none"):
             return None
         calls: list[dict[str, Any]] = []
@@ -90,7 +90,7 @@ class ToolUse:
         for tool in self.tools:
             if self.choice in ("required", tool.name):
                 parameters = {"additionalProperties": False, **tool.parameters}
-                definitions |= parameters.pop("$defs", {})  # whose references count from the root
+                definitions |= parameters.pop("$defs", {})  # references are relative to the root
                 call = {
                     "type": "object",
                     "properties": {"name": {"const": tool.name}, "parameters": parameters},
@@ -101,14 +101,14 @@ class ToolUse:
         return {"anyOf": calls, "$defs": definitions}
 
     def parser(self, dialog: Dialog) -> ToolParser | None:
-        """What finds the calls in an answer to a dialog; None if there can be none."""
+        """A parser for the calls in an answer to a dialog; None if there can be none."""
         before = sum(len(message.get("tool_calls") or ()) for message in dialog)
         return ToolParser(self.names, before, one_call=not self.parallel) if self.offered else None
 
     def encode(self, dialog: Dialog, formatter: DialogFormat, tokenizer: TextTokenizer) -> list[int]:
-        """The ids that ask for the assistant's next message, or for the rest of it, if the last one is its.
+        """The ids that prompt for the assistant's next message, or for the rest of its last one.
 
-        Raises ArgumentError for a dialog that the model's chat format cannot hold.
+        Raises ArgumentError for a dialog that the model's chat format cannot represent.
         """
         check_dialog(dialog, ROLES, calls=True, images=True)
         last = dialog[-1]
@@ -146,7 +146,7 @@ class ToolUse:
         turns = render(dialog, self.offered, form, date.today())
         if LLAMA_3[1] in tokenizer.special_tokens or LLAMA_4[1] in tokenizer.special_tokens:
             return encode_turns(turns, tokenizer)
-        # Other chat formats get the same texts as plain messages.
+        # Other chat formats receive the same texts as plain messages.
         result = "tool" if "tool" in getattr(formatter, "roles", ()) else "user"
         messages: list[Any] = [
             {"role": result if turn.role == "ipython" else turn.role, "content": turn.text} for turn in turns

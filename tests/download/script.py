@@ -22,7 +22,7 @@ from tests.support.download_server import SIGNATURE, FakeLlamaServer
 SCRIPT = Path(__file__).parents[2] / "download.sh"
 SHARD = "consolidated.00.pth"
 MODEL = "Llama-3.2-1B-Instruct"
-# All that the script may count on, beside a client and something that computes MD5.
+# Everything that the script may rely on, besides a client and a tool that computes MD5.
 TOOLS = "base64 cat cut date du grep head mkdir mktemp mv rm sed sleep stty tr wc"
 
 
@@ -81,12 +81,12 @@ class Script:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            # A test runner started in the background has passed on that it ignores this.
+            # A test runner started in the background passes on that it ignores this signal.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def processes(self) -> list[tuple[str, str]]:
-        """The arguments and the environment of each process of this script."""
+        """The arguments and the environment of each of this script's processes."""
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -97,7 +97,7 @@ class Script:
         return found
 
     def part(self, data: bytes, name: str = SHARD) -> Path:
-        """Leaves what an interrupted run would have left."""
+        """Leave behind what an interrupted run would have left."""
         path = self.cwd / MODEL / f"{name}.part"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
@@ -108,7 +108,7 @@ class Script:
 
 
 class Terminal:
-    """The script as at a keyboard."""
+    """The script, run at a terminal."""
 
     def __init__(self, script: Script, *args: str) -> None:
         pid, self.fd = pty.fork()

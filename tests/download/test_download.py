@@ -226,7 +226,7 @@ def test_an_interrupt_leaves_what_resumes(both: Script, server: FakeLlamaServer,
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=10)
     assert process.returncode == 130
-    assert "the same command resumes" in output
+    assert "run the same command to resume" in output
     kept = part.stat().st_size
     assert 0 < kept <= len(weights) // 2
     assert both.processes() == []

@@ -24,11 +24,11 @@ def test_a_403_stops_at_once(both: Script, server: FakeLlamaServer) -> None:
     ("link", "cause"),
     [
         ({"expires": int(time.time()) - 5 * 3600 - 60}, "it expired 5 hours ago"),
-        ({"host": "llama3-1.llamameta.net"}, "a link of Llama 3.1, and this model is of Llama 3.2"),
+        ({"host": "llama3-1.llamameta.net"}, "a link for Llama 3.1, but this model is Llama 3.2"),
         ({"host": "llama3-2-lightweight.llamameta.net"}, "it has expired, is used up"),
-        ({"host": "download6.llamameta.net"}, "a link of Llama 3, and this model is of Llama 3.2"),
-        ({"host": "download.llamameta.net"}, "a link of Llama 2, and this model is of Llama 3.2"),
-        ({"host": "???>>>~~~.llama3-3.llamameta.net"}, "a link of Llama 3.3, and"),
+        ({"host": "download6.llamameta.net"}, "a link for Llama 3, but this model is Llama 3.2"),
+        ({"host": "download.llamameta.net"}, "a link for Llama 2, but this model is Llama 3.2"),
+        ({"host": "???>>>~~~.llama3-3.llamameta.net"}, "a link for Llama 3.3, but"),
     ],
 )
 def test_a_refused_link_tells_what_its_terms_say(
@@ -94,7 +94,7 @@ def test_a_link_as_an_argument_is_refused_unrepeated(script: Script, server: Fak
         (["7B"], '"7B" could be LLaMA-7B or llama-2-7b;'),
         (["70B"], '"70B" could be llama-2-70b or Meta-Llama-3-70B;'),
         ([], "Name the models"),
-        (["--model"], "There is no option --model"),
+        (["--model"], "Unknown option --model"),
         (["--target"], "--target needs a folder"),
     ],
 )
@@ -124,7 +124,7 @@ def test_names_as_people_write_them(script: Script, server: FakeLlamaServer) -> 
 def test_a_disk_too_small_is_noticed_before_starting(script: Script, server: FakeLlamaServer) -> None:
     script.stub("df", 'echo "/dev/disk 9 9 2413000 99% /"')
     sentence = refusal(script(MODEL), 1)
-    assert re.search(r"has 2\.5 GB free, and 2\.5 GB are still to come", sentence)
+    assert re.search(r"has 2\.5 GB free, but 2\.5 GB are still to be downloaded", sentence)
     assert server.requests == []
     script.part(b"x" * 5_000_000)  # what is here already need not come again
     server.always[f"{MODEL}/checklist.chk"] = 403

@@ -64,7 +64,7 @@ def test_ctrl_c_at_a_terminal(both: Script, server: FakeLlamaServer) -> None:
     terminal = Terminal(both, MODEL)
     terminal.wait_for("12.0 kB")
     terminal.type("\x03")
-    terminal.wait_for("the same command resumes")
+    terminal.wait_for("run the same command to resume")
     assert terminal.exit_status() == 130
     assert both.processes() == []
 

@@ -1,14 +1,14 @@
 """A loopback stand-in for Meta's download server, which can also misbehave on request.
 
-As the real one does, it wants the signature of the link in the query, serves ranges, and refuses
-HEAD. `faults` makes the next requests for a path go wrong, one fault each, in order:
+Like the real one, it requires the link's signature in the query, serves ranges, and refuses HEAD.
+`faults` makes the next requests for a path fail, one fault each, in order:
 
 - an `int`: answer with that status; `bytes`: answer with exactly these, headers and all;
-- `("cut", n)`: break off after n bytes of the body;
+- `("cut", n)`: disconnect after n bytes of the body;
 - `("slow", seconds)`: wait in the middle of the body; `"flip"`: damage one byte;
-- `"page"`: a login page; `"no-range"`: the whole file whatever range was asked for.
+- `"page"`: a login page; `"no-range"`: the whole file, whatever range was requested.
 
-A fault in `always` applies to every request for its path that is not spoiled otherwise.
+A fault in `always` applies to every request for its path that has no other fault.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class FakeLlamaServer:
         return f"http://127.0.0.1:{self._httpd.server_port}"
 
     def link(self, host: str | None = None, expires: int | str = 4102444800) -> str:
-        """A signed link whose terms name `host`, in CloudFront's base64 alphabet."""
+        """A signed link whose policy names `host`, in CloudFront's base64 alphabet."""
         condition = {"DateLessThan": {"AWS:EpochTime": "EXPIRES"}}
         resource = f"https://{host or 'elsewhere.example'}/*"
         terms = json.dumps(
@@ -72,7 +72,7 @@ class FakeLlamaServer:
         return f"{self.origin}/*?Policy={policy}&Signature={SIGNATURE}&Key-Pair-Id=K"
 
     def publish(self, folder: str, shards: int = 1, *, old: bool = False, size: int = 4000) -> None:
-        """Offers files of a few bytes as a model; `old` is the layout of LLaMA 1 and Llama 2."""
+        """Serve files of a few bytes as a model; `old` is the layout of LLaMA 1 and Llama 2."""
         own = {f"consolidated.{i:02d}.pth": bytes([i + 1, 0, 10]) * size for i in range(shards)}
         own["params.json"] = b'{"dim": 8}'
         if old:
@@ -83,7 +83,7 @@ class FakeLlamaServer:
         self.offer(folder, own)
 
     def offer(self, folder: str, own: dict[str, bytes]) -> None:
-        """Offers a model's own files, with a checklist and Meta's terms."""
+        """Serve a model's own files, with a checklist and Meta's terms."""
         checklist = "".join(f"{md5(data)}  {name}\n" for name, data in own.items())
         own["checklist.chk"] = checklist.encode()
         for name, data in own.items():

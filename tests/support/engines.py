@@ -1,4 +1,4 @@
-"""Requests run by an engine of a small model."""
+"""Running requests on an engine with a small model."""
 
 from __future__ import annotations
 

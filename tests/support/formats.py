@@ -27,7 +27,7 @@ CORPUS = [
     "system user assistant tool answer question instruction",
 ] * 4
 
-# Characters that tokenizers stumble over, mixed into random texts.
+# Characters that trip up tokenizers, mixed into random texts.
 ALPHABET = [
     *("the", " llama", "123", "  ", "\n", "\n\n", "\t", "'s", "don't", " ", " ", ".", "!?", "<s>", "</s>"),
     *(
@@ -91,7 +91,7 @@ def sentencepiece_model(vocab_size: int = 400) -> bytes:
 
 
 def tiktoken_ranks(merges: int = 128) -> dict[bytes, int]:
-    """All bytes, then pairs of tokens of the corpus, most frequent first: real BPE, if a small one."""
+    """All bytes, then pairs of the corpus's tokens, most frequent first: real but small BPE."""
     ranks = {bytes([i]): i for i in range(256)}
     words = [[bytes([b]) for b in f" {word}".encode()] for text in CORPUS for word in text.split()]
     while len(ranks) < 256 + merges:
@@ -164,7 +164,7 @@ def write_native(
     shards: int = 1,
     kv_copies: int = 1,
 ) -> Path:
-    """A folder as Meta's downloads are. A tokenizer in bytes is sentencepiece's: LLaMA 1 or 2.
+    """A folder like Meta's downloads. A tokenizer as bytes is sentencepiece's: LLaMA 1 or 2.
 
     kv_copies: how many shards have the same key and value heads.
     """
@@ -190,7 +190,7 @@ def write_native(
 
 
 def hf_state(weights: Mapping[str, Tensor], params: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Native tensors by the names and in the order of Hugging Face's implementation."""
+    """Native tensors with the names and the row order of Hugging Face's implementation."""
     heads = {"wq": params["n_heads"], "wk": params.get("n_kv_heads") or params["n_heads"]}
     names = {
         "tok_embeddings": "model.embed_tokens",

@@ -106,7 +106,7 @@ def sentencepiece_fields(model: bytes, **more: Any) -> dict[str, Any]:
 
 def byte_level_fields(ranks: Mapping[bytes, int], pre: str = "llama-bpe", **more: Any) -> dict[str, Any]:
     """Byte-pair ranks and the special tokens of Llama 3 as the fields of a GGUF file."""
-    # Printable characters stand for themselves, the others for bytes in order.
+    # Printable characters represent themselves, the others represent bytes in order.
     spell = {b: chr(b) for b in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))}
     others = sorted(set(ByteLevel.alphabet()) - set(spell.values()))
     spell |= dict(zip((b for b in range(256) if b not in spell), others, strict=True))
@@ -114,7 +114,7 @@ def byte_level_fields(ranks: Mapping[bytes, int], pre: str = "llama-bpe", **more
     merges = []
     for token in ranks:
         if len(token) > 1:
-            # the pair that plain merging by ranks ends with
+            # the pair that merging by rank ends with
             parts = [bytes([b]) for b in token]
             while len(parts) > 2:
                 at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], 10**9))

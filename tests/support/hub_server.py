@@ -1,4 +1,4 @@
-"""A small Hugging Face hub on loopback: repositories are folders, and each request is written down."""
+"""A small Hugging Face hub on loopback: repositories are folders, and each request is recorded."""
 
 import hashlib
 import json

@@ -12,7 +12,7 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
 def train(folder: Path, model: Any, **config: Any) -> Any:
-    """An adapter of random factors, saved by peft. Returns peft's merged model."""
+    """An adapter with random factors, saved by peft. Returns peft's merged model."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION + MLP, **config}
     adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
     generator = torch.Generator().manual_seed(3)

@@ -1,6 +1,6 @@
 """Meta's own multimodal model on a tiny random checkpoint, to compare with.
 
-Its code wants torchvision for four things that Pillow and torch do as well; a stand-in offers those.
+Its code needs torchvision for four things that Pillow and torch can also do; a stand-in provides those.
 """
 
 import enum
@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-# Before the stand-in exists, or transformers would take it for torchvision.
+# Before the stand-in exists; otherwise transformers would mistake it for torchvision.
 import transformers.models.mllama.image_processing_pil_mllama
 import transformers.models.mllama.modeling_mllama  # noqa: F401
 from PIL import Image
@@ -39,7 +39,7 @@ PARAMS = {
     "vision_max_num_chunks": 4,
     "vision_num_cross_attention_layers": 2,
 }
-# Of the encoder, whose real shape Meta's code fixes.
+# For the encoder, whose real shape is fixed in Meta's code.
 ENCODER = {"vision_dim": 64, "vision_heads": 4}
 IMAGE = PARAMS["vocab_size"]  # the image token
 
@@ -80,7 +80,7 @@ for name in stand_in:
 
 
 def build(seed: int = 0, max_seq_len: int = 64, max_batch_size: int = 4, **changes):
-    """Meta's model with random weights, in fp32. Wants fairscale's model-parallel group."""
+    """Meta's model with random weights, in fp32. Needs fairscale's model-parallel group."""
     args = ModelArgs(**{**PARAMS, **changes}, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     small = functools.partial(model.VisionEncoder, width=ENCODER["vision_dim"], heads=ENCODER["vision_heads"])
     with mock.patch.object(model, "VisionEncoder", small):
@@ -97,7 +97,7 @@ def build(seed: int = 0, max_seq_len: int = 64, max_batch_size: int = 4, **chang
 
 
 def draw(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    """A random weight of a size at which every part of the model matters."""
+    """A random weight, scaled so that every part of the model matters."""
     x = torch.randn(like.shape, generator=generator)
     if "norm" in name or "ln_" in name:
         return 1 + 0.1 * x if name.endswith("weight") else 0.1 * x
@@ -109,7 +109,7 @@ def draw(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def random_vision(seed: int = 0, **changes: object) -> VisionTransformer:
-    """A model of this package with weights as `build`'s, though not the same."""
+    """A model of this package with weights drawn like those of `build`, though not the same."""
     args = {**PARAMS, **ENCODER, "max_seq_len": 64, "max_batch_size": 4, "max_images": 4, **changes}
     with torch.device("meta"):
         vision = VisionTransformer(VisionArgs(**args))
@@ -120,7 +120,7 @@ def random_vision(seed: int = 0, **changes: object) -> VisionTransformer:
 
 
 def cut_along(name: str) -> int | None:
-    """The dimension that Meta's files cut a tensor along."""
+    """The dimension that Meta's files split a tensor along."""
     kind, _, last = name.rpartition(".")
     kind = kind.rpartition(".")[2]
     if kind in ("wo", "w2", "c_proj"):
@@ -130,7 +130,7 @@ def cut_along(name: str) -> int | None:
 
 
 def write_checkpoint(folder: Path, vision: VisionTransformer, count: int = 1) -> Path:
-    """A model in the form of Meta's files, with a tokenizer."""
+    """A model as Meta's files, with a tokenizer."""
     folder.mkdir(parents=True)
     for i in range(count):
         file = {}
@@ -146,14 +146,14 @@ def write_checkpoint(folder: Path, vision: VisionTransformer, count: int = 1) ->
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Noise over a ramp: every resampling mistake shows."""
+    """Noise over a ramp, which reveals every resampling mistake."""
     random = np.random.default_rng(seed)
     ramp = np.linspace(0, 128, width)[None, :, None] + np.linspace(0, 64, height)[:, None, None]
     return Image.fromarray((ramp + random.integers(0, 64, (height, width, 3))).astype(np.uint8))
 
 
 def spans(tokens: list[int]) -> list[list[int]]:
-    """From where to where each image of a prompt is seen, as Meta's code finds it."""
+    """The range of positions that see each image of a prompt, computed as in Meta's code."""
     at = [i for i, token in enumerate(tokens) if token == IMAGE]
     if len(at) == 1:
         return [[at[0], -1]]

@@ -1,5 +1,5 @@
-// Runs the step of a model that a test wrote to a file, for processors that this machine only emulates.
-// Usage: driver MODEL OUT. Exits with 1 if decoding gives other bits than prefill.
+// Runs the step of a model that a test wrote to a file, for processors that this machine can only emulate.
+// Usage: driver MODEL OUT. Exits with 1 if decode and prefill give different bits.
 #include "step.cpp"
 
 #include <cstdio>

@@ -44,7 +44,7 @@ class Held:
 
 
 def reloaded(model: Transformer, plan: Plan, scheme: str | None = None) -> Transformer:
-    """The same model as it would be loaded by a plan."""
+    """The same model, as a plan would load it."""
     with torch.device("meta"):
         other = Transformer(model.params)
     load_weights(other, Held(model), plan, model.device, model.dtype, scheme)

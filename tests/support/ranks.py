@@ -1,4 +1,4 @@
-"""What the tests of several ranks run on each of them, under torchrun."""
+"""What tests with several ranks run on each rank, under torchrun."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ PROMPTS = [[1, 2, 3], list(range(30, 45)), [9] * 7]
 
 
 def observe(llama: Llama) -> dict:
-    """Logits, and what is generated, greedily and not."""
+    """Logits and generated tokens, greedy and sampled."""
     tokens, logprobs = llama.generate(PROMPTS, 12, temperature=0, logprobs=True, echo=True)
     return {
         "logits": llama.model(TOKENS, 0),
@@ -47,7 +47,7 @@ def two_at_once(folder: str, out: str) -> None:
     assert observe(second)["greedy"] == seen["greedy"]
     second.close()
     assert not dist.is_initialized()
-    # and one more, which nobody closes
+    # and one more, which is never closed
     torch.save(
         observe(Llama.build(folder, max_seq_len=32, max_batch_size=3, dtype="float32")),
         f"{out}.{os.environ['RANK']}",
@@ -56,7 +56,7 @@ def two_at_once(folder: str, out: str) -> None:
 
 
 def replicas(folder: str, out: str) -> None:
-    """Half of the ranks hold one copy of the model, half another, and each copy has work of its own."""
+    """Each half of the ranks has one copy of the model, with different work."""
     size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     with Llama.build(folder, None, 32, 3, size // 2, dtype="float32") as llama:
         prompt = PROMPTS[rank // (size // 2)]
@@ -82,7 +82,7 @@ def die(folder: str, rank: int) -> None:
 
 
 def one_bad_folder(folder: str) -> None:
-    """The last rank looks into a folder that is not there, as on a machine that lacks the files."""
+    """The last rank opens a missing folder, as on a machine without the files."""
     last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
     Llama.build(f"{folder}-missing" if last else folder, max_seq_len=32, max_batch_size=1)
 
@@ -94,7 +94,7 @@ def quantized(folder: str, out: str, scheme: str | None = None) -> None:
 
 
 def in_shape(llama: Llama) -> dict:
-    """Answers to a schema and of a tool that must be called, and vectors."""
+    """Answers to a schema and with a required tool, and embeddings."""
     noise = {"temperature": 1.5, "top_p": 1.0, "seed": 3, "max_gen_len": 60}
     word = {"type": "string", "maxLength": 5}
     schema = {
@@ -118,7 +118,7 @@ def in_shape(llama: Llama) -> dict:
 
 
 def shapes(folder: str, out: str) -> None:
-    """What `in_shape` gives on each rank."""
+    """The results of `in_shape` on each rank."""
     with Llama.build(folder, max_seq_len=1024, max_batch_size=3, dtype="float32") as llama:
         torch.save(in_shape(llama), f"{out}.{os.environ['RANK']}")
 

@@ -1,4 +1,4 @@
-"""A model that says by heart what it was told to, and something else once a tool has answered.
+"""A model that recites a given answer, and another one once a tool has answered.
 
 Its weights are written by hand: each token of a script is followed by the next one, whatever stands before.
 One attention head looks for <|eom_id|>, with which a tool call in a prompt ends, and if there is one, another
@@ -17,7 +17,7 @@ from llama.tokenizer import Layout, Tokenizer
 
 
 def cut(text: str, used: set[bytes]) -> list[bytes]:
-    """A text in pieces of two bytes or more, none of which was used before."""
+    """A text in pieces of two bytes or more, none of which has been used before."""
     data, pieces = text.encode(), []
     while data:
         size = next(n for n in range(2, len(data) + 2) if data[:n] not in used)
@@ -33,7 +33,7 @@ def scripted(first: str, after_tool: str = "", **build: object) -> Llama:
 
     first: its answer.
     after_tool: its answer to a dialog with a tool call in it.
-    build: arguments of `Llama`.
+    build: arguments for `Llama`.
     """
     used: set[bytes] = set()
     scripts = [cut(text, used) for text in (first, after_tool or " ")]
@@ -43,7 +43,7 @@ def scripted(first: str, after_tool: str = "", **build: object) -> Llama:
     newline, eom, eot = ranks[b"\n"], *(tokenizer.special_tokens[f"<|{name}_id|>"] for name in ("eom", "eot"))
     said = [newline, *(ranks[piece] for script in scripts for piece in script)]
     dim = 16 * -(-(len(said) + 4) // 16)
-    # Dimensions of the hidden state: one each for what is said, and these.
+    # Dimensions of the hidden state: one for each token recited, and these.
     codes = {token: i for i, token in enumerate(said)}
     other, always, is_eom, was_eom = range(len(said), len(said) + 4)
     args = ModelArgs(
@@ -57,7 +57,7 @@ def scripted(first: str, after_tool: str = "", **build: object) -> Llama:
         embeddings[token, codes.get(token, other)] = 1
         embeddings[token, always] = 1
     embeddings[eom, is_eom] = 1
-    # The last two dimensions of a head are the ones that turn slowest with the position.
+    # The last two dimensions of a head rotate slowest with the position.
     attention.wq.weight[-2, always] = 30
     attention.wk.weight[-2, is_eom] = 30
     attention.wv.weight[0, is_eom] = 1

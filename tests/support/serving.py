@@ -19,7 +19,7 @@ NAME = "tiny"
 
 @dataclass
 class Served:
-    """url: of the server. thread: ends when the server does."""
+    """url: of the server. thread: ends together with the server."""
 
     server: Server
     url: str
@@ -27,12 +27,12 @@ class Served:
 
     @property
     def busy(self) -> bool:
-        """Whether anybody's request still runs or waits."""
+        """Whether any request is still running or waiting."""
         return bool(self.server.driver.unfinished()) or self.server.driver.llama.engine.has_work()
 
 
 def tiny_llama(folder: Path, **shape: int) -> Llama:
-    """A model of random weights whose tokens are bytes; it knows tools, if they are given as JSON."""
+    """A model with random weights whose tokens are bytes; it accepts tools, described as JSON."""
     tokenizer = byte_tokenizer(folder)
     shape = {"max_batch_size": 4, "max_seq_len": 4096, **shape}
     llama = Llama(small_model(vocab_size=tokenizer.n_words, **shape), tokenizer)
@@ -42,7 +42,7 @@ def tiny_llama(folder: Path, **shape: int) -> Llama:
 
 @contextlib.contextmanager
 def serving(llama: Llama, limits: Limits | None = None, **address: object) -> Iterator[Served]:
-    """A server of a model, on a port of its own; told to end, and waited for, at the end of the block."""
+    """A context with a server for a model, on its own port; on exit, stops it and waits for it."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(128)
@@ -61,5 +61,5 @@ def serving(llama: Llama, limits: Limits | None = None, **address: object) -> It
 
 
 def _run(server: Server, listening: socket.socket) -> None:
-    with contextlib.suppress(RuntimeError):  # what a test did to the engine
+    with contextlib.suppress(RuntimeError):  # a test may have broken the engine
         server.run([listening])

@@ -1,4 +1,4 @@
-"""Random models, tokenizers and native checkpoints that are made in a moment."""
+"""Random models, tokenizers and native checkpoints that are quick to create."""
 
 import base64
 import json
@@ -26,12 +26,12 @@ PARAMS = {
     "norm_eps": 1e-5,
     "rope_theta": 500000.0,
 }
-# The dimension along which Meta's files cut each kind of weight; norms are not cut.
+# The dimension along which Meta's files split each kind of weight; norms are not split.
 CUT = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "tok_embeddings": 0, "wo": 1, "w2": 1}
 
 
 def random_model(seed: int = 0, std: float = 0.3, **args: object) -> Transformer:
-    """A model whose logits lie far enough apart that rounding decides no token."""
+    """A model whose logits are far enough apart that rounding never decides a token."""
     model = Transformer(ModelArgs(**{**PARAMS, "max_seq_len": 64, "max_batch_size": 4, **args}))
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
@@ -51,7 +51,7 @@ def small_model(
 
 
 def write_ranks(path: Path, tokens: Iterable[bytes]) -> None:
-    """A tokenizer.model of tokens in the order of their ranks."""
+    """Write a tokenizer.model with tokens in the order of their ranks."""
     path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(t), i) for i, t in enumerate(tokens)))
 
 
@@ -60,9 +60,9 @@ def write_tokenizer(path: Path) -> None:
 
 
 def byte_tokenizer(folder: Path, *, words: tuple[str, ...] = (), chat_format: str = "chatml") -> Tokenizer:
-    """A tokenizer of single bytes and a few longer words, written to a folder and read from there.
+    """A tokenizer with single bytes and a few longer words, written to a folder and read back.
 
-    No word's beginning may lie in the middle of another token, so each is one merge of bytes.
+    No word may begin in the middle of another token, so each is one merge of bytes.
     """
     tokens = [bytes([byte]) for byte in range(256)]
     for word in words:
@@ -85,7 +85,7 @@ def byte_tokenizer(folder: Path, *, words: tuple[str, ...] = (), chat_format: st
 
 
 def shards(state: dict[str, Tensor], count: int, cut: dict[str, int] = CUT) -> list[dict[str, Tensor]]:
-    """A whole state dict cut into `count` files as Meta's."""
+    """A whole state dict split into `count` files, like Meta's."""
     files: list[dict[str, Tensor]] = [{} for _ in range(count)]
     for name, weight in state.items():
         kind = name.split(".")[-2]
@@ -118,7 +118,7 @@ def write_checkpoint(
 
 
 def save_model(folder: Path, model: Transformer) -> None:
-    """A model as the one file of a native checkpoint."""
+    """A model as a native checkpoint with a single file."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps({name: getattr(model.params, name) for name in PARAMS}))
     torch.save(model.state_dict(), folder / "consolidated.00.pth")

@@ -171,7 +171,7 @@ def test_calls_and_results_that_do_not_fit_are_refused(dialog: list, says: str):
 def test_tools_need_a_question_and_a_form_that_has_them():
     with pytest.raises(ArgumentError, match="need a user message"):
         render([{"role": "system", "content": "S"}], parse_tools([SONGS]), tool_format("json"), TODAY)
-    with pytest.raises(ArgumentError, match="no built-in tools"):
+    with pytest.raises(ArgumentError, match="does not support built-in tools"):
         render([], parse_tools(["brave_search"]), tool_format("pythonic"), TODAY)
     with pytest.raises(ArgumentError, match="unknown tool_format 'xml'; use one of json, function_tag"):
         tool_format("xml")

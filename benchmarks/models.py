@@ -84,7 +84,7 @@ def write_hf(native: Path, folder: Path) -> None:
 
 
 def write_gguf(native: Path, path: Path, hf: Path | None = None) -> None:
-    """A bf16 GGUF file. hf: the model's Hugging Face folder, to take the vocabulary from; none: it has none."""
+    """A bf16 GGUF file, with a vocabulary if there is the model's Hugging Face folder to take it from."""
     import gguf
 
     args, tensors = read(native)

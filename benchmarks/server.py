@@ -60,7 +60,7 @@ SERVERS = {  # its package, and its command line
     "transformers serve, continuous batching": (
         "transformers",
         "-m transformers.cli.transformers serve {folder}/hf --port {port} --device cpu --dtype bfloat16 "
-        "--continuous-batching --attn-implementation sdpa_paged",
+        "--continuous-batching --attn-implementation sdpa",
     ),
 }
 WORDS = (
@@ -132,9 +132,12 @@ def main() -> None:
     for number in range(options.rounds):
         for name in names:
             print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr)
-            with serving(name, options.folder) as url:
-                found = {n: measure(url, n, options.seconds).summary(tokenizer) for n in options.clients}
-            results.setdefault(name, []).append(found)
+            try:
+                with serving(name, options.folder) as url:
+                    found = {n: measure(url, n, options.seconds).summary(tokenizer) for n in options.clients}
+                results.setdefault(name, []).append(found)
+            except RuntimeError as error:
+                print(f"error: {error}", file=sys.stderr)
     about = (
         f"{weights(options.folder / 'native')}; {machine()}; {options.seconds:g} seconds for each number of "
         f"clients; prompts of about 130 tokens, answers of at most {NEW}; bf16"
@@ -172,9 +175,11 @@ def serving(name: str, folder: Path) -> Iterator[str]:
     try:
         end = time.monotonic() + 120
         while True:
-            with contextlib.suppress(httpx.TransportError, KeyError, IndexError):
-                model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
-                model = str(folder.resolve() / "hf") if name.startswith("transformers") else model
+            with contextlib.suppress(httpx.HTTPError):
+                # transformers serve lists what lies in the hub's cache instead.
+                model = str(folder.resolve() / "hf")
+                if not name.startswith("transformers"):
+                    model = httpx.get(f"{url}/v1/models").raise_for_status().json()["data"][0]["id"]
                 warm = {"model": model, "max_tokens": 8, "messages": [{"role": "user", "content": "Hello"}]}
                 if httpx.post(f"{url}/v1/chat/completions", json=warm, timeout=120).is_success:
                     break

@@ -1,4 +1,4 @@
-"""What the bodies of several interfaces have in common, and how they become the library's arguments."""
+"""What request bodies of several APIs have in common, and how they become the library's arguments."""
 
 from typing import Any
 
@@ -22,13 +22,13 @@ SAME_NAMES = (
 
 
 class Body(BaseModel):
-    """A request: values keep their types, and unknown fields are refused."""
+    """A request: types are strict, and unknown fields are rejected."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class Loose(BaseModel):
-    """A part of a request in which clients send back more than matters."""
+    """A part of a request in which clients may send back irrelevant fields."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -38,9 +38,9 @@ class StreamOptions(Loose):
 
 
 class Sampling(Body):
-    """Fields that OpenAI's interfaces share, and some that only local models have.
+    """Fields that OpenAI's APIs share, and some that only local models have.
 
-    Fields that change nothing here (user, metadata, store, …) are taken and ignored.
+    Fields without effect here (user, metadata, store, …) are accepted and ignored.
     """
 
     model: str
@@ -55,10 +55,10 @@ class Sampling(Body):
     logit_bias: dict[str, float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    top_k: int | None = Field(None, ge=-1, description="Beyond OpenAI's: 0 or -1 keep all tokens")
-    min_p: float | None = Field(None, ge=0, le=1, description="Beyond OpenAI's")
-    repetition_penalty: float | None = Field(None, gt=0, le=100, description="Beyond OpenAI's")
-    stop_token_ids: list[int] | None = Field(None, description="Beyond OpenAI's")
+    top_k: int | None = Field(None, ge=-1, description="Not in OpenAI's API: 0 or -1 keep all tokens")
+    min_p: float | None = Field(None, ge=0, le=1, description="Not in OpenAI's API")
+    repetition_penalty: float | None = Field(None, gt=0, le=100, description="Not in OpenAI's API")
+    stop_token_ids: list[int] | None = Field(None, description="Not in OpenAI's API")
     user: str | None = Field(None, description="Ignored")
     metadata: dict[str, Any] | None = Field(None, description="Ignored")
     store: bool | None = Field(None, description="Ignored")
@@ -67,7 +67,7 @@ class Sampling(Body):
     prompt_cache_key: str | None = Field(None, description="Ignored: prefixes are always reused")
 
     def options(self) -> Options:
-        """As arguments of `Llama`."""
+        """Convert to arguments of `Llama`."""
         values = {name: getattr(self, name) for name in SAME_NAMES}
         options = {name: value for name, value in values.items() if value is not None}
         if self.top_k is not None and self.top_k > 0:
@@ -84,7 +84,7 @@ class Sampling(Body):
 
 
 class Part(Loose):
-    """A part of a message's content, as OpenAI's and Anthropic's interfaces have them."""
+    """A part of a message's content, as in OpenAI's and Anthropic's APIs."""
 
     type: str
     text: str | None = None
@@ -94,7 +94,7 @@ Content = str | list[Part] | None
 
 
 def text_of(content: Content) -> str:
-    """The text of a message. Raises ArgumentError for parts of another kind."""
+    """The text of a message. Raises ArgumentError for parts that are not text."""
     if content is None or isinstance(content, str):
         return content or ""
     texts = []

@@ -48,7 +48,7 @@ class OutputConfig(Loose):
 
 
 class CountRequest(Body):
-    """What a prompt consists of."""
+    """The fields that make up a prompt."""
 
     model: str
     messages: list[InputMessage] = Field(min_length=1)
@@ -65,13 +65,13 @@ class CountRequest(Body):
     mcp_servers: list[dict[str, Any]] | None = Field(None, description="Ignored")
 
     def dialog(self) -> list[Message]:
-        """As the library takes it. Raises ArgumentError for content that is not text."""
+        """Convert to the library's dialog. Raises ArgumentError for content that is not text."""
         system: list[Message] = [{"role": "system", "content": _text(self.system)}] if self.system else []
         return system + [plain for message in self.messages for plain in _plain(message)]
 
     def tool_options(self) -> ChatOptions:
-        """As arguments of `Llama`."""
-        # Tools with a type of their own are run by Anthropic's servers, or known to its models only.
+        """Convert to arguments of `Llama`."""
+        # Tools with another type run on Anthropic's servers or are known only to its models.
         tools = [_function(tool) for tool in self.tools or () if tool.get("type", "custom") == "custom"]
         if not tools:
             return {}
@@ -98,7 +98,7 @@ class MessagesRequest(CountRequest):
     speed: str | None = Field(None, description="Ignored")
 
     def options(self) -> ChatOptions:
-        """As arguments of `Llama`."""
+        """Convert to arguments of `Llama`."""
         options: ChatOptions = {**self.tool_options(), "max_tokens": self.max_tokens}
         if self.output_config and self.output_config.format:
             options["schema"] = self.output_config.format.schema_
@@ -114,13 +114,13 @@ class MessagesRequest(CountRequest):
 
 
 def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool as OpenAI describes it."""
+    """A tool in OpenAI's format."""
     function = {"name": tool.get("name"), "description": tool.get("description", "")}
     return {"type": "function", "function": {**function, "parameters": tool.get("input_schema")}}
 
 
 def _text(content: str | Sequence[Block] | None) -> str:
-    """The text of some blocks. Raises ArgumentError for blocks of another kind."""
+    """The text of some blocks. Raises ArgumentError for blocks that are not text."""
     if content is None or isinstance(content, str):
         return content or ""
     for block in content:
@@ -130,7 +130,7 @@ def _text(content: str | Sequence[Block] | None) -> str:
 
 
 def _plain(message: InputMessage) -> list[Message]:
-    """As the library takes it: results of tools are messages of their own there."""
+    """Convert to the library's messages, where tool results are separate messages."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     results: list[Message] = [
@@ -208,7 +208,7 @@ async def messages(
 
 @router.post("/v1/messages/count_tokens", response_model=TokenCount)
 async def count_tokens(body: CountRequest, service: Annotated[Service, Depends(service_of)]) -> TokenCount:
-    """How many tokens a prompt has, as `messages` would count them."""
+    """The number of tokens in a prompt, as counted by `messages`."""
     service.check_model(body.model)
     return {"input_tokens": len(await service.encode(body.dialog(), body.tool_options()))}
 
@@ -235,7 +235,7 @@ def _tool_use(id: str, name: str, arguments: Mapping[str, Any]) -> dict[str, Any
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """The object that a text holds; an empty one if the text was cut off."""
+    """The object in a JSON text; empty if the text was cut off."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -244,7 +244,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 async def _events(service: Service, generation: Generation) -> AsyncIterator[ServerSentEvent]:
-    """Blocks of content one after the other, each with its begin and its end."""
+    """Consecutive content blocks, each with its start and stop event."""
 
     def say(type: str, **rest: Any) -> ServerSentEvent:
         return event({"type": type, **rest}, type)

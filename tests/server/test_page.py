@@ -15,7 +15,7 @@ from tests.server.test_faults import until
 from tests.support.serving import Served, serving, tiny_llama
 
 api = pytest.importorskip("playwright.sync_api")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = """<script>window.ran = 1</script><img src=x onerror="window.ran = 1">

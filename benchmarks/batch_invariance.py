@@ -1,4 +1,4 @@
-"""What `batch_invariant=True` costs: the same work with and without it, in turn.
+"""The cost of `batch_invariant=True`: the same work with and without it, alternating.
 
 python benchmarks/batch_invariance.py CKPT_DIR [DTYPE]
 """
@@ -16,7 +16,7 @@ SLOTS, PROMPT, NEW = 8, 64, 32
 
 
 def seconds(engine: Engine, prompts: list[list[int]]) -> tuple[float, float]:
-    """Time to read the prompts, and to generate NEW tokens for each."""
+    """Seconds for prefill of the prompts, and for generating NEW tokens after each."""
     for slot in range(SLOTS):
         engine.slots.all[slot].tokens.clear()
     params = SamplingParams(temperature=0, max_tokens=NEW + 1)

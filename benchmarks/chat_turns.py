@@ -1,4 +1,4 @@
-"""Time to the first token of each turn of a long chat, against the same prompt with a cold cache.
+"""Time to first token in each turn of a long chat, compared with the same prompt and a cold cache.
 
 python benchmarks/chat_turns.py CKPT_DIR
 """
@@ -16,7 +16,7 @@ TURNS, WORDS, ANSWER = 5, 150, 60
 
 
 def ask(llama: Llama, prompt: list[int]) -> tuple[list[int], Stats]:
-    """The ids of a greedy answer, and its counts and times."""
+    """The ids of a greedy answer, with its counts and times."""
     events = list(llama.stream_tokens([prompt], temperature=0, max_gen_len=ANSWER))
     return [event.token for event in events if event.token is not None], cast(Stats, events[-1].stats)
 

@@ -1,4 +1,4 @@
-"""What an answer in a shape costs: steps with and without a mask, in turn.
+"""The cost of constrained answers: steps with and without a mask, alternating.
 
 python benchmarks/constraints.py CKPT_DIR
 """
@@ -20,12 +20,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def main(ckpt_dir: str, batch: int = 1, rounds: int = 5) -> None:
-    """Prints milliseconds for a token of each answer, beside those of a free one.
+    """Print milliseconds per token for each constraint, compared with an unconstrained answer.
 
     Args:
-        ckpt_dir: Folder of the weights.
-        batch: Answers at a time.
-        rounds: Of all shapes in turn; medians are shown.
+        ckpt_dir: folder of the weights
+        batch: answers at the same time
+        rounds: number of rounds over all constraints; the output shows medians
     """
     with Llama.build(ckpt_dir, max_seq_len=256, max_batch_size=batch) as llama:
         times: dict[str, list[float]] = {name: [] for name in SHAPES}

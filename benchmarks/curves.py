@@ -1,10 +1,10 @@
 """How the cost grows with the work: python benchmarks/curves.py FOLDER
 
-Decode against the batch and against the live context, prefill against the prompt's length, load time
-and memory against the model's size; beside the first three, the limit that the bandwidth of the memory
-and the rate of matrix products set here. Each is measured in a process of its own, in turn, round after
-round; the tables have medians. FOLDER is that of run.py, whose model this measures; the models of
-several sizes are written to it. Files are read from the page cache, if they fit.
+Decode against batch and live context, prefill against prompt length, load time and memory against model
+size; the first three with the limit set by this machine's memory bandwidth and matrix rate. Each is
+measured in its own process, alternating over several rounds; the tables show medians. FOLDER is that of
+run.py, whose model this measures; models of several sizes are written to it. Files are read from the
+page cache if they fit.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SIZES: tuple[dict[str, Any], ...] = (
     {"ffn_dim_multiplier": RANDOM_1B["ffn_dim_multiplier"]},
 )
 PROMPT, NEW = 64, 16
-# Of each curve: what it is against, and what its dashed line is.
+# For each curve: its x axis, and the meaning of its dashed line.
 CURVES = {
     "decode, tok/s": ("batch", "this machine's limit"),
     "step, ms": ("live context", "this machine's limit"),
@@ -45,7 +45,7 @@ CURVES = {
     "load, s": ("weights, GB", None),
     "memory, GB": ("weights, GB", "the weights alone"),
 }
-Point = tuple[str, float, float, float | None]  # curve, place, value, and value of the dashed line
+Point = tuple[str, float, float, float | None]  # curve, x, y, and y of the dashed line
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="by default PyTorch's choice")
     parser.add_argument("--save", type=Path, help="PATH.md, .json and .png; by default FOLDER/curves")
-    parser.add_argument("--measure", choices=KINDS, help=argparse.SUPPRESS)  # the process of one kind
+    parser.add_argument("--measure", choices=KINDS, help=argparse.SUPPRESS)  # run as the process for one kind
     parser.add_argument("--ckpt_dir", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.threads:
@@ -118,11 +118,11 @@ def build(folder: Path, max_seq_len: int, max_batch_size: int) -> Llama:
 
 
 def decode(folder: Path, longest: int) -> Iterator[Point]:
-    """Of several sequences at once."""
+    """Decode of several sequences in one batch."""
     llama = build(folder, PROMPT + NEW, BATCHES[-1])
     random, vocab_size = torch.Generator().manual_seed(0), llama.model.params.vocab_size
     clock(generator(llama), random_prompts([PROMPT], vocab_size, random), NEW)  # warm
-    # A step reads the weights once for all, and multiplies them for each: the slower of both counts.
+    # A step reads the weights once and multiplies them for every sequence: the slower of the two counts.
     work = prefill_flops(llama.model, 1, 1) / matrix_rate(CPU, torch.bfloat16)
     for batch in BATCHES:
         _, step, _ = clock(generator(llama), random_prompts([PROMPT] * batch, vocab_size, random), NEW)
@@ -131,7 +131,7 @@ def decode(folder: Path, longest: int) -> Iterator[Point]:
 
 
 def context(folder: Path, longest: int) -> Iterator[Point]:
-    """One prompt, of which each length reads only what the one before had not."""
+    """One prompt; each length prefills only what the previous one did not have."""
     llama = build(folder, longest, 1)
     random, vocab_size = torch.Generator().manual_seed(0), llama.model.params.vocab_size
     (text,) = random_prompts([longest], vocab_size, random)
@@ -143,7 +143,7 @@ def context(folder: Path, longest: int) -> Iterator[Point]:
 
 
 def prefill(folder: Path, longest: int) -> Iterator[Point]:
-    """The time to the first token of one prompt."""
+    """Time to first token of one prompt."""
     lengths = [n for n in LENGTHS if n <= longest]
     llama = build(folder, max(lengths[-1] + 2, PROMPT + NEW), 1)
     random, vocab_size = torch.Generator().manual_seed(0), llama.model.params.vocab_size
@@ -157,7 +157,7 @@ def prefill(folder: Path, longest: int) -> Iterator[Point]:
 
 
 def load(folder: Path, longest: int) -> Iterator[Point]:
-    """Of a model of this size, with a small cache."""
+    """Load time and memory of a model of this size, with a small cache."""
     start = time.perf_counter()
     llama = build(folder, 128, 1)
     seconds = time.perf_counter() - start
@@ -171,7 +171,7 @@ KINDS = {"decode": decode, "context": context, "prefill": prefill, "load": load}
 
 
 def models_of_all_sizes(native: Path, folder: Path) -> list[Path]:
-    """Random models with the tokenizer of another, written where they are not there yet."""
+    """Random models with another model's tokenizer, written if missing."""
     folders = [folder / str(i) for i in range(len(SIZES))]
     for path, shape in zip(folders, SIZES, strict=True):
         if not path.is_dir():
@@ -181,7 +181,7 @@ def models_of_all_sizes(native: Path, folder: Path) -> list[Path]:
 
 
 def draw(pyplot: Any, path: Path, curves: dict[str, dict[float, list[Any]]], about: str) -> None:
-    """One small chart for each curve, with what the machine allows as a dashed line."""
+    """One small chart per curve, with the machine's limit as a dashed line."""
     rows = -(-len(curves) // 3)
     figure = pyplot.figure(figsize=(9, 0.4 + 2.5 * rows))
     for number, (curve, points) in enumerate(curves.items(), 1):

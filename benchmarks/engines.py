@@ -1,8 +1,8 @@
 """The engines that are compared. Each opens one model and returns a function to be timed.
 
-That function takes prompts of token ids, of any lengths, and a number of tokens, and returns so many
-after each prompt, greedily, all prompts at once. It calls `tick` whenever each prompt has one more.
-All run on the CPU, with as many threads as PyTorch has.
+That function takes prompts of token ids, of any length, and a number of tokens; it generates that many
+greedily after every prompt, all prompts in one batch, and calls `tick` whenever each has one more token.
+All run on the CPU, with as many threads as PyTorch uses.
 """
 
 import itertools
@@ -20,8 +20,8 @@ Generate = Callable[[Prompts, int, Callable[[], None]], Prompts]
 
 
 def ours(folder: Path, context: int, batch: int, quantize: str = "native", **options: Any) -> Generate:
-    """quantize: the folder of weights that were quantized before, as the peers' were."""
-    # The others compute in bf16 on the CPU whatever else this machine has.
+    """quantize: the folder of weights that were quantized beforehand, like the peers'."""
+    # The others compute in bf16 on the CPU, whatever else this machine has.
     options = {"device": "cpu", "dtype": "bfloat16", **options}
     return generator(Llama.build(folder / quantize, max_seq_len=context, max_batch_size=batch, **options))
 
@@ -40,7 +40,7 @@ def generator(llama: Llama) -> Generate:
 
 
 def meta(folder: Path, context: int, batch: int) -> Generate:
-    """Meta's model, in the loop of its own generation: the shortest prompt at once, then by token."""
+    """Meta's model, with its own generation loop: the shortest prompt in one pass, then token by token."""
     import torch.distributed as dist
     from fairscale.nn.model_parallel import initialize as topology
     from llama_models.llama3.args import ModelArgs
@@ -84,9 +84,9 @@ def meta(folder: Path, context: int, batch: int) -> Generate:
 
 
 def transformers(folder: Path, context: int, batch: int, compiled: bool = False) -> Generate:
-    """Scaled dot product attention; prompts padded on the left, and read without compilation.
+    """Scaled dot product attention; prompts padded on the left, prefill without compilation.
 
-    compiled: a cache of one size for all calls, and decode steps by torch.compile.
+    compiled: use one cache size for all calls, and decode steps compiled by torch.compile.
     """
     from transformers import AutoModelForCausalLM, CompileConfig
 
@@ -96,7 +96,7 @@ def transformers(folder: Path, context: int, batch: int, compiled: bool = False)
     options: dict[str, Any] = {}
     if compiled:
         config: Any = CompileConfig()
-        config._compile_all_devices = True  # generate() compiles on GPUs alone unless told so
+        config._compile_all_devices = True  # by default, generate() compiles only on GPUs
         options = {"cache_implementation": "static", "max_cache_len": context, "compile_config": config}
 
     @torch.inference_mode()
@@ -125,7 +125,7 @@ def transformers(folder: Path, context: int, batch: int, compiled: bool = False)
 
 
 def llama_cpp(folder: Path, context: int, batch: int, file: str = "bf16") -> Generate:
-    """llama.cpp by its C interface: prompts in batches of 512 tokens, then one token for each."""
+    """llama.cpp through its C API: prompts in batches of 512 tokens, then one token for each."""
     import llama_cpp as cpp
     import numpy as np
 
@@ -140,7 +140,7 @@ def llama_cpp(folder: Path, context: int, batch: int, file: str = "bf16") -> Gen
     tokens = cpp.llama_batch_init(512, 0, 1)
 
     def decode(part: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Run tokens (id, position, sequence, whether its logits are wanted); the next of those wanted."""
+        """Run tokens (id, position, sequence, whether logits are needed); returns the tokens after those."""
         tokens.n_tokens = len(part)
         for i, (token, position, sequence, wanted) in enumerate(part):
             tokens.token[i], tokens.pos[i], tokens.logits[i] = token, position, wanted
@@ -170,7 +170,7 @@ def llama_cpp(folder: Path, context: int, batch: int, file: str = "bf16") -> Gen
 
 
 def openvino(folder: Path, context: int, batch: int, file: str = "") -> Generate:
-    """OpenVINO GenAI's continuous batching, without its cache of prompts that were read before.
+    """OpenVINO GenAI's continuous batching, without its prefix cache.
 
     file: a folder that `optimum-cli export openvino --model FOLDER/hf` wrote.
     """
@@ -203,12 +203,12 @@ def openvino(folder: Path, context: int, batch: int, file: str = "") -> Generate
 
 
 def silence(cpp: Any) -> None:
-    """llama.cpp tells a page about every file it opens."""
-    cpp.silent = cpp.llama_log_callback(lambda *_: None)  # kept there, for C does not keep it alive
+    """Silence llama.cpp, which prints a page about every file it opens."""
+    cpp.silent = cpp.llama_log_callback(lambda *_: None)  # keep a reference, because C does not
     cpp.llama_log_set(cpp.silent, None)
 
 
-# By the names in the table: what opens it, the module it wants besides this package, and arguments.
+# By name in the table: what opens it, the module it needs besides this package, and arguments.
 ENGINES: dict[str, tuple[Callable[..., Generate], str | None, dict[str, Any]]] = {
     "this runtime, bf16": (ours, None, {}),
     "this runtime, bf16, compiled": (ours, None, {"compile": True}),

@@ -1,12 +1,12 @@
-"""All of a GPU in one command: python benchmarks/gpu.py
+"""Everything about a GPU in one command: python benchmarks/gpu.py
 
-Runs the tests marked `cuda`, then decode and prefill of random models that are made on the device, with
-the share of the bandwidth and of the matrix rate that the device reaches by itself. Needs no network and
-no files, and stops in time. Prints tables, and writes them and their numbers to FILE.md and FILE.json.
+Runs the tests marked `cuda`, then decode and prefill of random models created on the device, with the
+fraction reached of the device's own bandwidth and matrix rate. Needs no network or files, and stops on time.
+Prints tables, and writes them and their numbers to FILE.md and FILE.json.
 
-A step of decoding reads every weight once, and the live cache; "engine" is the same with everything around
-it. Peers, at batch 1 and the shortest context: the same model in one plain `torch.compile`, as gpt-fast
-does, and `transformers`, if it is there.
+A decode step reads every weight once, and the live cache; "engine" is the same including all overhead. Peers,
+at batch 1 and the shortest context: the same model in one plain `torch.compile`, as in gpt-fast, and
+`transformers`, if installed.
 """
 
 import argparse
@@ -49,14 +49,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         **{"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 1024, "ffn_dim_multiplier": 1.3},
     },
 }
-MOST_READ = 2**16  # tokens of prompts that are read for one figure
-NEW = 16  # tokens that the engine generates for one
-STEPS = 20  # of which the median counts
+MOST_READ = 2**16  # maximum prompt tokens per measurement
+NEW = 16  # tokens that the engine generates per measurement
+STEPS = 20  # the median of these counts
 
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens per second, and shares of what the device can do, at one batch and context."""
+    """Tokens per second, and fractions of the device's limits, at one batch and context."""
 
     model: str
     weights: str
@@ -70,7 +70,7 @@ class Row:
 
 
 class RandomSource:
-    """A `TensorSource` of random weights, made where they are needed, the same at every read."""
+    """A `TensorSource` of random weights, created where they are needed, the same at every read."""
 
     dtype = torch.bfloat16
 
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=["bf16", "int8", "int4", "fp8"])
     parser.add_argument("--batches", nargs="+", default=[1, 8, 32], type=int)
     parser.add_argument("--contexts", nargs="+", default=[128, 2048, 8192], type=int)
-    parser.add_argument("--minutes", default=9.0, type=float, help="after which nothing new is begun")
+    parser.add_argument("--minutes", default=9.0, type=float, help="after these, nothing new is started")
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--out", default=ROOT / "benchmarks" / "results" / "gpu", type=Path)
     options = parser.parse_args()
@@ -127,7 +127,7 @@ def main() -> None:
                     measure_peers(name, options, results)
                 else:
                     measure(name, weights, options, end, results)
-            except (LlamaError, RuntimeError) as error:  # one figure less is better than none
+            except (LlamaError, RuntimeError) as error:  # keep the other measurements
                 results["left_out"].append(f"{name} {weights}: {str(error).splitlines()[0]}")
             torch.compiler.reset()
             if options.device.type == "cuda":
@@ -138,7 +138,7 @@ def main() -> None:
 
 
 def run_tests(seconds: float) -> str:
-    """The last line of what pytest says of the tests marked `cuda`, and the names of those that failed."""
+    """The last line of pytest's output for the tests marked `cuda`, and the names of those that failed."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
@@ -177,7 +177,7 @@ def measure_peers(name: str, options: argparse.Namespace, results: dict[str, Any
 def measure(
     name: str, weights: str, options: argparse.Namespace, end: float, results: dict[str, Any]
 ) -> None:
-    """Adds rows to the results until the time is over."""
+    """Add rows to the results until the time is up."""
     scheme = None if weights == "bf16" else weights
     if scheme == "fp8":
         check_float8(options.device)
@@ -202,7 +202,7 @@ def measure(
 
 
 def with_engine(row: Row, engine: Engine, rate: float) -> Row:
-    """The row with what an engine reaches that reads prompts and generates a few tokens."""
+    """The row with the speed of a whole engine that reads prompts and generates a few tokens."""
     pair: Any = SimpleNamespace(model=engine.model, engine=engine)
     length = row.context - NEW
     timings = [generate(pair, [length] * row.batch, NEW) for _ in range(3)][1:]
@@ -221,7 +221,7 @@ def with_engine(row: Row, engine: Engine, rate: float) -> Row:
 def step_of(
     step: Callable[[Tensor, Tensor], Tensor], device: torch.device, batch: int, context: int
 ) -> float:
-    """Seconds that one token for each of `batch` sequences takes, at the last position of a context."""
+    """Seconds for one token of each of `batch` sequences, at the last position of a context."""
     tokens = torch.zeros(batch, dtype=torch.int64, device=device)
     positions = torch.full_like(tokens, context - 1)
     seconds = []
@@ -236,7 +236,7 @@ def step_of(
 
 
 def transformers_step(model: Transformer, context: int) -> float:
-    """Seconds that a step of `transformers` takes on a model of the same shape."""
+    """Seconds for a step of `transformers` with a model of the same shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     args = model.params
@@ -273,7 +273,7 @@ def write(path: Path, results: dict[str, Any]) -> None:
         f"multiplies bf16 at {results['matrix_rate'] / 1e12:.3g} TFLOP/s. Tests: {results['tests']}",
         markdown(head, [["" if cell is None else cell for cell in row] for row in rows]),
         *(f"{name}, batch 1: {speed:.3g} tok/s" for name, speed in results["peers"].items()),
-        *(f"left out: {reason}" for reason in results["left_out"]),
+        *(f"skipped: {reason}" for reason in results["left_out"]),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{path}.md").write_text("\n\n".join(text) + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: processes of their own, clocks, the machine's name, tables and files."""
+"""What the benchmarks share: separate processes, clocks, the machine's name, tables and files."""
 
 import importlib.util
 import json
@@ -19,27 +19,27 @@ from engines import Generate, Prompts
 
 
 def environment() -> dict[str, str]:
-    """Of the processes that are measured: threads that stay where they are, and as many in each."""
-    # Threads that move, and spin while they wait, lose most when anything else wants a core.
+    """The environment of measured processes: pinned threads, the same number in each."""
+    # Threads that migrate, and spin while waiting, lose most when anything else needs a core.
     return {"OMP_PROC_BIND": "close", **os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 def in_process(*arguments: object) -> Any:
-    """What this script prints when it runs again with these arguments added; None where it fails."""
+    """The output of this script, run again with these arguments added; None if it fails."""
     command = [sys.executable, *sys.argv, *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment())
     return None if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
 
 def random_prompts(lengths: Iterable[int], vocab_size: int, generator: torch.Generator) -> Prompts:
-    """Token ids, none of them special."""
+    """Random token ids, none of them special."""
     return [
         torch.randint(100, vocab_size - 300, (length,), generator=generator).tolist() for length in lengths
     ]
 
 
 def clock(generate: Generate, prompts: Prompts, new: int) -> tuple[float, float, float]:
-    """Seconds until every prompt has its first token, of a step after that (the median), and of all."""
+    """Seconds until every prompt has its first token, per step after that (median), and in total."""
     ticks = [time.perf_counter()]
     generate(prompts, new, lambda: ticks.append(time.perf_counter()))
     steps = [after - before for before, after in pairwise(ticks[1:])]
@@ -47,7 +47,7 @@ def clock(generate: Generate, prompts: Prompts, new: int) -> tuple[float, float,
 
 
 def weights(native: Path) -> str:
-    """The name of a checkpoint that was given, and its size."""
+    """The name and size of a checkpoint."""
     name = native.resolve().name if native.is_symlink() else "random weights"
     return f"{name}, {(native / 'consolidated.00.pth').stat().st_size / 1e9:.2f} GB"
 
@@ -62,19 +62,19 @@ def machine() -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table; numbers with three digits."""
+    """A Markdown table, with numbers to three digits."""
     cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *cells])
 
 
 def save(path: Path, table: str, results: object, draw: Callable[[Any, Path], None]) -> None:
-    """Print the table, and write it, the results and the picture to path.md, path.json and path.png."""
+    """Print the table, and write table, results and chart to path.md, path.json and path.png."""
     print(table)
     path.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{path}.md").write_text(table, "utf-8")
     Path(f"{path}.json").write_text(json.dumps(results, indent=1), "utf-8")
     if importlib.util.find_spec("matplotlib") is None:
-        print("no picture, for matplotlib is not installed", file=sys.stderr)
+        print("no chart, because matplotlib is not installed", file=sys.stderr)
         return
     import matplotlib
 

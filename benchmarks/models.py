@@ -1,7 +1,7 @@
-"""The same weights as a native folder, a Hugging Face folder and GGUF files, for each engine its own.
+"""The same weights as a native folder, a Hugging Face folder and GGUF files, one for each engine.
 
-A random model of Llama 3.2 1B's shape stands in for weights that may not be shared: speed depends on
-shapes alone. Peers need no tokenizer, for the benchmark hands out token ids.
+A random model of Llama 3.2 1B's shape replaces weights that may not be shared, because speed depends only
+on shapes. Peers need no tokenizer, because the benchmark passes token ids.
 """
 
 import json
@@ -36,9 +36,9 @@ RANDOM_1B = {
 def random_model(
     folder: Path, params: dict[str, Any] = RANDOM_1B, tokenizer: Path | None = None, seed: int = 0
 ) -> None:
-    """Write a native folder with random bf16 weights, embeddings tied.
+    """Write a native folder with random bf16 weights and tied embeddings.
 
-    tokenizer: a native folder to take it from; by default it is Llama 3's.
+    tokenizer: a native folder to copy it from; by default Llama 3's.
     """
     with torch.device("meta"):
         model = Transformer(ModelArgs(**params))
@@ -64,12 +64,12 @@ def random_model(
 
 
 def read(folder: Path) -> tuple[ModelArgs, dict[str, Tensor]]:
-    (shard,) = find_shards(folder)  # a ValueError here: only models of one file are compared
+    (shard,) = find_shards(folder)  # a ValueError here: only models in a single file are compared
     return ModelArgs(**read_params(folder)), read_shard(shard)
 
 
 def renamed(name: str, names: dict[str, str], layer: str) -> str:
-    """The native name of a tensor in another format's words."""
+    """The name in another format of a native tensor."""
     stem = name.removesuffix(".weight")
     if not stem.startswith("layers."):
         return f"{names[stem]}.weight"
@@ -115,7 +115,7 @@ def write_gguf(native: Path, path: Path) -> None:
 
 
 def quantize_gguf(source: Path, path: Path, kind: str) -> None:
-    """A copy of a GGUF file as llama.cpp's own `kind`: Q8_0, Q4_0 or Q4_1."""
+    """A copy of a GGUF file, quantized by llama.cpp as `kind`: Q8_0, Q4_0 or Q4_1."""
     import llama_cpp
     from engines import silence
 
@@ -133,11 +133,11 @@ def prepare(
     schemes: Collection[str] = (),
     hf: bool = True,
 ) -> None:
-    """Write what is missing of folder/native, folder/hf, folder/int8 (or 4) and folder/….gguf.
+    """Write whichever of folder/native, folder/hf, folder/int8 (or 4) and folder/….gguf is missing.
 
-    native: a checkpoint to take instead of a random one.
-    ggufs: kinds that llama.cpp knows (bf16, Q8_0, Q4_0, Q4_1).
-    schemes: that native weights are quantized to, int8 or int4.
+    native: a checkpoint to use instead of a random one.
+    ggufs: llama.cpp's kinds (bf16, Q8_0, Q4_0, Q4_1).
+    schemes: for quantized native weights, int8 or int4.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "native").is_dir():

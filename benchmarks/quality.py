@@ -1,9 +1,9 @@
-"""What fewer bits cost, here and in llama.cpp: python benchmarks/quality.py CKPT TEXT
+"""The cost of quantization, here and in llama.cpp: python benchmarks/quality.py CKPT TEXT
 
-Prints for each kind of weights the bits per weight of the layers, the memory of all weights, and the
-mean negative log-likelihood (NLL) of the text's tokens, all over the same windows of the same tokens.
-Where llama.cpp is not installed it is left out. Weights that were quantized once before flatter whoever
-quantizes them alike: permute their channels first.
+Prints, for each kind of weights, the layers' bits per weight, the memory of all weights, and the mean
+negative log-likelihood (NLL) of the text's tokens, over the same windows of the same tokens. llama.cpp is
+skipped if it is not installed. Weights that have been quantized before favour whoever quantizes them the same
+way: permute their channels first.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
         exact = sum(scores) / len(scores) if scheme is None else exact
         print_row(f"this runtime, {scheme or 'bf16'}", bits, size, scores, exact)
     if missing := [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]:
-        print(f"llama.cpp: left out, for {' and '.join(missing)} is not installed", file=sys.stderr)
+        print(f"llama.cpp: skipped, because {' and '.join(missing)} is not installed", file=sys.stderr)
         return
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "bf16.gguf"
@@ -65,7 +65,7 @@ def print_row(name: str, bits: float, size: int, scores: Sequence[float], exact:
 
 
 def our_size(model: Transformer) -> tuple[float, int]:
-    """Bits per weight of the layers, and bytes of all weights."""
+    """The layers' bits per weight, and the bytes of all weights."""
     with torch.device("meta"):
         layers = Transformer(model.params).layers
     weights = sum(weight.numel() for weight in layers.parameters())
@@ -73,7 +73,7 @@ def our_size(model: Transformer) -> tuple[float, int]:
 
 
 def gguf_size(path: Path) -> tuple[float, int]:
-    """As `our_size`, of a file; and what it says of its tensors' kinds, to stderr."""
+    """Like `our_size`, for a file; also prints its tensors' kinds to stderr."""
     from gguf import GGUFReader
 
     tensors = GGUFReader(path).tensors
@@ -85,7 +85,7 @@ def gguf_size(path: Path) -> tuple[float, int]:
 
 
 def llama_cpp_scores(path: Path, tokens: Sequence[int], window: int) -> list[float]:
-    """As `negative_log_likelihoods`, by llama.cpp's C interface."""
+    """Like `negative_log_likelihoods`, with llama.cpp's C API."""
     import llama_cpp as cpp
     import numpy as np
     from engines import silence
@@ -112,7 +112,7 @@ def llama_cpp_scores(path: Path, tokens: Sequence[int], window: int) -> list[flo
             if cpp.llama_decode(context, batch):
                 raise RuntimeError("llama.cpp could not decode")
             logits = np.ctypeslib.as_array(cpp.llama_get_logits(context), (len(part), vocab_size))
-            # Row i predicts the token after it, which only some windows score.
+            # Row i predicts the next token, which only some windows score.
             rows = range(max(scored - 1, first), min(first + len(part), stop - 1))
             wanted = torch.tensor([tokens[row + 1] for row in rows], dtype=torch.int64)
             predicted = torch.from_numpy(logits)[rows.start - first : rows.stop - first]

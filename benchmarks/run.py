@@ -1,11 +1,11 @@
 """Compare engines on the same weights: python benchmarks/run.py FOLDER
 
-Each measurement is a process of its own, and the engines take turns, round after round, so that all
-see the same machine; the tables have medians. The memory's bandwidth is probed before each of them. All
-get the same prompts, of random tokens, and choose greedily. The weights are written to FOLDER first:
-those of --native, or of a random model of Llama 3.2 1B's shape. Peers that are not installed, or whose
-weights are not there, are left out. A second table has the ratios of this runtime to each peer at the
-same bits, of the same round, beside the goals. A chat from its start to its end stands below.
+Each measurement is a separate process, and the engines alternate over several rounds, so that all see the
+same machine; the tables show medians. Memory bandwidth is probed before each measurement. All engines get
+the same prompts of random tokens and decode greedily. The weights are written to FOLDER first: those of
+--native, or of a random model of Llama 3.2 1B's shape. Peers that are not installed, or have no weights, are
+skipped. A second table has this runtime's ratios to each peer with the same bits, in the same round, next to
+the goals. Below it is the time of a whole chat.
 """
 
 import argparse
@@ -45,7 +45,7 @@ COLUMNS = {
     "warm_up": "warm-up, s",
     "memory": "memory, GB",
 }
-# Against which engine, and how many times as fast this runtime is to be, by what is measured.
+# By what is measured: the peer, and how many times as fast this runtime should be.
 GOALS: dict[tuple[str, str], dict[str, float]] = {
     ("bf16", "llama.cpp, bf16"): {"prefill": 1.5, "prefill_512": 1.5, "decode": 1.05, "decode_8": 1.3},
     ("int8", "llama.cpp, Q8_0"): {"prefill": 2, "prefill_512": 2, "decode": 1.3, "decode_8": 1.8},
@@ -81,15 +81,15 @@ def main() -> None:
     choices = [*ENGINES, *END_TO_END]
     parser.add_argument("--engines", nargs="*", help=f"some of: {'; '.join(choices)}")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=60, help="no round begins that would end later")
+    parser.add_argument("--minutes", type=float, default=60, help="start no round that would end later")
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--long", type=int, default=1024, help="tokens of the long context")
     parser.add_argument("--new", type=int, default=16, help="tokens")
     parser.add_argument("--threads", type=int, help="by default PyTorch's choice")
     parser.add_argument("--settle", type=float, default=3, help="seconds of work before the timings")
     parser.add_argument("--save", type=Path, help="PATH.md, .json and .png; by default FOLDER/results")
-    parser.add_argument("--prepare", action="store_true", help="write the weights, and measure nothing")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)  # the process of one engine
+    parser.add_argument("--prepare", action="store_true", help="only write the weights")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # run as the process for one engine
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -97,7 +97,7 @@ def main() -> None:
         print(json.dumps(measure(options)))
         return
     if unknown := set(options.engines or []) - set(choices):
-        sys.exit(f"error: no engine {unknown.pop()!r}; there are: {'; '.join(choices)}")
+        sys.exit(f"error: unknown engine {unknown.pop()!r}; use one of: {'; '.join(choices)}")
     names = available(options.folder, options.engines or choices)
     engines = [ENGINES[name] for name in names if name in ENGINES]
     prepare(
@@ -109,29 +109,29 @@ def main() -> None:
     )
     if options.prepare:
         return
-    # Compilation begins with nothing in the first round; the others use what it left.
+    # The first round compiles from scratch; the others reuse its results.
     shutil.rmtree(options.folder / "compiled", ignore_errors=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str((options.folder / "compiled").resolve())
     report(options, *take_turns(options, names))
 
 
 def available(folder: Path, names: list[str]) -> list[str]:
-    """Those of the engines that are installed here and have weights, or can have them."""
+    """The engines that are installed here and have weights, or can get them."""
     found = []
     for name in names:
         _, module, arguments = ENGINES.get(name, (None, None, {}))
         package = (module or "llama").split(".")[0]
         if importlib.util.find_spec(package) is None:
-            print(f"{name}: left out, for {package} is not installed", file=sys.stderr)
+            print(f"{name}: skipped, because {package} is not installed", file=sys.stderr)
         elif package == "openvino_genai" and not (folder / arguments["file"]).is_dir():
-            print(f"{name}: left out, for there is no {folder / arguments['file']}", file=sys.stderr)
+            print(f"{name}: skipped, because there is no {folder / arguments['file']}", file=sys.stderr)
         else:
             found.append(name)
     return found
 
 
 def take_turns(options: argparse.Namespace, names: list[str]) -> tuple[Runs, list[float]]:
-    """What each engine, or chat, took in each round; and the bandwidth before each, in GB/s."""
+    """The results of each engine or chat in each round, and the bandwidth before each, in GB/s."""
     results: Runs = {name: [] for name in names}
     bandwidths = []
     start, number, longest = time.perf_counter(), 0, 0.0
@@ -145,7 +145,7 @@ def take_turns(options: argparse.Namespace, names: list[str]) -> tuple[Runs, lis
             if found:
                 results[name].append(found)
             else:
-                print(f"{name}: left out, for it failed", file=sys.stderr)
+                print(f"{name}: skipped, because it failed", file=sys.stderr)
                 del results[name]
         longest = max(longest, time.perf_counter() - begun)
     return results, bandwidths
@@ -209,7 +209,7 @@ def ratios(results: Runs) -> list[list[str]]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """One engine, in this process: seconds, tokens per second, and GB of memory at most."""
+    """One engine, in this process: seconds, tokens per second, and peak memory in GB."""
     open_engine, module, arguments = ENGINES[options.measure]
     if module:
         importlib.import_module(module)  # loading is of weights, not of code
@@ -218,20 +218,20 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     generate = open_engine(options.folder, max(prompt + new, long), 8, **arguments)
     loaded = time.perf_counter()
     vocab_size = read_params(options.folder / "native")["vocab_size"]
-    # The same for every engine, and new ones for every run: a prompt that was read before costs nothing.
+    # The same for every engine, but new for every run, because a prompt read before would cost nothing.
     generator = torch.Generator().manual_seed(0)
 
     def timed(lengths: list[int], runs: int, new: int = new) -> tuple[float, float]:
-        """Seconds to the first token and of a step, medians."""
+        """Median seconds to the first token and per step."""
         prompts = [random_prompts(lengths, vocab_size, generator) for _ in range(runs)]
         first, step, _ = zip(*(clock(generate, p, new) for p in prompts), strict=True)
         return statistics.median(first), statistics.median(step)
 
-    # Every number of rows that comes below, since torch.compile may look at each anew.
+    # Every number of rows used below, because torch.compile may recompile for each.
     for lengths in ([prompt], [16] * 8):
         timed(lengths, 1, new=3)
     warm = time.perf_counter()
-    # Memory that is new to a virtual machine is slow for its first seconds.
+    # On a virtual machine, newly allocated memory is slow for the first seconds.
     while time.perf_counter() - loaded < options.settle:
         timed([prompt], 1)
     first, step = timed([prompt], 3)
@@ -250,9 +250,9 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 
 def bytes_per_token(folder: Path, quantize: str | None = None, file: str | None = None, **_: object) -> int:
-    """Bytes of weights that one token reads: all but the embeddings, where the output has its own.
+    """Bytes of weights that one token reads: all except the embeddings, unless they are the output too.
 
-    0 for a format whose sizes are not known here.
+    0 for a format whose sizes are unknown here.
     """
     if file:
         if not (path := folder / f"{file}.gguf").is_file():
@@ -269,11 +269,11 @@ def bytes_per_token(folder: Path, quantize: str | None = None, file: str | None 
 
 
 def seconds_to_chat(command: list[str], folder: Path) -> dict[str, float] | None:
-    """From the start of a program that loads the model and answers to its end; None where it fails."""
+    """Seconds for a whole program that loads the model and answers; None if it fails."""
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *command, str((folder / "native").resolve()), *CHAT],
-        input=QUESTION,  # the example has its own
+        input=QUESTION,  # the example has its own questions
         stdout=subprocess.DEVNULL,
         text=True,
         cwd=ROOT,
@@ -283,7 +283,7 @@ def seconds_to_chat(command: list[str], folder: Path) -> dict[str, float] | None
 
 
 def draw(pyplot: Any, path: Path, medians: dict[str, dict[str, float]], about: str) -> None:
-    """Bars: this runtime's in one colour, its peers' in another."""
+    """Bar charts: this runtime in one colour, its peers in another."""
     charts = ("prefill", "prefill_512", "decode", "decode_8")
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 2 + 0.45 * len(medians)), sharey=True)
     colours = ["tab:blue" if name.startswith("this runtime") else "silver" for name in medians]

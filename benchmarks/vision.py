@@ -1,11 +1,10 @@
-"""Time to the first token with an image, decoding, and memory: this runtime beside transformers.
+"""Time to first token with an image, decode, and memory: this runtime compared with transformers.
 
     python benchmarks/vision.py [--depth 4] [--new 16] [--side 1120] [--out benchmarks/results/vision.md]
 
-The model has Llama 3.2 11B Vision's widths and a part of its depth (one layer in `depth`, of text,
-cross-attention and image encoder alike), with random weights in bf16. Each of the two runs in a process of
-its own, reads one square image (of 1120 pixels it fills 4 tiles, of 560 one) and 32 tokens of text, and goes
-on greedily.
+The model has Llama 3.2 11B Vision's widths and part of its depth (one layer in `depth` of text,
+cross-attention and image encoder), with random bf16 weights. Each of the two runs in its own process, reads
+one square image (1120 pixels fill 4 tiles, 560 pixels one) and 32 tokens of text, and continues greedily.
 """
 
 import argparse
@@ -55,7 +54,7 @@ def arguments(depth: int, new: int) -> VisionArgs:
 
 
 class Noise:
-    """Random weights, as a `TensorSource`: one block of numbers, over and over."""
+    """Random weights as a `TensorSource`: one block of numbers, repeated."""
 
     dtype = torch.bfloat16
 
@@ -139,7 +138,7 @@ def theirs(args: VisionArgs, new: int, side: int) -> dict[str, float]:
     model = model.to_empty(device="cpu").eval()
     for weight in model.parameters():
         fill(weight.data, block)
-    for module in model.modules():  # what is computed, not stored
+    for module in model.modules():  # buffers that are computed, not stored
         if hasattr(module, "inv_freq"):
             module.inv_freq = (args.rope_theta ** -(torch.arange(0, 128, 2) / 128)).float()
 
@@ -172,12 +171,12 @@ def theirs(args: VisionArgs, new: int, side: int) -> dict[str, float]:
         do_sample=False,
         streamer=clock,
     )
-    return measure([began, *clock.ticks[1:]], new)  # the first put is the prompt
+    return measure([began, *clock.ticks[1:]], new)  # the first item is the prompt
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--depth", type=int, default=4, help="one layer in this many")
+    parser.add_argument("--depth", type=int, default=4, help="keep one layer in this many")
     parser.add_argument("--new", type=int, default=16, help="tokens to generate")
     parser.add_argument("--side", type=int, default=1120, help="of the image, in pixels")
     parser.add_argument("--out", type=Path, help="where to write the table")

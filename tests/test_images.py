@@ -96,8 +96,8 @@ def bomb() -> bytes:
 REFUSED = {
     "no image": (b"hello", "cannot be opened, it is not one of PNG"),
     "empty": (b"", "cannot be opened"),
-    "truncated": (encoded(picture(60, 40))[:2000], "cannot be decoded, it may be damaged"),
-    "truncated JPEG": (encoded(picture(60, 40), "JPEG")[:-500], "cannot be decoded, it may be damaged"),
+    "truncated": (encoded(picture(60, 40))[:2000], "cannot be decoded and may be damaged"),
+    "truncated JPEG": (encoded(picture(60, 40), "JPEG")[:-500], "cannot be decoded and may be damaged"),
     "a bomb": (bomb(), "pixels; scale it down"),
     "another format": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is not one of PNG"),
     "16 bits": (Image.fromarray(np.zeros((8, 8), np.uint16)), "mode 'I;16'; convert it to 8-bit RGB"),
@@ -105,7 +105,7 @@ REFUSED = {
     "a web page": ("https://example.com/a.png", "images are not downloaded"),
     "a list": ([1, 2], "not a list"),
     "None": (None, "not None"),
-    "text URL": ("data:text/html;base64,AAAA", "begins with data:image/TYPE;base64"),
+    "text URL": ("data:text/html;base64,AAAA", "must begin with data:image/TYPE;base64"),
     "not base64": ("data:image/png;base64,A*A", "not valid base64"),
 }
 
@@ -128,11 +128,11 @@ def test_bytes_are_counted_before_they_are_read(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(data)
     url = "data:image/png;base64," + base64.b64encode(data).decode()
     for source in (data, tmp_path / "a.png", url):
-        with pytest.raises(PromptError, match=r"bytes; 1,000 at most are accepted"):
+        with pytest.raises(PromptError, match=r"bytes; at most 1,000 are accepted"):
             open_image(source)
 
 
 def test_pixels_are_counted_before_they_are_decoded(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 1000)
-    with pytest.raises(PromptError, match="60 × 40 pixels; scale it down to 1,000 at most"):
+    with pytest.raises(PromptError, match="60 × 40 pixels; scale it down to at most 1,000"):
         open_image(encoded(picture(60, 40)))

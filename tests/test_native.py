@@ -26,22 +26,23 @@ from tests.support.quantized import distance, reloaded
 if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
-# The processor's own instructions, those of AVX2, and plain vectors.
-TARGETS = [
-    None,
-    pytest.param("-march=x86-64-v3", marks=[pytest.mark.slow]),
-    pytest.param("", marks=[pytest.mark.slow]),
-]
+# The processor's own instructions, and on x86 those of AVX512 without AMX, those of AVX2, and plain vectors.
+FLAGS = {
+    "-march=cooperlake": {"avx512_bf16", "avx512_vnni", "avx512vl"},
+    "-march=x86-64-v3": {"avx2", "fma", "f16c"},
+    "": set(),
+}
+TARGETS = [None, *(pytest.param(target, marks=[pytest.mark.slow]) for target in FLAGS)]
 LONG = 600  # positions: more than two chunks of attention
 KINDS = ["fp32", "bf16", "int8", "int5", "int5 symmetric", "int4", "int4 symmetric"]
 
 
 @pytest.fixture(params=TARGETS)
 def target(request: pytest.FixtureRequest) -> str | None:
-    if request.param == "-march=x86-64-v3":
+    if needed := FLAGS.get(request.param):
         flags = Path("/proc/cpuinfo").read_text() if platform.machine() == "x86_64" else ""
-        if not {"avx2", "fma", "f16c"} <= set(flags.split()):
-            pytest.skip("this processor has no AVX2")
+        if not needed <= set(flags.split()):
+            pytest.skip(f"this processor lacks {', '.join(needed)}")
     return request.param
 
 

@@ -1,4 +1,4 @@
-"""Who may ask, and how much: keys and the size of a body, looked at before any other work."""
+"""Access control: API keys and the size of request bodies, checked before any other work."""
 
 import asyncio
 import hmac
@@ -25,12 +25,12 @@ class Access:
         if scope["type"] != "http" or scope["path"] in OPEN or self._has_key(Headers(scope=scope)):
             await self.app(scope, receive, send)
             return
-        error = AccessError("a valid API key is needed, as Authorization: Bearer KEY or as x-api-key: KEY")
+        error = AccessError("a valid API key is needed: send Authorization: Bearer KEY or x-api-key: KEY")
         await error_response(scope["path"], error)(scope, receive, send)
 
     def _has_key(self, headers: Headers) -> bool:
         given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
-        # All are compared, each in constant time, so that the time tells nothing.
+        # All keys are compared, each in constant time, so that timing reveals nothing.
         return sum(hmac.compare_digest(given.encode("latin-1"), key) for key in self.keys) > 0
 
 
@@ -63,7 +63,7 @@ class BodyLimit:
     async def _read(self, receive: Receive) -> bytes:
         body, more = bytearray(), True
         while more:
-            message = await receive()  # of a client that has gone there is no more body
+            message = await receive()  # a client that has disconnected sends no more body
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self.limits.body:

@@ -1,4 +1,4 @@
-"""The HTTP application: where each path goes, and what surrounds all of them."""
+"""The HTTP application: its routes and middleware."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,16 +36,16 @@ ITSELF_ONLY = (
 def create_app(service: Service, keys: Sequence[str] = (), origins: Sequence[str] = ()) -> FastAPI:
     """The application that serves a model.
 
-    keys: API keys, one of which every request must bring; none: every request is served.
-    origins: web sites whose pages may ask.
+    keys: API keys, one of which every request must send; if empty, every request is served.
+    origins: origins of web pages that may call.
     """
     app = FastAPI(
         title="llama",
-        summary="A Llama model behind the interfaces of OpenAI and Anthropic",
-        docs_url=None,  # its page would load scripts from elsewhere
+        summary="A Llama model with OpenAI's and Anthropic's APIs",
+        docs_url=None,  # its page would load external scripts
         redoc_url=None,
         responses={"4XX": {"model": OpenAIError}, "5XX": {"model": OpenAIError}},
-        dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [],  # to be told of; see Access
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [],  # documents the key; see Access
     )
     app.state.service = service
     for module in (chat_completions, completions, responses, messages, embeddings, moderations, utilities):

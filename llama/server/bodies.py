@@ -1,4 +1,4 @@
-"""What the bodies of several interfaces have in common, and how they become the library's arguments."""
+"""What request bodies of several APIs have in common, and how they become the library's arguments."""
 
 from typing import Any, Literal
 
@@ -24,13 +24,13 @@ SAME_NAMES = (
 
 
 class Body(BaseModel):
-    """A request: values keep their types, and unknown fields are refused."""
+    """A request: types are strict, and unknown fields are rejected."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class Loose(BaseModel):
-    """A part of a request in which clients send back more than matters."""
+    """A part of a request in which clients may send back irrelevant fields."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -49,20 +49,20 @@ class ResponseFormat(Loose):
     json_schema: JsonSchema | None = None
 
     def shape(self) -> Options:
-        """As the library's arguments. Raises ArgumentError for a schema that is not there."""
+        """Convert to the library's arguments. Raises ArgumentError if the schema is missing."""
         if self.type == "text":
             return {}
         if self.type == "json_object":
             return {"schema": {"type": "object"}}
         if self.json_schema is None or self.json_schema.schema_ is None:
-            raise ArgumentError("response_format of type json_schema needs json_schema with a schema in it")
+            raise ArgumentError("response_format of type json_schema needs json_schema with a schema")
         return {"schema": self.json_schema.schema_}
 
 
 class Sampling(Body):
-    """Fields that OpenAI's interfaces share, and some that only local models have.
+    """Fields that OpenAI's APIs share, and some that only local models have.
 
-    Fields that change nothing here (user, metadata, store, …) are taken and ignored.
+    Fields without effect here (user, metadata, store, …) are accepted and ignored.
     """
 
     model: str
@@ -77,13 +77,13 @@ class Sampling(Body):
     logit_bias: dict[str, float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    top_k: int | None = Field(None, ge=-1, description="Beyond OpenAI's: 0 or -1 keep all tokens")
-    min_p: float | None = Field(None, ge=0, le=1, description="Beyond OpenAI's")
-    repetition_penalty: float | None = Field(None, gt=0, le=100, description="Beyond OpenAI's")
-    stop_token_ids: list[int] | None = Field(None, description="Beyond OpenAI's")
+    top_k: int | None = Field(None, ge=-1, description="Not in OpenAI's API: 0 or -1 keep all tokens")
+    min_p: float | None = Field(None, ge=0, le=1, description="Not in OpenAI's API")
+    repetition_penalty: float | None = Field(None, gt=0, le=100, description="Not in OpenAI's API")
+    stop_token_ids: list[int] | None = Field(None, description="Not in OpenAI's API")
     response_format: ResponseFormat | None = None
-    regex: str | None = Field(None, description="Beyond OpenAI's: the whole answer must match")
-    grammar: str | None = Field(None, description="Beyond OpenAI's: in Lark's syntax")
+    regex: str | None = Field(None, description="Not in OpenAI's API: must match the whole answer")
+    grammar: str | None = Field(None, description="Not in OpenAI's API: a grammar in Lark syntax")
     user: str | None = Field(None, description="Ignored")
     metadata: dict[str, Any] | None = Field(None, description="Ignored")
     store: bool | None = Field(None, description="Ignored")
@@ -92,7 +92,7 @@ class Sampling(Body):
     prompt_cache_key: str | None = Field(None, description="Ignored: prefixes are always reused")
 
     def options(self) -> Options:
-        """As arguments of `Llama`. Raises ArgumentError for what it does not take."""
+        """Convert to arguments of `Llama`. Raises ArgumentError for invalid ones."""
         values = {name: getattr(self, name) for name in SAME_NAMES}
         options = {name: value for name, value in values.items() if value is not None}
         if self.top_k is not None and self.top_k > 0:
@@ -115,7 +115,7 @@ class ImageUrl(Loose):
 
 
 class Part(Loose):
-    """A part of a message's content, as OpenAI's interfaces have them."""
+    """A part of a message's content, as in OpenAI's APIs."""
 
     type: str
     text: str | None = None
@@ -126,7 +126,7 @@ Content = str | list[Part] | None
 
 
 def content_of(content: Content) -> str | list[dict[str, Any]]:
-    """A message's content as the library takes it. Raises ArgumentError unless it is text and images."""
+    """Convert to the library's content. Raises ArgumentError for parts other than text and images."""
     if content is None or isinstance(content, str):
         return content or ""
     parts: list[dict[str, Any]] = []
@@ -140,14 +140,14 @@ def content_of(content: Content) -> str | list[dict[str, Any]]:
 
 
 def text_of(content: Content) -> str:
-    """The text of a message. Raises ArgumentError for parts of another kind."""
+    """The text of a message. Raises ArgumentError for parts that are not text."""
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(_text(part) for part in content if part.type != "refusal")
 
 
 def image_part(url: str | None) -> dict[str, Any]:
-    """An image as the library takes it. Raises ArgumentError for anything other than a data URL."""
+    """Convert to the library's image part. Raises ArgumentError for anything other than a data URL."""
     if url is None or not url.startswith("data:"):
         raise ArgumentError("an image must be a data URL (data:image/png;base64,…): nothing is fetched")
     return {"type": "image_url", "image_url": {"url": url}}
@@ -155,7 +155,7 @@ def image_part(url: str | None) -> dict[str, Any]:
 
 def _text(part: Part) -> str:
     if part.text is None or part.type not in ("text", "input_text", "output_text"):
-        raise ArgumentError(f"content has a part of type {part.type!r}, which cannot be read here")
+        raise ArgumentError(f"content has a part of type {part.type!r}, which is not supported")
     return part.text
 
 

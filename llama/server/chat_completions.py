@@ -39,7 +39,7 @@ class ChatMessage(Loose):
     tool_call_id: str | None = None
 
     def plain(self) -> Message:
-        """As the library takes it. Raises ArgumentError for content that is neither text nor image."""
+        """Convert to the library's message. Raises ArgumentError for content other than text and images."""
         role = "system" if self.role == "developer" else self.role
         content = content_of(self.content) if role == "user" else text_of(self.content)
         message: Message = {"role": role, "content": content}
@@ -63,12 +63,12 @@ class ChatRequest(Sampling):
     modalities: list[Literal["text"]] | None = Field(None, description="Ignored")
 
     def arguments(self) -> ChatOptions:
-        """As the library's arguments. Raises ArgumentError for what it does not take."""
+        """Convert to the library's arguments. Raises ArgumentError if any are not supported."""
         options: ChatOptions = {"logprobs": bool(self.logprobs), "top_logprobs": self.top_logprobs or 0}
         options.update(self.options())  # type: ignore[typeddict-item]
         if self.max_completion_tokens is not None:
             options["max_tokens"] = self.max_completion_tokens
-        # Tools of other types are run by OpenAI's own servers.
+        # Tools of other types run on OpenAI's own servers.
         if tools := [tool for tool in self.tools or () if tool.get("type") == "function"]:
             options["tools"] = tools
             options["tool_choice"] = self.tool_choice or "auto"
@@ -158,7 +158,7 @@ def usage_of(generation: Generation) -> Usage:
 
 
 def finite(logprob: float) -> float:
-    """A log-probability as JSON can hold it."""
+    """A log-probability that JSON can represent."""
     return max(logprob, -9999.0)
 
 
@@ -210,7 +210,7 @@ async def _chunks(
         "model": service.name,
     }
     if body.include_usage:
-        head["usage"] = None  # in all chunks but one
+        head["usage"] = None  # in all chunks except the last
 
     def chunk(index: int, delta: dict[str, Any], **rest: Any) -> ServerSentEvent:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **rest}

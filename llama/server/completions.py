@@ -31,7 +31,7 @@ class CompletionRequest(Sampling):
     suffix: str | None = None
 
     def prompts(self) -> Sequence[str | list[int]]:
-        """Each prompt by itself: texts or ids."""
+        """The list of prompts: texts or ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
@@ -39,17 +39,17 @@ class CompletionRequest(Sampling):
         return self.prompt  # type: ignore[return-value]
 
     def arguments(self, stop_tokens: Sequence[int]) -> Options:
-        """As the library's arguments. Raises ArgumentError for what is not offered.
+        """Convert to the library's arguments. Raises ArgumentError if any are not supported.
 
-        stop_tokens: the tokenizer's. Programs that score a prompt ask for one token more, drop the last
-        one they get, and so need it even if the answer would end there.
+        stop_tokens: the tokenizer's. Programs that score a prompt request one more token and drop the
+        last one, so they need it even if the answer would end there.
         """
         if self.suffix:
             raise ArgumentError("suffix is not supported: this model does not fill in the middle")
         if self.best_of not in (None, self.n or 1):
-            raise ArgumentError("best_of must be as large as n: all answers are returned")
+            raise ArgumentError("best_of must equal n: all answers are returned")
         options = self.options()
-        options.setdefault("max_tokens", 16)  # OpenAI's
+        options.setdefault("max_tokens", 16)  # OpenAI's default
         options["echo"] = bool(self.echo)
         options["logprobs"] = self.logprobs is not None
         options["top_logprobs"] = self.logprobs or 0
@@ -123,7 +123,7 @@ def _logprobs(
     offset: int = 0,
     first: bool = False,
 ) -> Logprobs:
-    """Of some tokens, whose text begins at `offset`. first: nothing precedes them, so the first has none."""
+    """Logprobs of tokens whose text begins at `offset`. first: whether the first token has none."""
     found: Logprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token, logprob, top in tokens:
         text = tokenizer.decode([token])

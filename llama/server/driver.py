@@ -1,7 +1,7 @@
 """The one thread that runs the engine, and how other ranks follow it.
 
-Rank 0 speaks HTTP. Before each step it tells every rank what was added and cancelled since the last
-one, so all of them make the same calls of the engine in the same order, whatever arrives when.
+Rank 0 speaks HTTP. Before each step it broadcasts what was added and cancelled since the last step, so all
+ranks make the same engine calls in the same order, whenever requests arrive.
 """
 
 import itertools
@@ -20,11 +20,11 @@ from llama.generation import Llama
 from llama.sampling import SamplingParams
 from llama.vision import TiledImage
 
-Once = Callable[[Callable[[], "Plan"]], "Plan"]  # does something on rank 0, and tells every rank
+Once = Callable[[Callable[[], "Plan"]], "Plan"]  # calls a function on rank 0 and broadcasts its result
 
 
 class Order(NamedTuple):
-    """A request as every rank can make it. grammar: text of what constrains it; see `llama.constraints`."""
+    """A request in a form that can be broadcast. grammar: text of its constraint; see `llama.constraints`."""
 
     number: int
     prompt: list[int]
@@ -42,9 +42,9 @@ class Job(NamedTuple):
 
 @dataclass
 class Plan:
-    """What changes before a step. Requests go by number.
+    """What changes before a step. Requests are identified by number.
 
-    closing: no step follows, and the engine is left alone from here on.
+    closing: no step follows, and the engine is not used any more.
     """
 
     added: list[Order] = field(default_factory=list)
@@ -58,22 +58,22 @@ class Plan:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request that was handed in.
+    """A submitted request.
 
-    deliver: takes the engine's request and its events, on the driver's thread: it must return at once.
+    deliver: receives the engine's request and its events, on the driver's thread; it must return quickly.
     """
 
     number: int
     deliver: Callable[[Request, Sequence[Event]], object]
-    told: int = 0  # events so far
+    told: int = 0  # events delivered so far
 
 
 class Driver:
-    """Runs the engine of a model that nobody else uses, on a thread of its own.
+    """Runs the engine of a model that nothing else uses, on its own thread.
 
     once: see `Once`.
     jobs: functions that run between steps, by name. Every rank calls them with the same arguments.
-    failure: why it could not go on, if it has ended by itself.
+    failure: the exception that ended it, if any.
     """
 
     failure: BaseException | None = None
@@ -85,7 +85,7 @@ class Driver:
         self.jobs = jobs or {}
         self._once = once
         self._numbers = itertools.count()
-        self._tickets: dict[int, Ticket] = {}  # handed in and not ended
+        self._tickets: dict[int, Ticket] = {}  # submitted and not ended
         self._next = Plan()
         self._calls: deque[tuple[Job, Future[Any]]] = deque()  # not begun
         self._call: Future[Any] | None = None  # that runs
@@ -93,12 +93,12 @@ class Driver:
         self._thread: threading.Thread | None = None
 
     def start(self, fail: Callable[[], object]) -> None:
-        """Begin. fail: called on the driver's thread when it cannot go on."""
+        """Start the thread. fail: called on the driver's thread if it cannot continue."""
         self._thread = threading.Thread(target=self._drive, args=(fail,), name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, source: TextRequest, deliver: Callable[[Request, Sequence[Event]], object]) -> Ticket:
-        """Hand in a request, from any thread. Raises RankError if the driver has ended."""
+        """Submit a request, from any thread. Raises RankError if the driver has ended."""
         with self._changed:
             self._check_open()
             ticket = Ticket(next(self._numbers), deliver)
@@ -111,7 +111,7 @@ class Driver:
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """End a request before the next step. An ended one stays as it is."""
+        """End a request before the next step. Has no effect on a request that has ended."""
         with self._changed:
             if ticket.number in self._tickets:
                 self._next.cancelled.append(ticket.number)
@@ -132,10 +132,10 @@ class Driver:
 
     def _check_open(self) -> None:
         if self.failure or self._next.closing:
-            raise RankError("the model no longer runs")
+            raise RankError("the model is no longer running")
 
     def unfinished(self) -> int:
-        """How many requests have been handed in and have not ended."""
+        """How many requests have been submitted and have not ended."""
         return len(self._tickets)
 
     def close(self) -> None:
@@ -147,7 +147,7 @@ class Driver:
             self._thread.join()
 
     def follow(self) -> None:
-        """Do what rank 0 says, until it closes: the part of the other ranks."""
+        """Follow rank 0 until it closes; called on the other ranks."""
         self._run(Plan)
 
     def _drive(self, fail: Callable[[], object]) -> None:
@@ -162,7 +162,7 @@ class Driver:
                 futures += [self._call] if self._call else []
                 self._calls.clear()
             for future in futures:
-                future.set_exception(RankError("the model no longer runs"))
+                future.set_exception(RankError("the model is no longer running"))
 
     def _run(self, take: Callable[[], Plan]) -> None:
         engine, requests = self.llama.engine, dict[int, Request]()
@@ -183,7 +183,7 @@ class Driver:
                     del requests[number]
 
     def _take(self) -> Plan:
-        """What has been handed in since the last step; if there is nothing to do, wait for it."""
+        """What has been submitted since the last step; waits if there is nothing to do."""
         with self._changed:
             self._changed.wait_for(lambda: self._next or self._calls or self.llama.engine.has_work())
             plan, self._next = self._next, Plan(closing=self._next.closing)
@@ -208,7 +208,7 @@ class Driver:
             future.set_result(outcome)
 
     def _deliver(self, number: int, request: Request) -> None:
-        """Hand out what the last step brought for a request; other ranks than 0 have nobody to tell."""
+        """Deliver a request's events from the last step; on ranks other than 0, nobody receives them."""
         if (ticket := self._tickets.get(number)) and (events := request.events(ticket.told)):
             ticket.told += len(events)
             if events[-1].finish_reason:

@@ -1,4 +1,4 @@
-"""What went wrong, in the shape and with the status that each interface's clients expect."""
+"""Errors, with the shape and status that each API's clients expect."""
 
 import logging
 from collections.abc import Callable
@@ -14,19 +14,19 @@ log = logging.getLogger("llama.server")
 
 
 class BusyError(LlamaError):
-    """As many requests wait as may."""
+    """The queue is full."""
 
 
 class DrainingError(LlamaError):
-    """The server finishes what it has and takes nothing new."""
+    """The server is shutting down and accepts no new requests."""
 
 
 class DeadlineError(LlamaError):
-    """A request took longer than it may."""
+    """A request exceeded its time limit."""
 
 
 class GenerationError(LlamaError):
-    """The model, not the request, is to blame."""
+    """The model failed, not the request."""
 
 
 class ModelNameError(LlamaError):
@@ -38,7 +38,7 @@ class AccessError(LlamaError):
 
 
 class TooLargeError(LlamaError):
-    """A request's body is larger than it may be."""
+    """A request's body is too large."""
 
 
 STATUS: dict[type[Exception], int] = {
@@ -56,7 +56,7 @@ STATUS: dict[type[Exception], int] = {
 
 
 def explain(error: Exception) -> tuple[int, str, str | None]:
-    """The status of an error, one sentence, and the field that is to blame. Logs what is our own fault."""
+    """An error's status, message, and the field that caused it. Logs internal errors."""
     if isinstance(error, HTTPException):
         return error.status_code, str(error.detail), None
     if isinstance(error, RequestValidationError):
@@ -118,5 +118,5 @@ def anthropic_error(error: Exception) -> tuple[int, AnthropicError]:
 
 
 def shape_of(path: str) -> Callable[[Exception], tuple[int, Any]]:
-    """How errors look to the clients of a path."""
+    """The format of errors for the clients of a path."""
     return anthropic_error if path.startswith("/v1/messages") else openai_error

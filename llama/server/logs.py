@@ -1,4 +1,4 @@
-"""Lines of JSON, one for each request, and an id by which a request's lines and its response are found."""
+"""JSON log lines, one per request, with an id that links a request's lines and its response."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ GIVEN_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 class JsonLines(logging.Formatter):
-    """A record as one line of JSON; what was logged by `extra={"fields": …}` stands beside the message."""
+    """A record as one line of JSON; fields logged with `extra={"fields": …}` are next to the message."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -36,7 +36,7 @@ class JsonLines(logging.Formatter):
 
 
 def configure(level: int = logging.INFO) -> None:
-    """Send this server's and uvicorn's records to the standard error, as lines of JSON."""
+    """Write this server's and uvicorn's records to standard error, as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     for name in ("llama.server", "uvicorn.error"):
@@ -46,7 +46,7 @@ def configure(level: int = logging.INFO) -> None:
 
 
 class Logged:
-    """Middleware: an id for each request, taken over if the client brings one, and a line at its end."""
+    """Middleware: gives each request an id, the client's own if sent, and logs a line at its end."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app = app
@@ -59,7 +59,7 @@ class Logged:
         given = Headers(scope=scope).get("x-request-id", "")
         name = given if GIVEN_ID.fullmatch(given) else new_id("req_")
         request_id.set(name)
-        began, status = time.perf_counter(), 499  # unless there is a response
+        began, status = time.perf_counter(), 499  # 499 unless there is a response
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -70,12 +70,12 @@ class Logged:
 
         try:
             await self.app(scope, receive, send_with_id)
-        except Exception as error:  # a fault of ours
+        except Exception as error:  # an internal error
             response = error_response(scope["path"], error)
             if status == 499:
                 await response(scope, receive, send_with_id)
         finally:
-            # A path that is no route may be anything, so it is no label.
+            # An unknown path may be anything, so it must not become a label.
             handler = getattr(scope.get("route"), "path", "none")
             self.metrics.http.labels(scope["method"], handler, str(status)).inc()
             fields = {"method": scope["method"], "path": scope["path"], "status": status}

@@ -59,7 +59,7 @@ class OutputConfig(Loose):
 
 
 class CountRequest(Body):
-    """What a prompt consists of."""
+    """The fields that make up a prompt."""
 
     model: str
     messages: list[InputMessage] = Field(min_length=1)
@@ -76,13 +76,13 @@ class CountRequest(Body):
     mcp_servers: list[dict[str, Any]] | None = Field(None, description="Ignored")
 
     def dialog(self) -> list[Message]:
-        """As the library takes it. Raises ArgumentError for content that is neither text nor image."""
+        """Convert to the library's dialog. Raises ArgumentError for content other than text and images."""
         system: list[Message] = [{"role": "system", "content": _text(self.system)}] if self.system else []
         return system + [plain for message in self.messages for plain in _plain(message)]
 
     def tool_options(self) -> ChatOptions:
-        """As arguments of `Llama`."""
-        # Tools with a type of their own are run by Anthropic's servers, or known to its models only.
+        """Convert to arguments of `Llama`."""
+        # Tools with another type run on Anthropic's servers or are known only to its models.
         tools = [_function(tool) for tool in self.tools or () if tool.get("type", "custom") == "custom"]
         if not tools:
             return {}
@@ -109,7 +109,7 @@ class MessagesRequest(CountRequest):
     speed: str | None = Field(None, description="Ignored")
 
     def options(self) -> ChatOptions:
-        """As arguments of `Llama`."""
+        """Convert to arguments of `Llama`."""
         options: ChatOptions = {**self.tool_options(), "max_tokens": self.max_tokens}
         if self.output_config and self.output_config.format:
             options["schema"] = self.output_config.format.schema_
@@ -125,23 +125,23 @@ class MessagesRequest(CountRequest):
 
 
 def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool as OpenAI describes it."""
+    """A tool in OpenAI's format."""
     function = {"name": tool.get("name"), "description": tool.get("description", "")}
     return {"type": "function", "function": {**function, "parameters": tool.get("input_schema")}}
 
 
 def _text(content: str | Sequence[Block] | None) -> str:
-    """The text of some blocks. Raises ArgumentError for blocks of another kind."""
+    """The text of some blocks. Raises ArgumentError for blocks that are not text."""
     if content is None or isinstance(content, str):
         return content or ""
     for block in content:
         if block.type != "text" or block.text is None:
-            raise ArgumentError(f"content has a block of type {block.type!r}, which cannot be read here")
+            raise ArgumentError(f"content has a block of type {block.type!r}, which is not supported")
     return "\n".join(block.text or "" for block in content)
 
 
 def _content(blocks: Sequence[Block]) -> str | list[dict[str, Any]]:
-    """Text and images as the library takes them. Raises ArgumentError for other blocks."""
+    """Convert text and images to the library's content. Raises ArgumentError for other blocks."""
     if not any(block.type == "image" for block in blocks):
         return _text(blocks)
     return [
@@ -158,7 +158,7 @@ def _image(block: Block) -> dict[str, Any]:
 
 
 def _plain(message: InputMessage) -> list[Message]:
-    """As the library takes it: results of tools are messages of their own there."""
+    """Convert to the library's messages, where tool results are separate messages."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     results: list[Message] = [
@@ -237,7 +237,7 @@ async def messages(
 
 @router.post("/v1/messages/count_tokens", response_model=TokenCount)
 async def count_tokens(body: CountRequest, service: Annotated[Service, Depends(service_of)]) -> TokenCount:
-    """How many tokens a prompt has, as `messages` would count them."""
+    """The number of tokens in a prompt, as counted by `messages`."""
     service.check_model(body.model)
     return {"input_tokens": len(await service.encode(body.dialog(), body.tool_options()))}
 
@@ -264,7 +264,7 @@ def _tool_use(id: str, name: str, arguments: Mapping[str, Any]) -> dict[str, Any
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """The object that a text holds; an empty one if the text was cut off."""
+    """The object in a JSON text; empty if the text was cut off."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -273,7 +273,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 async def _events(service: Service, generation: Generation) -> AsyncIterator[ServerSentEvent]:
-    """Blocks of content one after the other, each with its begin and its end."""
+    """Consecutive content blocks, each with its start and stop event."""
 
     def say(type: str, **rest: Any) -> ServerSentEvent:
         return event({"type": type, **rest}, type)

@@ -1,6 +1,6 @@
-"""What dashboards ask of a server, counted by prometheus-client.
+"""Metrics for dashboards, counted with prometheus-client.
 
-Behind the prefix the names are vLLM's, which most dashboards of this field are written for.
+After the prefix, the names are vLLM's, because most dashboards in this field use them.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ class Metrics:
     """Counters of one server.
 
     prefix: of every name, before a colon.
-    running, waiting: requests with a slot, and without; asked for when the metrics are read.
+    running, waiting: return the number of requests with and without a slot; called on every scrape.
     """
 
     def __init__(self, prefix: str, running: Callable[[], float], waiting: Callable[[], float]) -> None:
@@ -28,12 +28,12 @@ class Metrics:
             "http_requests", "HTTP requests by status", ["method", "handler", "status"], registry=r
         )
         self.ended = Counter(
-            f"{prefix}:request_success", "Answers by how they ended", ["finished_reason"], registry=r
+            f"{prefix}:request_success", "Answers by finish reason", ["finished_reason"], registry=r
         )
         self.prompt_tokens = Counter(f"{prefix}:prompt_tokens", "Tokens of prompts", registry=r)
         self.generation_tokens = Counter(f"{prefix}:generation_tokens", "Tokens generated", registry=r)
         self.reused_tokens = Counter(
-            f"{prefix}:prefix_cache_hits", "Tokens of prompts that the KV cache held already", registry=r
+            f"{prefix}:prefix_cache_hits", "Prompt tokens that were in the KV cache already", registry=r
         )
         self.first_token = Histogram(
             f"{prefix}:time_to_first_token_seconds", "Wait for the first token", buckets=SECONDS, registry=r
@@ -62,5 +62,5 @@ class Metrics:
         self.whole.observe(stats.first_token_seconds + decoding)
 
     def text(self) -> bytes:
-        """All of them, in Prometheus' format."""
+        """All metrics, in Prometheus' format."""
         return generate_latest(self.registry)

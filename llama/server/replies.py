@@ -1,4 +1,4 @@
-"""Answers as JSON or as server-sent events, for any interface; both end when the client goes away."""
+"""Answers as JSON or as server-sent events, for any API; both end when the client disconnects."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ SSE: dict[int | str, dict[str, Any]] = {
 
 
 def service_of(request: Request) -> Service:
-    """The model that a request is for, as a dependency of FastAPI."""
+    """The service that handles a request, as a FastAPI dependency."""
     service: Service = request.app.state.service
     return service
 
@@ -32,7 +32,7 @@ def new_id(prefix: str) -> str:
 
 
 def to_json(value: Any) -> bytes:
-    """JSON in UTF-8. A text from a client may hold lone surrogates, which UTF-8 has no bytes for."""
+    """JSON in UTF-8. A client's text may contain lone surrogates, which UTF-8 cannot encode."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
@@ -41,21 +41,21 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
 
 
 def error_response(path: str, error: Exception) -> Response:
-    """An error as the clients of a path expect it."""
+    """An error in the format that the clients of a path expect."""
     status, content = shape_of(path)(error)
     headers = {401: {"www-authenticate": "Bearer"}, 413: {"connection": "close"}, 429: {"retry-after": "1"}}
     return json_response(content, status, headers.get(status))
 
 
 def event(value: Any, name: str | None = None) -> ServerSentEvent:
-    """One server-sent event; with a name, as Anthropic's and OpenAI's newer interfaces have it."""
+    """One server-sent event, with a name for Anthropic's API and OpenAI's newer one."""
     return ServerSentEvent(to_json(value).decode(), event=name, sep="\n")
 
 
 async def whole(
     request: Request, generation: Generation, build: Callable[[Sequence[Answer]], Any]
 ) -> Response:
-    """What `build` makes of all answers, as JSON."""
+    """The result of `build` for all answers, as JSON."""
     async with generation:
         return await finished(request, generation.answers(), build)
 
@@ -78,7 +78,7 @@ async def _disconnect(request: Request) -> None:
 
 
 class Stream(EventSourceResponse):
-    """Server-sent events. An error after the first of them is an event too."""
+    """Server-sent events. An error after the first event is also sent as an event."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Stream(EventSourceResponse):
             except Exception as error:
                 yield event(explain(error)[1], error_name)
 
-        # What runs when the server is told to end is finished; the request's own time limit ends it.
+        # On shutdown, running requests are finished; their own time limit applies.
         super().__init__(guarded(), sep="\n", shutdown_grace_period=generation.limits.timeout)
         self._generation = generation
 

@@ -1,6 +1,6 @@
 """OpenAI's responses: https://platform.openai.com/docs/api-reference/responses.
 
-Nothing is stored here: a client sends the whole conversation each time, whose prefix is reused.
+Nothing is stored: a client sends the whole conversation each time, and its prefix is reused.
 """
 
 import time
@@ -25,7 +25,7 @@ router = APIRouter(tags=["OpenAI"])
 
 
 class Item(Loose):
-    """A part of the conversation: a message, a call of a function, or its output."""
+    """A part of the conversation: a message, a function call, or its output."""
 
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -57,13 +57,13 @@ class ResponsesRequest(Body):
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     stream: bool | None = None
-    previous_response_id: str | None = Field(None, description="Refused: nothing is stored")
-    background: bool | None = Field(None, description="Refused if true")
+    previous_response_id: str | None = Field(None, description="Rejected: nothing is stored")
+    background: bool | None = Field(None, description="Rejected if true")
     metadata: dict[str, Any] | None = None
     store: bool | None = Field(None, description="Ignored: nothing is stored")
     include: list[str] | None = Field(None, description="Ignored")
     reasoning: dict[str, Any] | None = Field(None, description="Ignored")
-    truncation: str | None = Field(None, description="Ignored: a prompt that is too long is refused")
+    truncation: str | None = Field(None, description="Ignored: a prompt that is too long is rejected")
     stream_options: dict[str, Any] | None = Field(None, description="Ignored")
     service_tier: str | None = Field(None, description="Ignored")
     user: str | None = Field(None, description="Ignored")
@@ -72,7 +72,7 @@ class ResponsesRequest(Body):
     client_metadata: dict[str, Any] | None = Field(None, description="Ignored")
 
     def dialog(self) -> list[Message]:
-        """As the library takes it. Raises ArgumentError for items that it does not take."""
+        """Convert to the library's dialog. Raises ArgumentError for unsupported items."""
         dialog: list[Message] = []
         if self.instructions:
             dialog.append({"role": "system", "content": self.instructions})
@@ -94,12 +94,12 @@ class ResponsesRequest(Body):
                 dialog.append({"role": "tool", "content": output, "tool_call_id": item.call_id or ""})
             elif item.type != "reasoning":
                 raise ArgumentError(
-                    f"input has an item of type {item.type!r}, which this server does not know"
+                    f"input has an item of type {item.type!r}, which this server does not support"
                 )
         return dialog
 
     def options(self) -> ChatOptions:
-        """As arguments of `Llama`. Raises ArgumentError for what is not offered."""
+        """Convert to arguments of `Llama`. Raises ArgumentError if any are not supported."""
         if self.previous_response_id or self.background:
             raise ArgumentError("responses are not stored here: send the whole conversation as input")
         options: ChatOptions = {}
@@ -109,7 +109,7 @@ class ResponsesRequest(Body):
             options["temperature"] = self.temperature
         if self.top_p is not None:
             options["top_p"] = self.top_p
-        # Tools of other types are run by OpenAI's own servers.
+        # Tools of other types run on OpenAI's own servers.
         tools = [tool for tool in self.tools or () if tool.get("type") == "function"]
         if tools:
             keys = ("name", "description", "parameters")
@@ -199,7 +199,7 @@ def _call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
 
 
 class _Reply:
-    """One response as it grows. output: the items that are complete."""
+    """One response as it is generated. output: the complete items."""
 
     def __init__(self, body: ResponsesRequest, service: Service) -> None:
         self.output: list[dict[str, Any]] = []
@@ -207,11 +207,11 @@ class _Reply:
         self._model = service.name
         self._id = new_id("resp_")
         self._created = int(time.time())
-        self._open: dict[str, Any] | None = None  # the item that is not complete yet
+        self._open: dict[str, Any] | None = None  # the incomplete item
         self._events = 0
 
     def build(self, generation: Generation, reason: str | None = None) -> Reply:
-        """The response as it is; reason: why it ended, if it did."""
+        """The response so far. reason: why it ended, if it has."""
         body, status = self._body, "completed" if reason else "in_progress"
         details = None
         if reason in ("length", "content_filter"):
@@ -247,7 +247,7 @@ class _Reply:
         }
 
     async def stream(self, generation: Generation) -> AsyncIterator[ServerSentEvent]:
-        """The events of a response, each item with its begin and its end."""
+        """The events of a response; each item has its start and its end."""
         yield self._say("response.created", response=self.build(generation))
         yield self._say("response.in_progress", response=self.build(generation))
         async for news in generation.events():

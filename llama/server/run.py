@@ -1,4 +1,4 @@
-"""The life of a server process: start, serve, drain, end; on one rank or on many."""
+"""The life of a server process: start, serve, drain, exit; on one rank or many."""
 
 import asyncio
 import contextlib
@@ -20,12 +20,12 @@ from llama.server.driver import Driver, Once
 from llama.server.service import Limits, Service, SharedGuard
 
 log = logging.getLogger("llama.server")
-LAST_WORDS = 5.0  # seconds for answers to reach their clients after the model has failed
+LAST_WORDS = 5.0  # seconds for error messages to reach clients after the model has failed
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens, and who may ask. See `create_app` and uvicorn's settings of these names."""
+    """Where a server listens, and who may call it. See `create_app` and uvicorn's settings of these names."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -36,7 +36,7 @@ class Address:
 
 
 class Server(uvicorn.Server):
-    """Told to end, it finishes what it has accepted; told again, it ends at once."""
+    """On a first signal, finishes accepted requests and exits; on a second one, exits immediately."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -48,7 +48,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until told to end. Raises what ended the engine, if that was no wish of anybody's."""
+        """Serve until signalled to exit. Raises the exception that ended the engine, if any."""
         self.driver.start(self.fail)
         try:
             super().run(sockets)
@@ -58,7 +58,7 @@ class Server(uvicorn.Server):
             raise self.driver.failure
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """On SIGTERM and SIGINT."""
+        """Handle SIGTERM and SIGINT."""
         if self.service.draining:
             self.should_exit = self.force_exit = True
         else:
@@ -72,14 +72,14 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def fail(self) -> None:
-        """Tell every client that the model no longer runs, and end. From any thread."""
+        """Send every client an error and exit, because the model failed. Callable from any thread."""
 
         def tell() -> None:
             self.service.fail()
             self.should_exit = True
             self._loop.call_later(LAST_WORDS, setattr, self, "force_exit", True)
 
-        with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended already
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has exited already
             self._loop.call_soon_threadsafe(tell)
 
 
@@ -123,18 +123,18 @@ def serve(
     prefix: str,
     guard: Guard | None = None,
 ) -> None:
-    """Serve a model until the process is told to end. Other ranks than 0 only compute.
+    """Serve a model until the process is signalled to exit. Ranks other than 0 only compute.
 
-    once: does something on rank 0, and tells every rank; see `Driver`.
-    name: of the model, as clients call it.
-    prefix: of the names of metrics.
+    once: calls a function on rank 0 and broadcasts its result; see `Driver`.
+    name: the model's name for clients.
+    prefix: of metric names.
     guard: checks what users ask and what the model answers.
 
-    Raises what ended the engine, if that was no wish of anybody's.
+    Raises the exception that ended the engine, if any.
     """
     if llama.model.parallel.rank > 0:
         for told in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(told, signal.SIG_IGN)  # rank 0 says when to end
+            signal.signal(told, signal.SIG_IGN)  # rank 0 decides when to exit
         Driver(llama, once, _jobs(llama, guard)).follow()
     else:
         logs.configure()

@@ -1,4 +1,4 @@
-"""The one call behind every interface: accept a request or refuse it, and tell what becomes of it."""
+"""The service behind every API: accepts or refuses requests, and delivers their events."""
 
 import asyncio
 import contextlib
@@ -27,11 +27,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Limits:
-    """What clients may ask for.
+    """Limits on requests.
 
-    queue: answers that wait for a slot; when there are as many, new requests are refused.
-    timeout: seconds that a request may take, its wait included.
-    body: bytes of a request.
+    queue: answers that may wait for a slot; further requests are refused.
+    timeout: maximum seconds per request, including its wait.
+    body: maximum bytes of a request.
     """
 
     queue: int = 256
@@ -40,14 +40,15 @@ class Limits:
 
 
 class Generation:
-    """An accepted request, to be used by `async with`, whose end cancels what has not ended.
+    """An accepted request; use it with `async with`, which cancels unfinished answers at the end.
 
     prompt_tokens: of all prompts, each counted once.
-    new_tokens, cached_tokens: generated so far, and of the prompts those that the KV cache held already.
+    new_tokens: tokens generated so far.
+    cached_tokens: prompt tokens that were in the KV cache already.
     """
 
     def __init__(self, service: "Service", sources: Sequence[TextRequest]) -> None:
-        # The answers to one prompt share its list of ids.
+        # Answers to the same prompt share its list of ids.
         firsts = {id(source.prompt): i for i, source in reversed([*enumerate(sources)])}
         self._firsts = set(firsts.values())
         self.prompt_tokens = sum(len(sources[i].prompt) for i in self._firsts)
@@ -83,11 +84,11 @@ class Generation:
         self._service.generations.discard(self)
 
     def fail(self) -> None:
-        """Raise GenerationError in whoever reads the pieces, because the model no longer runs."""
+        """Make `events` raise GenerationError, because the model failed."""
         self._arrived.put_nowait(None)
 
     async def events(self) -> AsyncIterator[StreamEvent]:
-        """What happens, until every answer has ended.
+        """The events until every answer has ended.
 
         Raises DeadlineError after the time limit, GenerationError if the model fails.
         """
@@ -101,7 +102,7 @@ class Generation:
             except asyncio.TimeoutError:
                 raise DeadlineError(f"the request took longer than {self.limits.timeout:g} seconds") from None
             if arrived is None:
-                raise GenerationError("the model no longer runs")
+                raise GenerationError("the model is no longer running")
             index, news = arrived
             for item in news:
                 for event in await self._read(index, item):
@@ -115,7 +116,7 @@ class Generation:
 
     async def _read(self, index: int, event: Event) -> list[StreamEvent]:
         read = self._readers[index].read
-        if self._sources[index].review:  # a guard may run, which takes its time
+        if self._sources[index].review:  # a guard may run, which is slow
             return await asyncio.to_thread(lambda: list(read(event)))
         return list(read(event))
 
@@ -129,7 +130,7 @@ class Generation:
     def _deliver(
         self, loop: asyncio.AbstractEventLoop, index: int, _: Request, events: Sequence[Event]
     ) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody listens any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody is listening
             loop.call_soon_threadsafe(self._arrived.put_nowait, (index, events))
 
     def _count(self, event: StreamEvent, stats: Stats) -> None:
@@ -152,11 +153,11 @@ class SharedGuard:
 
 
 class Service:
-    """A model behind interfaces.
+    """A model that is served.
 
-    name: of the model, as clients call it.
+    name: the model's name for clients.
     guard: checks what users ask and what the model answers.
-    draining: whether new requests are refused, because the server is to end.
+    draining: whether new requests are refused because the server is shutting down.
     """
 
     draining = False
@@ -177,7 +178,7 @@ class Service:
         self.name = name
         self.limits = limits
         self.created = int(time.time())
-        self.generations: set[Generation] = set()  # that are read by somebody
+        self.generations: set[Generation] = set()  # those being read
         self.slots = llama.model.params.max_batch_size
         self.metrics = Metrics(
             prefix,
@@ -195,7 +196,7 @@ class Service:
             raise ModelNameError(f"the model {name!r} does not exist here; this server has {self.name!r}")
 
     async def complete(self, prompts: Sequence[str | list[int]], options: Options) -> Generation:
-        """Continue texts or lists of ids. Raises BusyError, or ArgumentError for what cannot be done."""
+        """Continue texts or lists of ids. Raises BusyError, or ArgumentError for an invalid request."""
 
         def prepare() -> list[TextRequest]:
             tokenizer = self.llama.tokenizer
@@ -212,14 +213,14 @@ class Service:
         return self._accept(await asyncio.to_thread(prepare))
 
     async def chat(self, dialog: Dialog, options: ChatOptions) -> Generation:
-        """Answer a dialog. Raises BusyError, or ArgumentError for what cannot be done."""
+        """Answer a dialog. Raises BusyError, or ArgumentError for an invalid request."""
         self._check_open()
         if self.guard:
             options = {**options, "guard": self.guard}
         return self._accept(await asyncio.to_thread(self.llama.chat_requests, [dialog], **options))
 
     async def encode(self, dialog: Dialog, options: ChatOptions) -> list[int]:
-        """Ids of the prompt that a dialog makes. Raises ArgumentError as `chat` does."""
+        """Token ids of a dialog's prompt. Raises ArgumentError as `chat` does."""
         (request,) = await asyncio.to_thread(self.llama.chat_requests, [dialog], **options)
         return request.prompt
 
@@ -258,12 +259,12 @@ class Service:
 
     def _check_open(self) -> None:
         if self.draining:
-            raise DrainingError("this server is about to end; ask another one")
+            raise DrainingError("this server is shutting down; use another one")
 
     def _accept(self, sources: Sequence[TextRequest]) -> Generation:
         capacity, unfinished = self.slots + self.limits.queue, self.driver.unfinished()
         if len(sources) > capacity:
-            raise ArgumentError(f"{len(sources)} answers are asked for, but this server takes {capacity}")
+            raise ArgumentError(f"{len(sources)} answers requested, but this server accepts {capacity}")
         if unfinished + len(sources) > capacity:
             raise BusyError(f"{unfinished} answers are running or waiting; try again later")
         generation = Generation(self, sources)
@@ -271,6 +272,6 @@ class Service:
         return generation
 
     def fail(self) -> None:
-        """Tell everybody who waits that the model no longer runs."""
+        """Make all waiting requests fail, because the model failed."""
         for generation in self.generations:
             generation.fail()

@@ -1,4 +1,4 @@
-"""What stands beside the interfaces: models, tokens, health and metrics."""
+"""Further endpoints: models, tokens, health and metrics."""
 
 import asyncio
 import time
@@ -17,7 +17,7 @@ router = APIRouter()
 
 
 class Model(TypedDict):
-    """As OpenAI's and as Anthropic's clients expect it."""
+    """In the form that OpenAI's and Anthropic's clients expect."""
 
     id: str
     object: Literal["model"]
@@ -53,20 +53,20 @@ def _model(service: Service) -> Model:
 
 @router.get("/v1/models", tags=["OpenAI", "Anthropic"])
 def models(service: Annotated[Service, Depends(service_of)]) -> Models:
-    """The one model that is served."""
+    """The model that is served."""
     name = service.name
     return {"object": "list", "data": [_model(service)], "has_more": False, "first_id": name, "last_id": name}
 
 
 @router.get("/v1/models/{name:path}", tags=["OpenAI", "Anthropic"])
 def model(name: str, service: Annotated[Service, Depends(service_of)]) -> Model:
-    """The model of a name."""
+    """The model with this name."""
     service.check_model(name)
     return _model(service)
 
 
 class TokenizeRequest(Body):
-    """A text, or a dialog as the chat interfaces would encode it."""
+    """A text, or a dialog, which is encoded as in a chat."""
 
     model: str | None = None
     prompt: str | None = None
@@ -85,7 +85,7 @@ class Tokens(TypedDict):
 async def tokenize(body: TokenizeRequest, service: Annotated[Service, Depends(service_of)]) -> Tokens:
     """Token ids of a text or a dialog."""
     if (body.prompt is None) == (body.messages is None):
-        raise ArgumentError("give either a prompt or messages")
+        raise ArgumentError("pass either a prompt or messages")
     if body.prompt is not None:
         encode = service.llama.tokenizer.encode
         ids = await asyncio.to_thread(encode, body.prompt, bos=body.add_special_tokens, eos=False)
@@ -109,7 +109,7 @@ async def detokenize(body: DetokenizeRequest, service: Annotated[Service, Depend
     """The text of token ids."""
     n_words = service.llama.tokenizer.n_words
     if unknown := next((token for token in body.tokens if not 0 <= token < n_words), None):
-        raise ArgumentError(f"{unknown} is not a token id: the vocabulary has 0 to {n_words - 1}")
+        raise ArgumentError(f"{unknown} is not a token id: ids run from 0 to {n_words - 1}")
     return {"prompt": await asyncio.to_thread(service.llama.tokenizer.decode, body.tokens)}
 
 
@@ -120,7 +120,7 @@ class Health(TypedDict):
 @router.get("/health", tags=["Operation"], response_model=Health)
 @router.get("/health/ready", tags=["Operation"], response_model=Health)
 def ready(service: Annotated[Service, Depends(service_of)]) -> Response:
-    """Whether requests are taken; 503 once the server has been told to end."""
+    """Whether the server accepts requests; 503 once it is shutting down."""
     return _health(service.status, service.status == "ok")
 
 

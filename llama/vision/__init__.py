@@ -1,5 +1,5 @@
-"""Llama 3.2 Vision: pictures to tiles (`images`), tiles to vectors (`encoder`), and the model that reads
-both text and images (`transformer`)."""
+"""Llama 3.2 Vision: images to tiles (`images`), tiles to vectors (`encoder`), and the model that reads both
+text and images (`transformer`)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,9 +29,9 @@ __all__ = [
 def make_args(
     params: Mapping[str, Any], max_seq_len: int = 2048, max_batch_size: int = 32, max_images: int = 1
 ) -> ModelArgs:
-    """The arguments that a checkpoint's `params.json` gives, of a vision model if it has vision keys.
+    """The arguments in a checkpoint's `params.json`; those of a vision model if it has vision keys.
 
-    max_images: only a vision model has room for any
+    max_images: for vision models only
     """
     cache = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
     if "vision_chunk_size" in params:
@@ -40,10 +40,10 @@ def make_args(
 
 
 def text_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """What `params.json` says of the text model alone."""
+    """The part of `params.json` that describes the text model."""
     return {name: value for name, value in params.items() if not name.startswith("vision_")}
 
 
 def make_model(args: ModelArgs, parallel: ModelParallel | None = None) -> Transformer:
-    """The model of these arguments, or one rank's part of it."""
+    """The model with these arguments, or one rank's part of it."""
     return VisionTransformer(args, parallel) if isinstance(args, VisionArgs) else Transformer(args, parallel)

@@ -19,8 +19,8 @@ from llama.model import ModelArgs
 from llama.parallel import ColumnParallelLinear, Joined, ModelParallel, RowParallelLinear
 from llama.vision.images import TiledImage
 
-PATCH = 14  # pixels a side
-# Sizes beyond these are a mistake or an attack, not a model.
+PATCH = 14  # pixels per side
+# Larger sizes are a mistake or an attack, not a model.
 LARGEST = {
     **{"vision_chunk_size": 4096, "vision_max_num_chunks": 64, "vision_num_cross_attention_layers": 1024},
     **{"vision_dim": 2**16, "vision_heads": 1024, "vision_layers": 1024, "vision_global_layers": 1024},
@@ -30,20 +30,20 @@ LARGEST = {
 
 @dataclass
 class VisionArgs(ModelArgs):
-    """`ModelArgs` of a model that sees. Raises ArgumentError if the numbers contradict each other."""
+    """`ModelArgs` of a vision model. Raises ArgumentError if the numbers contradict each other."""
 
-    vision_chunk_size: int = 560  # pixels a side of a tile
-    vision_max_num_chunks: int = 4  # tiles of an image
+    vision_chunk_size: int = 560  # pixels per side of a tile
+    vision_max_num_chunks: int = 4  # maximum tiles per image
     vision_num_cross_attention_layers: int = 8
 
-    # The encoder's shape, the same in every released model, so `params.json` leaves it out.
+    # The encoder's shape is the same in every released model, so `params.json` omits it.
     vision_dim: int = 1280
     vision_heads: int = 16
     vision_layers: int = 32
     vision_global_layers: int = 8
-    vision_taps: Sequence[int] = (3, 7, 15, 23, 30)  # layers whose inputs are features too
+    vision_taps: Sequence[int] = (3, 7, 15, 23, 30)  # layers whose inputs are also features
 
-    max_images: int = 1  # in one sequence, for which the cache has room
+    max_images: int = 1  # per sequence, in the cache
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +53,7 @@ class VisionArgs(ModelArgs):
         taps = [layer for layer in self.vision_taps if isinstance(layer, int)]
         if [*self.vision_taps] != sorted({*taps} & {*range(self.vision_layers)}):
             raise ArgumentError(
-                f"vision_taps must be layers from 0 to {self.vision_layers - 1} in order, "
+                f"vision_taps must be layers from 0 to {self.vision_layers - 1} in ascending order, "
                 f"not {shown(self.vision_taps)}"
             )
         if self.vision_chunk_size % PATCH:
@@ -64,23 +64,23 @@ class VisionArgs(ModelArgs):
             raise ArgumentError(f"vision_dim={self.vision_dim} does not split into {self.vision_heads} heads")
         if self.vision_num_cross_attention_layers > self.n_layers:
             raise ArgumentError(
-                f"vision_num_cross_attention_layers={self.vision_num_cross_attention_layers} are more than "
-                f"the {self.n_layers} layers that they stand between"
+                f"vision_num_cross_attention_layers={self.vision_num_cross_attention_layers} must be at most "
+                f"the number of layers, {self.n_layers}"
             )
 
     @property
     def tile_tokens(self) -> int:
-        """Vectors that the encoder makes of a tile: one per patch, and one of the tile as a whole."""
+        """Vectors that the encoder computes per tile: one per patch, and one for the whole tile."""
         return (self.vision_chunk_size // PATCH) ** 2 + 1
 
     @property
     def image_tokens(self) -> int:
-        """Vectors of an image at most."""
+        """Maximum number of vectors per image."""
         return self.vision_max_num_chunks * self.tile_tokens
 
     @property
     def fusion(self) -> list[int]:
-        """The layers that a cross-attention block stands before: evenly spread, the last among them."""
+        """The layers with a cross-attention block before them: evenly spaced, including the last."""
         count = self.vision_num_cross_attention_layers
         return [self.n_layers - 1 - math.ceil(self.n_layers / count) * i for i in reversed(range(count))]
 
@@ -108,7 +108,7 @@ class BiasedRows(RowParallelLinear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm (Ba et al. 2016) whose parameters no gradient is computed of."""
+    """Layer norm (Ba et al. 2016) whose parameters need no gradient."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
@@ -116,7 +116,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class PatchEmbedding(nn.Module):
-    """Every patch of a tile times one matrix: a convolution whose kernel does not overlap."""
+    """Every patch of a tile times one matrix: a convolution without overlap."""
 
     def __init__(self, dim: int, parallel: ModelParallel) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class PatchEmbedding(nn.Module):
 
 
 class TileEmbedding(nn.Module):
-    """A vector for each place that a tile can have on a canvas, times tanh of a gate."""
+    """A vector for each position of a tile on a canvas, times tanh of a gate."""
 
     def __init__(self, max_tiles: int, dim: int) -> None:
         super().__init__()
@@ -143,9 +143,9 @@ class TileEmbedding(nn.Module):
 
 
 class Padding(NamedTuple):
-    """How the tokens of an image stand: first those of its tiles, then padding, which sees no padding.
+    """The layout of an image's tokens: first those of its tiles, then padding, which sees no padding.
 
-    bias: (tokens), added to the attention's scores for each token as a key
+    bias: (tokens), added to the attention scores of each token as a key
     """
 
     valid: int
@@ -153,7 +153,7 @@ class Padding(NamedTuple):
 
 
 class ImageAttention(nn.Module):
-    """Self-attention of this rank's heads among the tokens of one image."""
+    """Self-attention among the tokens of one image, for this rank's heads."""
 
     def __init__(self, args: VisionArgs, parallel: ModelParallel) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class ImageAttention(nn.Module):
 
 
 class ImageFeedForward(nn.Module):
-    """Two matrices with biases, and GELU between them."""
+    """Two matrices with biases and GELU between them."""
 
     def __init__(self, args: VisionArgs, parallel: ModelParallel) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class ImageFeedForward(nn.Module):
 
 
 class ImageBlock(nn.Module):
-    """A block of a vision transformer (Dosovitskiy et al. 2021). gated: by tanh, as the global ones are."""
+    """A block of a vision transformer (Dosovitskiy et al. 2021). gated: by tanh, as in the global blocks."""
 
     def __init__(self, args: VisionArgs, parallel: ModelParallel, gated: bool) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class ImageBlock(nn.Module):
 
 
 class ImageTransformer(nn.Module):
-    """Blocks, one after the other."""
+    """A sequence of blocks."""
 
     def __init__(self, args: VisionArgs, parallel: ModelParallel, layers: int, gated: bool) -> None:
         super().__init__()
@@ -242,17 +242,17 @@ class VisionEncoder(nn.Module):
 
         First the last layer's output, then for each channel the inputs of the layers `vision_taps`.
 
-        The model was trained on the largest number of tiles, whatever the canvas, and on tokens padded
-        to a multiple of 8 (8 more where they are one): what is valid sees padding, so that is computed
-        too. But missing tiles are all alike, so one stands for all of them, and counts as many times
-        by a bias of log(times) on its keys.
+        The model was trained on the maximum number of tiles, whatever the canvas, and on tokens padded to
+        the next multiple of 8 (8 more if they are one already). Valid tokens see padding, so it has to be
+        computed too. But missing tiles are all alike, so one represents all of them; a bias of log(count)
+        on its keys makes it count that many times.
         """
         dim, tokens, tiles = self.args.vision_dim, self.args.tile_tokens, rows * columns
         missing = self.args.vision_max_num_chunks - tiles
         extra = 8 - tokens % 8
 
         x = self.conv1(pixels) + self.pre_tile_pos_embed(rows, columns)
-        x = F.pad(x, (0, 0, 1, 0, 0, min(missing, 1)))  # a place for the class, and a tile for the missing
+        x = F.pad(x, (0, 0, 1, 0, 0, min(missing, 1)))  # room for the class token, and one missing tile
         x[:, 0] += self.class_embedding
         gate = self.gated_positional_embedding_gate.tanh()
         x += (1 - gate) * self.positional_embedding
@@ -281,7 +281,7 @@ class VisionEncoder(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """The encoder, and the projection of its features to the width of the text model."""
+    """The encoder, and the projection of its features to the text model's width."""
 
     def __init__(self, args: VisionArgs, parallel: ModelParallel) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""Images: from what a caller has of one to the tiles that a vision model reads.
+"""Images: from any source to the tiles that a vision model reads.
 
-Only Pillow is needed. What comes is hostile until checked: formats are those of a list, and bytes and
-pixels are counted before anything is decoded.
+Only Pillow is needed. Input is untrusted: only listed formats are accepted, and bytes and pixels are
+counted before anything is decoded.
 
-A picture is turned upright by its EXIF orientation. Transparent parts become white, as in
-`transformers`; Meta's code drops the alpha channel and shows whatever color lies beneath it.
+An image is rotated according to its EXIF orientation. Transparent parts become white, as in
+`transformers`; Meta's code drops the alpha channel and shows the color stored beneath it.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ ImageSource: TypeAlias = Union[str, "os.PathLike[str]", bytes, "Image"]  # str: 
 MAX_BYTES = 50_000_000
 MAX_PIXELS = 2**26  # 67 million; the largest canvas has 1.3 million
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-# Pillow's modes that it converts to RGB without loss of what they show.
+# Pillow's modes that convert to RGB without visible loss.
 OPAQUE = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 TRANSPARENT = ("LA", "PA", "RGBA", "La", "RGBa")
-# Of CLIP's training data (Radford et al. 2021), by color channel.
+# Statistics of CLIP's training data (Radford et al. 2021), by color channel.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, eq=False)
 class TiledImage:
-    """A picture as a vision model reads it: resized onto a canvas of square tiles.
+    """An image as a vision model reads it: resized to fit a canvas of square tiles.
 
     pixels: uint8 (rows * columns, 3, size, size), RGB, row by row from the top left
-    key: a hash of all that; equal keys mean equal images
+    key: a hash of the pixels and the layout; equal keys mean equal images
     """
 
     pixels: Tensor
@@ -55,19 +55,19 @@ class TiledImage:
     key: str
 
     def normalized(self) -> Tensor:
-        """The pixels in fp32, with the mean and the standard deviation that the encoder was trained on."""
+        """The pixels in fp32, normalised by the encoder's training mean and standard deviation."""
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
         return self.pixels.float().div_(255).sub_(mean).div_(std)
 
 
 def tile_image(source: ImageSource, size: int = 560, max_tiles: int = 4) -> TiledImage:
-    """Open a picture and cut it into tiles.
+    """Open an image and split it into tiles.
 
     source: path, encoded bytes, data URL, or Pillow image
     size: side of a tile, in pixels
-    max_tiles: most tiles that a canvas may have
+    max_tiles: maximum tiles on a canvas
 
-    Bit for bit what Meta's preprocessing makes of the same RGB picture in fp32, before normalization.
+    Bit-identical to Meta's preprocessing of the same RGB image in fp32, before normalisation.
     Raises what `open_image` raises.
     """
     from PIL import Image
@@ -84,10 +84,10 @@ def tile_image(source: ImageSource, size: int = 560, max_tiles: int = 4) -> Tile
 
 
 def best_canvas(width: int, height: int, size: int, max_tiles: int) -> tuple[int, int]:
-    """Rows and columns of tiles of the canvas that suits a picture best.
+    """Rows and columns of tiles of the canvas that fits an image best.
 
-    That is the one on which the picture needs the least enlarging, or where it fits on none, the least
-    shrinking; of several, the smallest. Scales are compared in fp32, as Meta's code does.
+    That is the canvas that needs the least enlarging or, if the image fits none, the least shrinking; of
+    several, the smallest. Scales are compared in fp32, as in Meta's code.
     """
     canvases = [(r, n // r) for n in range(1, max_tiles + 1) for r in range(1, n + 1) if n % r == 0]
     sides = torch.tensor(canvases) * size
@@ -99,7 +99,7 @@ def best_canvas(width: int, height: int, size: int, max_tiles: int) -> tuple[int
 
 
 def fitted_size(width: int, height: int, canvas_width: int, canvas_height: int, size: int) -> tuple[int, int]:
-    """Width and height of a picture on its canvas: proportions kept, enlarged to one tile's side at most."""
+    """Width and height of an image on its canvas: same proportions, enlarged to at most one tile's side."""
     most_wide = min(max(width, size), canvas_width)
     most_high = min(max(height, size), canvas_height)
     if most_wide / width < most_high / height:
@@ -110,10 +110,10 @@ def fitted_size(width: int, height: int, canvas_width: int, canvas_height: int, 
 def open_image(source: ImageSource) -> Image:
     """An upright RGB Pillow image.
 
-    source: path, encoded bytes, data URL, or Pillow image. Of an animation the first frame counts.
+    source: path, encoded bytes, data URL, or Pillow image. Of an animation, the first frame is used.
 
-    Raises FileNotFoundError for a missing file, MissingPackageError without Pillow, PromptError for
-    anything that is no picture, is too large, or has no 8-bit colors.
+    Raises FileNotFoundError if the file is missing, MissingPackageError if Pillow is missing, PromptError
+    if the source is not an image, is too large, or does not have 8-bit colors.
     """
     try:
         from PIL import Image, ImageOps
@@ -122,7 +122,7 @@ def open_image(source: ImageSource) -> Image:
     image = source if isinstance(source, Image.Image) else _opened(_encoded(source))
     if image.width * image.height > MAX_PIXELS:
         raise PromptError(
-            f"the image has {image.width} × {image.height} pixels; scale it down to {MAX_PIXELS:,} at most"
+            f"the image has {image.width} × {image.height} pixels; scale it down to at most {MAX_PIXELS:,}"
         )
     if image.mode not in OPAQUE + TRANSPARENT:
         raise PromptError(f"the image has mode {image.mode!r}; convert it to 8-bit RGB")
@@ -133,18 +133,18 @@ def open_image(source: ImageSource) -> Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
-        raise PromptError(f"the image cannot be decoded, it may be damaged: {error}") from None
+        raise PromptError(f"the image cannot be decoded and may be damaged: {error}") from None
 
 
 def _encoded(source: object) -> bytes:
-    """The bytes of an image file. Raises PromptError if they are too many or not to be had."""
+    """The bytes of an image file. Raises PromptError if they are too many or not available."""
     if isinstance(source, bytes | bytearray | memoryview):
         data = bytes(source)
     elif isinstance(source, str) and source.startswith("data:"):
         return from_data_url(source)
     elif isinstance(source, str) and re.match(r"[a-z]+://", source):
         raise PromptError(
-            f"images are not downloaded: fetch {source[:80]} yourself and pass its bytes or a path"
+            f"images are not downloaded: download {source[:80]} yourself and pass its bytes or a path"
         )
     elif isinstance(source, str | os.PathLike):
         path = Path(source)
@@ -155,7 +155,7 @@ def _encoded(source: object) -> bytes:
         data = path.read_bytes()
     else:
         raise PromptError(
-            "an image is a path, bytes, a data URL or a Pillow image, not "
+            "an image must be a path, bytes, a data URL or a Pillow image, not "
             f"{'None' if source is None else f'a {type(source).__name__}'}"
         )
     if len(data) > MAX_BYTES:
@@ -164,10 +164,10 @@ def _encoded(source: object) -> bytes:
 
 
 def from_data_url(url: str) -> bytes:
-    """What a URL of the form data:image/png;base64,… holds. Raises PromptError for others."""
+    """The data in a URL of the form data:image/png;base64,… Raises PromptError for other URLs."""
     head, _, encoded = url.partition(",")
     if not re.fullmatch(r"data:image/[\w.+-]+;base64", head):
-        raise PromptError(f"an image's data URL begins with data:image/TYPE;base64, not {head[:60]!r}")
+        raise PromptError(f"an image's data URL must begin with data:image/TYPE;base64, not {head[:60]!r}")
     if len(encoded) * 3 // 4 > MAX_BYTES:
         raise _too_large(len(encoded) * 3 // 4)
     try:
@@ -177,11 +177,11 @@ def from_data_url(url: str) -> bytes:
 
 
 def _too_large(count: int) -> PromptError:
-    return PromptError(f"the image file has {count:,} bytes; {MAX_BYTES:,} at most are accepted")
+    return PromptError(f"the image file has {count:,} bytes; at most {MAX_BYTES:,} are accepted")
 
 
 def _opened(data: bytes) -> Image:
-    """A Pillow image of which only the header has been read."""
+    """A Pillow image whose header has been read, and nothing else."""
     from PIL import Image, UnidentifiedImageError
 
     try:

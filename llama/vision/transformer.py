@@ -1,10 +1,10 @@
 """Llama 3.2 Vision: the text model with cross-attention blocks between its layers, and their cache.
 
-With no image in a step it is the text model alone, and costs no more.
+In a step without images it is the text model, at the same cost.
 
-An image takes one position in the sequence, by a token of its own. It is seen from there to the next
-image, or to the end; of images that follow one another directly, all are. Meta's code lets tokens that
-are generated after two images or more see none; here they see what the prompt's last token sees.
+An image takes one position in the sequence, with a token of its own. Tokens from there to the next image,
+or to the end, see it; images that directly follow one another are seen together. In Meta's code, tokens
+generated after two or more images see none; here they see what the prompt's last token sees.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +32,7 @@ from llama.vision.images import TiledImage
 
 
 class Sight(NamedTuple):
-    """Some tokens of a step, and which part of a slot's image cache they see."""
+    """Some tokens of a step, and the part of a slot's image cache that they see."""
 
     tokens: slice
     slot: int
@@ -40,7 +40,7 @@ class Sight(NamedTuple):
 
 
 class CrossAttention(Attention):
-    """Attention of text to images: queries of the one, keys and values of the other; no positions."""
+    """Attention from text (queries) to images (keys and values), without positions."""
 
     def __init__(self, args: VisionArgs, parallel: ModelParallel) -> None:
         super().__init__(args, parallel)
@@ -50,17 +50,17 @@ class CrossAttention(Attention):
         self.k_norm = RMSNorm(args.head_dim, args.norm_eps)
 
     def keys_values(self, image: Tensor) -> Tensor:
-        """What text sees of an image (tokens, dim): (2, n_kv_heads, tokens, head_dim)."""
+        """An image's keys and values (2, n_kv_heads, tokens, head_dim), from its vectors (tokens, dim)."""
         keys, values = self.wkv(image).view(len(image), 2, -1, self.head_dim).transpose(0, 1)
         return torch.stack((self.k_norm(keys), values)).transpose(1, 2)
 
     def forward(self, x: Tensor, cache: Tensor, sights: Sequence[Sight]) -> Tensor:  # type: ignore[override]
-        """x (N, dim) to (N, dim), 0 for tokens that see no image. cache: as `VisionTransformer.images`."""
+        """x (N, dim) to (N, dim), 0 for tokens without images. cache: one of `VisionTransformer.images`."""
         queries = self.q_norm(self.wq(x).view(len(x), -1, self.head_dim))
         out = torch.zeros_like(queries)
         for tokens, slot, seen in sights:
             keys, values = cache[:, slot, :, seen]
-            # All see the same keys, so heads that share a key head can stand as rows of one query.
+            # All see the same keys, so query heads that share a key head become rows of one query.
             q = queries[tokens].unflatten(1, (len(keys), -1)).transpose(0, 1)
             attended = F.scaled_dot_product_attention(q.flatten(1, 2)[None], keys[None], values[None])
             out[tokens] = attended.view_as(q).transpose(0, 1).flatten(1, 2)
@@ -68,7 +68,7 @@ class CrossAttention(Attention):
 
 
 class CrossAttentionBlock(nn.Module):
-    """A `TransformerBlock` that reads images, its two branches gated by tanh."""
+    """A `TransformerBlock` that reads images, with both branches gated by tanh."""
 
     def __init__(self, args: VisionArgs, parallel: ModelParallel) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class CrossAttentionBlock(nn.Module):
         self.gate_ffwd = nn.Parameter(torch.empty(1), requires_grad=False)
 
     def forward(self, x: Tensor, cache: Tensor, sights: Sequence[Sight], blind: Tensor) -> Tensor:
-        """x (N, dim) to (N, dim). blind: bool (N, 1), the tokens that see no image and stay as they are."""
+        """x (N, dim) to (N, dim). blind: bool (N, 1), tokens that see no image and stay unchanged."""
         x += self.gate_attn.tanh() * self.attention(self.attention_norm(x), cache, sights)
         x += self.gate_ffwd.tanh() * self.feed_forward(self.ffn_norm(x)).masked_fill_(blind, 0)
         return x
@@ -94,7 +94,7 @@ class PlacedImage(NamedTuple):
 
 
 class HeldImage(NamedTuple):
-    """An image that a slot's part of the cache holds, at start … stop - 1 of it."""
+    """An image in a slot's part of the cache, at start … stop - 1."""
 
     key: str
     position: int
@@ -103,11 +103,11 @@ class HeldImage(NamedTuple):
 
 
 def sights(images: Sequence[HeldImage], row: Row, first: int) -> Iterator[Sight]:
-    """What the tokens of a row see. first: of them, their number in the step."""
+    """What the tokens of a row see. first: index of the row's first token in the step."""
     begin = 0
     for i, image in enumerate(images):
         if i == 0 or images[i - 1].position + 1 < image.position:
-            begin = image.start  # what came before is seen no longer
+            begin = image.start  # earlier images are no longer seen
         start = max(row.start, image.position)
         stop = min(row.stop, images[i + 1].position) if i + 1 < len(images) else row.stop
         if start < stop:
@@ -118,7 +118,7 @@ def sights(images: Sequence[HeldImage], row: Row, first: int) -> Iterator[Sight]
 class VisionTransformer(Transformer):
     """A Llama 3.2 Vision model, or one rank's part of it. The image token's id is `vocab_size`.
 
-    load_tower: fills `vision_model`, which may stay on the meta device until the first image comes
+    load_tower: loads `vision_model`, which may stay on the meta device until the first image
     """
 
     params: VisionArgs
@@ -131,7 +131,7 @@ class VisionTransformer(Transformer):
         self.cross_attention_layers = nn.ModuleList(
             CrossAttentionBlock(params, self.parallel) for _ in params.fusion
         )
-        # Of the image token and 7 more that nothing uses. Files cut it, but every rank has all of it.
+        # For the image token and 7 unused ones. Files split it, but every rank has all of it.
         self.learnable_embedding = VocabParallelEmbedding(8, params.dim, ModelParallel())
         self.held: list[list[HeldImage]]
         self.forget_images()
@@ -150,26 +150,26 @@ class VisionTransformer(Transformer):
 
     @property
     def images(self) -> Tensor:
-        """What the slots' images say, of valid tiles only: see `image_cache_shape`."""
+        """Keys and values of the slots' images, of valid tiles only; see `image_cache_shape`."""
         assert self._images is not None
         return self._images
 
     def forget_images(self) -> None:
-        """Let no slot have an image, because weights have changed or the cache is another one."""
+        """Remove all images from the slots, because weights or the cache have changed."""
         self.held = [[] for _ in range(self.params.max_batch_size)]
 
     def check_images(self, prompt: Sequence[int], images: Sequence[TiledImage]) -> None:
-        """Raise PromptError unless each image has its token in the prompt, and the cache room for all."""
+        """Raise PromptError unless each image has its token in the prompt, and all fit in the cache."""
         tokens = sum(token == self.params.vocab_size for token in prompt)
         if tokens != len(images):
             raise PromptError(
                 f"the prompt has {tokens} image token(s) (id {self.params.vocab_size}), but {len(images)} "
-                "image(s) are given: each needs one"
+                "image(s) were passed: each needs one token"
             )
         self.check_room(images)
 
     def check_room(self, images: Sequence[TiledImage]) -> None:
-        """Raise PromptError for images that a slot's part of the cache has no room for."""
+        """Raise PromptError for images that do not fit in a slot's part of the cache."""
         if len(images) > self.params.max_images:
             raise PromptError(
                 f"the prompt has {len(images)} images, but max_images={self.params.max_images}; "
@@ -184,12 +184,12 @@ class VisionTransformer(Transformer):
 
     @torch.inference_mode()
     def place(self, slot: int, images: Sequence[PlacedImage]) -> None:
-        """Let the sequence in a cache slot have these images, in the order of their positions.
+        """Assign these images, in the order of their positions, to the sequence in a cache slot.
 
-        What some slot holds of them already is not computed again. Raises what `check_room` raises.
+        Images that any slot already has are not computed again. Raises what `check_room` raises.
         """
         self.check_room([image for _, image in images])
-        _ = self.cache  # both caches are there from now on
+        _ = self.cache  # allocates both caches
         pairs = zip(self.held[slot], images, strict=False)
         same = next((i for i, (held, new) in enumerate(pairs) if held.key != new.image.key), None)
         kept = self.held[slot][: len(images)] if same is None else self.held[slot][:same]
@@ -212,7 +212,7 @@ class VisionTransformer(Transformer):
             self.held[slot].append(HeldImage(image.key, position, start, stop))
 
     def encode(self, image: TiledImage) -> Tensor:
-        """The vectors (tiles * tile_tokens, dim) that stand for an image."""
+        """The vectors (tiles * tile_tokens, dim) that represent an image."""
         if self.load_tower:
             self.load_tower()
             self.load_tower = None
@@ -225,9 +225,9 @@ class VisionTransformer(Transformer):
         start_pos: int | Tensor,
         images: Sequence[Sequence[PlacedImage]] | None = None,
     ) -> Tensor:
-        """As `Transformer.forward`.
+        """Like `Transformer.forward`.
 
-        images: of each row; by default none where start_pos is 0, else those that it has
+        images: for each row; by default none if start_pos is 0, else those that it already has
         """
         if images is not None or (isinstance(start_pos, int) and start_pos == 0):
             for slot in range(len(tokens)):
@@ -235,7 +235,7 @@ class VisionTransformer(Transformer):
         return super().forward(tokens, start_pos)
 
     def run(self, tokens: Tensor, step: Step) -> Tensor:
-        """As `Transformer.run`; a step at fixed shapes sees no images."""
+        """Like `Transformer.run`; a step at fixed shapes sees no images."""
         seen: list[Sight] = []
         first = 0
         for row in step.rows if isinstance(step, RaggedStep) else ():

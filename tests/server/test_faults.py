@@ -200,7 +200,7 @@ def test_a_model_that_fails_ends_the_server_and_tells_everybody(
 
         monkeypatch.setattr(own.engine, "step", broken)
         last = [line for line in lines if line][-1]
-        assert "the model no longer runs" in last
+        assert "the model is no longer running" in last
         served.thread.join(10)
         assert not served.thread.is_alive()
         assert str(served.server.driver.failure) == "out of luck"

@@ -118,7 +118,7 @@ def test_nothing_is_fetched(eyes: Served, tmp_path: Path, shown: str) -> None:
     [
         ("data:image/png;base64,AAAA", "cannot be opened"),
         ("data:image/png;base64,*", "not valid base64"),
-        ("data:text/html,hello", "begins with data:image"),
+        ("data:text/html,hello", "must begin with data:image"),
         (data_url(WIDE[:200]), "may be damaged"),
     ],
 )

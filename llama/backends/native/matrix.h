@@ -25,9 +25,21 @@
 #else
 #define LANES 4
 #endif
+#if LANES == 16 && defined(__AMX_BF16__) && defined(__linux__)
+#define AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
-// Whether the machine's product of bytes is of unsigned weights. int8 is then stored as value + 128.
-#if LANES == 16 || (LANES == 8 && defined(__AVXVNNI__))
+// acc + 4 products of bytes a lane. Where the weights w are unsigned in it, int8 is stored as value + 128.
+#if LANES == 16
+#define DOT4(acc, w, x) (I)_mm512_dpbusd_epi32((__m512i)(acc), (__m512i)(w), (__m512i)(x))
+#elif LANES == 8 && defined(__AVXVNNI__)
+#define DOT4(acc, w, x) (I)_mm256_dpbusd_avx_epi32((__m256i)(acc), (__m256i)(w), (__m256i)(x))
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define DOT4(acc, w, x) (I)vdotq_s32((int32x4_t)(acc), (int8x16_t)(w), (int8x16_t)(x))
+#endif
+#if defined(DOT4) && defined(__x86_64__)
 constexpr uint32_t FLIP = 0x80808080;
 #else
 constexpr uint32_t FLIP = 0;
@@ -93,7 +105,7 @@ static inline F from_half(Halves h) {
 #elif defined(__aarch64__)
   return (F)vcvt_f32_f16((float16x4_t)h);
 #else
-  F f;
+  F f = {};
   for (int i = 0; i < LANES; i++) f[i] = from_half(h[i]);
   return f;
 #endif
@@ -114,15 +126,10 @@ static inline F dot2(F acc, U w, const uint32_t* x) {
 // start + products of 32 inputs a lane: w has 4 in each of 8 vectors, x is int8 and the same for all lanes.
 // w: signed, or value + 128 where FLIP says so; with SMALL 0 … 31. The sum is exact.
 template <bool SMALL> static inline F dot32(const Bytes w[8], const uint8_t* x, int32_t start) {
-#if LANES == 16
+#ifdef DOT4
   I acc = splat(start);
 #pragma GCC unroll 8
-  for (int j = 0; j < 8; j++) acc = (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w[j], (__m512i)splat(load<int32_t>(x + 4 * j)));
-  return to_float(acc);
-#elif LANES == 8 && defined(__AVXVNNI__)
-  I acc = splat(start);
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; j++) acc = (I)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w[j], (__m256i)splat(load<int32_t>(x + 4 * j)));
+  for (int j = 0; j < 8; j++) acc = DOT4(acc, w[j], splat(load<int32_t>(x + 4 * j)));
   return to_float(acc);
 #elif LANES == 8
   // Pairs of products add up in 16 bits: four small ones fit, and one of |w| times x with w's sign.
@@ -141,11 +148,6 @@ template <bool SMALL> static inline F dot32(const Bytes w[8], const uint8_t* x, 
     }
     if (SMALL) acc = _mm256_add_epi32(acc, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
   }
-  return to_float((I)acc);
-#elif defined(__ARM_FEATURE_DOTPROD)
-  int32x4_t acc = vdupq_n_s32(start);
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; j++) acc = vdotq_s32(acc, (int8x16_t)w[j], vreinterpretq_s8_s32(vdupq_n_s32(load<int32_t>(x + 4 * j))));
   return to_float((I)acc);
 #else
   F acc = splat(float(start));  // whole numbers below 2^24 are exact in fp32
@@ -269,9 +271,8 @@ static void read_row(const Matrix& m, int row, float* out) {
       const size_t at = (size_t(row / LANES) * (m.cols / GROUP) + k / GROUP) * LANES + lane;
       const uint8_t* group = tile + k / GROUP * group_bytes(m.kind);
       const int i = k % GROUP, byte = lane * 4 + i % 4, first = m.kind == INT5;
-      int q;
-      if (m.kind == INT8) q = int8_t(group[i / 4 * sizeof(U) + byte] ^ uint8_t(FLIP));
-      else q = group[(first + i / 4 % 4) * sizeof(U) + byte] >> (i < 16 ? 0 : 4) & 15;
+      int q = m.kind == INT8 ? int8_t(group[i / 4 * sizeof(U) + byte] ^ uint8_t(FLIP))
+                             : group[(first + i / 4 % 4) * sizeof(U) + byte] >> (i < 16 ? 0 : 4) & 15;
       if (m.kind == INT5) q |= (group[byte] >> (i / 4) & 1) << 4;
       const float scale = from_half(m.scale[at]);
       out[k] = scale * q + (m.min ? from_half(m.min[at]) : -middle(m.kind) * scale);
@@ -384,13 +385,63 @@ __attribute__((noinline)) static void product(const Tile* tiles, int cols, const
         }
       }
   }
-  for (int b = 0; b < B; b++)
-    for (int t = 0; t < T; t++) out[b][t] = acc[b][t];
+  memcpy(out, acc, sizeof acc);
 }
+
+#ifdef AMX
+// Linux lends a process the registers of AMX when it asks for them.
+static bool has_amx() {
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18;
+  static const bool granted = !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA);
+  return granted;
+}
+constexpr int BLOCK = 32;  // rows of activations that AMX multiplies at once, in two halves
+
+// As `product`, for bf16 and up to BLOCK rows. A tile is the transposed matrix that AMX wants, 32 inputs in
+// 1 KB. Its sums are in an order of its own, but the same for any number of rows.
+template <int T>
+__attribute__((noinline)) static void product_by_amx(const Tile* tiles, int cols, const Inputs& x, int first, int rows, F (*out)[T]) {
+  struct alignas(64) { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {1, 0, {}, {}, {}};
+  const int upper = std::min(rows, 16), lower = rows - upper;
+  // Registers 0 and 1 have the upper rows' sums, 2 and 3 the lower ones', 4 and 5 their inputs, 6 and 7 weights.
+  const int heights[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
+  for (int i = 0; i < 8; i++) shape.rows[i] = uint8_t(heights[i]), shape.bytes[i] = heights[i] ? 64 : 0;
+  _tile_loadconfig(&shape);  // which sets them to 0
+  const uint8_t *a = (const uint8_t*)x.row(first), *w0 = tiles[0].weight, *w1 = tiles[T - 1].weight;
+  const size_t stride = size_t(x.stride) * 4;
+  for (int k = 0; k < cols / 32; k++, a += 64, w0 += 1024, w1 += 1024) {
+    _tile_loadd(4, a, stride);
+    _tile_loadd(6, w0, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (T == 2) { _tile_loadd(7, w1, 64); _tile_dpbf16ps(1, 4, 7); }
+    if (lower) { _tile_loadd(5, a + 16 * stride, stride); _tile_dpbf16ps(2, 5, 6); }
+    if (lower && T == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, &out[0][0], sizeof out[0]);
+  if (T == 2) _tile_stored(1, &out[0][T - 1], sizeof out[0]);
+  if (lower) _tile_stored(2, &out[16][0], sizeof out[0]);
+  if (lower && T == 2) _tile_stored(3, &out[16][T - 1], sizeof out[0]);
+  _tile_release();
+  for (int unit = cols / 32 * 16; unit < cols / 2; unit++)  // of heads of 16 or 80 channels
+    for (int t = 0; t < T; t++)
+      for (int b = 0; b < rows; b++)
+        out[b][t] = dot2(out[b][t], load<U>(tiles[t].weight + unit * sizeof(U)), x.row(first + b) + unit);
+}
+#endif
 
 // use(row, products of T tiles) for n rows of x.
 template <int T, int B = ROWS, class Use>
 static void for_rows(int kind, const Tile (&tiles)[T], int cols, const Inputs& x, int first, int n, Use& use) {
+#ifdef AMX
+  if (kind == BF16 && has_amx()) {
+    F out[BLOCK][T];
+    for (int rows; (rows = std::min(n, BLOCK)) > 0; first += rows, n -= rows) {
+      product_by_amx<T>(tiles, cols, x, first, rows, out);
+      for (int b = 0; b < rows; b++) use(first + b, out[b]);
+    }
+    return;
+  }
+#endif
   if constexpr (B > 0) {
     for (; n >= B; first += B, n -= B) {
       F out[B][T];

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.arguments import entries
+from llama.arguments import entries, token_ids
 from llama.checkpoint.source import Classifier
 from llama.engine import Engine
 from llama.errors import ArgumentError, PromptError
@@ -52,31 +52,32 @@ class Embeddings:
     classifier: Classifier | None = None
 
     def hidden_states(
-        self, texts: Iterable[str], layers: Sequence[int] | None = None
+        self, texts: Iterable[str | Sequence[int]], layers: Sequence[int] | None = None
     ) -> list[dict[int, Tensor]]:
         """Hidden states of texts, each computed without padding.
 
-        texts: any number.
+        texts: any number of texts, or lists of token ids, which are used as they are.
         layers: which layers; 0 is the embeddings, n the n-th layer's output, the last one normed, as in
             transformers; by default only the last.
 
         Returns for each text its layers, fp32 (tokens, dim) on the CPU. Raises ArgumentError for layers that
-        the model does not have, PromptError for a text that is longer than max_seq_len.
+        the model does not have, PromptError for a text that is longer than max_seq_len or has unknown ids.
         """
         last = self.model.params.n_layers
         wanted = [last] if layers is None else list(layers)
         if missing := [n for n in wanted if not (isinstance(n, int) and 0 <= n <= last)]:
             raise ArgumentError(f"no layer {missing[0]!r}: this model has layers 0 (embeddings) to {last}")
-        return [found for batch in self._batches(texts) for found in self._run(batch, wanted)]
+        return [found for batch in self.token_batches(texts) for found in self._run(batch, wanted)]
 
     def embed(
         self,
-        texts: Iterable[str],
+        texts: Iterable[str | Sequence[int]],
         pooling: Literal["mean", "last", "cls"] = "mean",
         normalize: bool = True,
     ) -> Tensor:
         """One vector per text, from the last layer's hidden states.
 
+        texts: see `hidden_states`.
         pooling: "mean" of all tokens, the "last" token, or the first ("cls").
         normalize: scale the vectors to length 1.
 
@@ -108,17 +109,22 @@ class Embeddings:
             classes.append({"label": labels[best], "logits": dict(zip(labels, logits, strict=True))})
         return classes
 
-    def _batches(self, texts: Iterable[str]) -> Iterator[list[list[int]]]:
-        """Token ids of texts, in batches of up to BATCH_TOKENS tokens."""
+    def token_batches(self, texts: Iterable[str | Sequence[int]]) -> Iterator[list[list[int]]]:
+        """Token ids of texts, in the batches that run together. Raises PromptError as `hidden_states`."""
         batch: list[list[int]] = []
+        params, n_words = self.model.params, self.tokenizer.n_words
         for i, text in enumerate(entries(texts, "texts")):
-            ids = self.tokenizer.encode(text, bos=True, eos=False)
-            if not 0 < len(ids) <= self.model.params.max_seq_len:
+            if isinstance(text, str):
+                ids = self.tokenizer.encode(text, bos=True, eos=False)
+            else:
+                ids = token_ids(text, f"text {i}", PromptError)
+            if unknown := [token for token in ids if not 0 <= token < min(params.vocab_size, n_words)]:
+                raise PromptError(f"text {i}: {unknown[0]} is not a token id")
+            if not 0 < len(ids) <= params.max_seq_len:
                 raise PromptError(
-                    f"text {i} has {len(ids)} tokens; it must have 1 to "
-                    f"max_seq_len={self.model.params.max_seq_len}"
+                    f"text {i} has {len(ids)} tokens; it must have 1 to max_seq_len={params.max_seq_len}"
                 )
-            full = len(batch) == self.model.params.max_batch_size
+            full = len(batch) == params.max_batch_size
             if batch and (full or sum(map(len, batch)) + len(ids) > BATCH_TOKENS):
                 yield batch
                 batch = []

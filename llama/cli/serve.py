@@ -71,8 +71,6 @@ def serve(
     address = run.Address(host, port, keys, cors, ssl_certfile, ssl_keyfile)
     with contextlib.ExitStack() as stack:
         llama = stack.enter_context(build.build(ckpt_dir))
-        if guard and llama.model.parallel.size > 1:
-            raise ArgumentError("--guard works on a single rank only")
         moderator = stack.enter_context(Guard.build(guard, device=build.device)) if guard else None
         llama.tool_format = tool_format or llama.tool_format
         once = Terminal(llama.model.parallel).once

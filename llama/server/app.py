@@ -13,7 +13,15 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from llama.errors import LlamaError
-from llama.server import chat_completions, completions, messages, responses, utilities
+from llama.server import (
+    chat_completions,
+    completions,
+    embeddings,
+    messages,
+    moderations,
+    responses,
+    utilities,
+)
 from llama.server.access import Access, BodyLimit
 from llama.server.errors import OpenAIError
 from llama.server.logs import Logged
@@ -44,7 +52,7 @@ def create_app(service: Service, keys: Sequence[str] = (), origins: Sequence[str
         dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [],  # documents the key; see Access
     )
     app.state.service = service
-    for module in (chat_completions, completions, responses, messages, utilities):
+    for module in (chat_completions, completions, responses, messages, embeddings, moderations, utilities):
         app.include_router(module.router)
     for kind in (LlamaError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _explain)

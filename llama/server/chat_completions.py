@@ -11,9 +11,8 @@ from typing_extensions import NotRequired, TypedDict
 
 from llama.arguments import ChatOptions
 from llama.engine import TopLogprobs
-from llama.errors import ArgumentError
 from llama.predictions import Answer
-from llama.server.bodies import Content, Loose, Sampling, text_of
+from llama.server.bodies import Content, Loose, Sampling, content_of, text_of
 from llama.server.replies import SSE, Stream, event, new_id, service_of, whole
 from llama.server.service import Generation, Service
 from llama.tokenizer import Message, TextTokenizer
@@ -40,34 +39,15 @@ class ChatMessage(Loose):
     tool_call_id: str | None = None
 
     def plain(self) -> Message:
-        """Convert to the library's message. Raises ArgumentError for content that is not text."""
+        """Convert to the library's message. Raises ArgumentError for content other than text and images."""
         role = "system" if self.role == "developer" else self.role
-        message: Message = {"role": role, "content": text_of(self.content)}
+        content = content_of(self.content) if role == "user" else text_of(self.content)
+        message: Message = {"role": role, "content": content}
         if self.tool_calls:
             message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         if self.tool_call_id:
             message["tool_call_id"] = self.tool_call_id
         return message
-
-
-class JsonSchema(Loose):
-    name: str | None = None
-    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
-
-
-class ResponseFormat(Loose):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    def shape(self) -> ChatOptions:
-        """Convert to the library's arguments. Raises ArgumentError if the schema is missing."""
-        if self.type == "text":
-            return {}
-        if self.type == "json_object":
-            return {"schema": {"type": "object"}}
-        if self.json_schema is None or self.json_schema.schema_ is None:
-            raise ArgumentError("response_format of type json_schema needs json_schema with a schema")
-        return {"schema": self.json_schema.schema_}
 
 
 class ChatRequest(Sampling):
@@ -78,7 +58,6 @@ class ChatRequest(Sampling):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
     reasoning_effort: str | None = Field(None, description="Ignored")
     verbosity: str | None = Field(None, description="Ignored")
     modalities: list[Literal["text"]] | None = Field(None, description="Ignored")
@@ -94,8 +73,6 @@ class ChatRequest(Sampling):
             options["tools"] = tools
             options["tool_choice"] = self.tool_choice or "auto"
             options["parallel_tool_calls"] = self.parallel_tool_calls is not False
-        if self.response_format:
-            options.update(self.response_format.shape())
         return options
 
 

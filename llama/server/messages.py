@@ -12,20 +12,31 @@ from typing_extensions import TypedDict
 from llama.arguments import ChatOptions
 from llama.errors import ArgumentError
 from llama.predictions import Answer
-from llama.server.bodies import Body, Loose
-from llama.server.errors import anthropic_error
+from llama.server.bodies import Body, Loose, image_part
+from llama.server.errors import AnthropicError, anthropic_error
 from llama.server.replies import SSE, Stream, event, new_id, service_of, whole
 from llama.server.service import Generation, Service
 from llama.tokenizer import Message
 
-router = APIRouter(tags=["Anthropic"])
+router = APIRouter(
+    tags=["Anthropic"], responses={"4XX": {"model": AnthropicError}, "5XX": {"model": AnthropicError}}
+)
+
+
+class Source(Loose):
+    """Where an image comes from. Only base64 is taken."""
+
+    type: str
+    media_type: str = ""
+    data: str = ""
 
 
 class Block(Loose):
-    """A block of content: text, tool_use or tool_result, each with its own fields."""
+    """A block of content: text, image, tool_use or tool_result, each with its own fields."""
 
     type: str
     text: str | None = None
+    source: Source | None = None
     id: str | None = None
     name: str | None = None
     input: dict[str, Any] | None = None
@@ -65,7 +76,7 @@ class CountRequest(Body):
     mcp_servers: list[dict[str, Any]] | None = Field(None, description="Ignored")
 
     def dialog(self) -> list[Message]:
-        """Convert to the library's dialog. Raises ArgumentError for content that is not text."""
+        """Convert to the library's dialog. Raises ArgumentError for content other than text and images."""
         system: list[Message] = [{"role": "system", "content": _text(self.system)}] if self.system else []
         return system + [plain for message in self.messages for plain in _plain(message)]
 
@@ -125,8 +136,25 @@ def _text(content: str | Sequence[Block] | None) -> str:
         return content or ""
     for block in content:
         if block.type != "text" or block.text is None:
-            raise ArgumentError(f"content has a block of type {block.type!r}, but this model reads text only")
+            raise ArgumentError(f"content has a block of type {block.type!r}, which is not supported")
     return "\n".join(block.text or "" for block in content)
+
+
+def _content(blocks: Sequence[Block]) -> str | list[dict[str, Any]]:
+    """Convert text and images to the library's content. Raises ArgumentError for other blocks."""
+    if not any(block.type == "image" for block in blocks):
+        return _text(blocks)
+    return [
+        _image(block) if block.type == "image" else {"type": "text", "text": _text([block])}
+        for block in blocks
+    ]
+
+
+def _image(block: Block) -> dict[str, Any]:
+    source = block.source
+    if source is None or source.type != "base64":
+        raise ArgumentError("an image needs a source of type base64: nothing is fetched")
+    return image_part(f"data:{source.media_type};base64,{source.data}")
 
 
 def _plain(message: InputMessage) -> list[Message]:
@@ -151,7 +179,8 @@ def _plain(message: InputMessage) -> list[Message]:
     rest = [block for block in message.content if block.type not in known]
     if not rest and not calls:
         return results
-    plain: Message = {"role": message.role, "content": _text(rest)}
+    content = _content(rest) if message.role == "user" else _text(rest)
+    plain: Message = {"role": message.role, "content": content}
     if calls:
         plain["tool_calls"] = calls
     return [*results, plain]

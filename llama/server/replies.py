@@ -3,8 +3,8 @@
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -13,6 +13,8 @@ from starlette.types import Receive, Scope, Send
 from llama.predictions import Answer
 from llama.server.errors import openai_error, shape_of
 from llama.server.service import Generation, Service
+
+T = TypeVar("T")
 
 SSE: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
@@ -55,14 +57,19 @@ async def whole(
 ) -> Response:
     """The result of `build` for all answers, as JSON."""
     async with generation:
-        work = asyncio.ensure_future(generation.answers())
-        gone = asyncio.ensure_future(_disconnect(request))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            return json_response(build(work.result())) if work.done() else Response(status_code=499)
-        finally:
-            work.cancel()
-            gone.cancel()
+        return await finished(request, generation.answers(), build)
+
+
+async def finished(request: Request, result: Coroutine[Any, Any, T], build: Callable[[T], Any]) -> Response:
+    """What `build` makes of a result, as JSON; the work for it ends when the client goes away."""
+    work = asyncio.ensure_future(result)
+    gone = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return json_response(build(work.result())) if work.done() else Response(status_code=499)
+    finally:
+        work.cancel()
+        gone.cancel()
 
 
 async def _disconnect(request: Request) -> None:

@@ -15,8 +15,7 @@ from typing_extensions import TypedDict
 from llama.arguments import ChatOptions
 from llama.errors import ArgumentError
 from llama.predictions import Answer
-from llama.server.bodies import Body, Content, Loose, text_of
-from llama.server.chat_completions import JsonSchema, ResponseFormat
+from llama.server.bodies import Body, Content, JsonSchema, Loose, ResponseFormat, content_of, text_of
 from llama.server.replies import SSE, Stream, event, new_id, service_of, whole
 from llama.server.service import Generation, Service
 from llama.streaming import StreamEvent
@@ -82,7 +81,8 @@ class ResponsesRequest(Body):
             if item.type == "message":
                 role = item.role or "user"
                 role = "system" if role == "developer" else role
-                dialog.append({"role": role, "content": text_of(item.content)})
+                content = content_of(item.content) if role == "user" else text_of(item.content)
+                dialog.append({"role": role, "content": content})
             elif item.type == "function_call":
                 if not dialog or dialog[-1]["role"] != "assistant":
                     dialog.append({"role": "assistant", "content": ""})
@@ -121,7 +121,7 @@ class ResponsesRequest(Body):
             options["parallel_tool_calls"] = self.parallel_tool_calls is not False
         if self.text and (form := self.text.format):
             shape = ResponseFormat(type=form.type, json_schema=JsonSchema(schema=form.schema_))
-            options.update(shape.shape())
+            options.update(shape.shape())  # type: ignore[typeddict-item]
         return options
 
 

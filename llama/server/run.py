@@ -5,9 +5,10 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -16,7 +17,7 @@ from llama.guard import Guard
 from llama.server import logs
 from llama.server.app import create_app
 from llama.server.driver import Driver, Once
-from llama.server.service import Limits, Service
+from llama.server.service import Limits, Service, SharedGuard
 
 log = logging.getLogger("llama.server")
 LAST_WORDS = 5.0  # seconds for error messages to reach clients after the model has failed
@@ -92,7 +93,9 @@ def create_server(
     guard: Guard | None = None,
 ) -> Server:
     """A server on rank 0; its `run` serves until it is told to end. See `serve`."""
-    service = Service(llama, Driver(llama, once), name, limits, prefix, guard)
+    driver = Driver(llama, once, _jobs(llama, guard))
+    shared = guard and (SharedGuard(guard, driver) if llama.model.parallel.size > 1 else guard)
+    service = Service(llama, driver, name, limits, prefix, shared)
     config = uvicorn.Config(
         create_app(service, address.keys, address.origins),
         host=address.host,
@@ -104,6 +107,11 @@ def create_server(
         server_header=False,
     )
     return Server(config, service)
+
+
+def _jobs(llama: Llama, guard: Guard | None) -> dict[str, Callable[..., Any]]:
+    """What ranks do between steps; see `Driver`."""
+    return {"embed": llama.embed, **({"check": guard.check} if guard else {})}
 
 
 def serve(
@@ -127,7 +135,7 @@ def serve(
     if llama.model.parallel.rank > 0:
         for told in (signal.SIGTERM, signal.SIGINT):
             signal.signal(told, signal.SIG_IGN)  # rank 0 decides when to exit
-        Driver(llama, once).follow()
+        Driver(llama, once, _jobs(llama, guard)).follow()
     else:
         logs.configure()
         create_server(llama, once, name, address, limits, prefix, guard).run()

@@ -3,24 +3,26 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Literal
+from typing import Literal, TypeVar
 
 from llama.arguments import ChatOptions, Options, TextRequest
 from llama.engine import Event, Request
 from llama.errors import ArgumentError
 from llama.generation import Llama
-from llama.guard import Guard
-from llama.moderation import EventReader
+from llama.guard import Guard, Verdict
+from llama.moderation import EventReader, reviews
 from llama.predictions import Answer
 from llama.server.driver import Driver, Ticket
 from llama.server.errors import BusyError, DeadlineError, DrainingError, GenerationError, ModelNameError
 from llama.server.metrics import Metrics
 from llama.streaming import Stats, StreamEvent, create_reader, refusals
 from llama.tokenizer import Dialog
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -137,18 +139,38 @@ class Generation:
         self._service.metrics.observe(stats, event.finish_reason or "")
 
 
+class SharedGuard:
+    """A guard whose model is on several ranks: they check together, between two steps."""
+
+    def __init__(self, guard: Guard, driver: Driver) -> None:
+        self.version = guard.version
+        self._driver = driver
+
+    def check(self, dialogs: Sequence[Dialog]) -> list[Verdict]:
+        """See `Guard.check`."""
+        verdicts: list[Verdict] = self._driver.call("check", dialogs).result()
+        return verdicts
+
+
 class Service:
     """A model that is served.
 
     name: the model's name for clients.
-    guard: checks what users ask and what the model answers, in chats.
+    guard: checks what users ask and what the model answers.
     draining: whether new requests are refused because the server is shutting down.
     """
 
     draining = False
+    _beside = 0  # requests that are not answered by generating
 
     def __init__(
-        self, llama: Llama, driver: Driver, name: str, limits: Limits, prefix: str, guard: Guard | None
+        self,
+        llama: Llama,
+        driver: Driver,
+        name: str,
+        limits: Limits,
+        prefix: str,
+        guard: Guard | SharedGuard | None,
     ) -> None:
         self.llama = llama
         self.guard = guard
@@ -177,14 +199,22 @@ class Service:
         """Continue texts or lists of ids. Raises BusyError, or ArgumentError for an invalid request."""
 
         def prepare() -> list[TextRequest]:
-            encode = self.llama.tokenizer.encode
-            ids = [encode(p, bos=True, eos=False) if isinstance(p, str) else p for p in prompts]
-            return self.llama.requests(ids, **options)
+            tokenizer = self.llama.tokenizer
+            ids = [tokenizer.encode(p, bos=True, eos=False) if isinstance(p, str) else p for p in prompts]
+            requests = self.llama.requests(ids, **options)
+            if self.guard:
+                texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts]
+                checks = reviews(self.guard, [[{"role": "user", "content": text}] for text in texts], None)
+                n = len(requests) // len(prompts)
+                requests = [replace(r, review=checks[i // n]) for i, r in enumerate(requests)]
+            return requests
 
+        self._check_open()
         return self._accept(await asyncio.to_thread(prepare))
 
     async def chat(self, dialog: Dialog, options: ChatOptions) -> Generation:
         """Answer a dialog. Raises BusyError, or ArgumentError for an invalid request."""
+        self._check_open()
         if self.guard:
             options = {**options, "guard": self.guard}
         return self._accept(await asyncio.to_thread(self.llama.chat_requests, [dialog], **options))
@@ -194,9 +224,44 @@ class Service:
         (request,) = await asyncio.to_thread(self.llama.chat_requests, [dialog], **options)
         return request.prompt
 
-    def _accept(self, sources: Sequence[TextRequest]) -> Generation:
+    async def embed(
+        self, texts: Sequence[str | Sequence[int]], pooling: str
+    ) -> tuple[list[list[float]], int]:
+        """Vectors of texts, and how many tokens they have. Raises BusyError, or what `Llama.embed` raises."""
+        self._check_open()
+
+        async def work() -> tuple[list[list[float]], int]:
+            batches = await asyncio.to_thread(lambda: list(self.llama.token_batches(texts)))
+            calls = [asyncio.wrap_future(self.driver.call("embed", batch, pooling)) for batch in batches]
+            vectors = [vector for found in await asyncio.gather(*calls) for vector in found.tolist()]
+            return vectors, sum(len(ids) for batch in batches for ids in batch)
+
+        return await self._bounded(work)
+
+    async def moderate(self, dialogs: Sequence[Dialog]) -> list[Verdict]:
+        """The guard's verdicts. Raises BusyError, ArgumentError without a guard and as `Guard.check` does."""
+        self._check_open()
+        if self.guard is None:
+            raise ArgumentError("this server has no guard to moderate with: start it with --guard DIR")
+        return await self._bounded(partial(asyncio.to_thread, self.guard.check, dialogs))
+
+    async def _bounded(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do what generates nothing, within the limits."""
+        if self._beside >= self.slots + self.limits.queue:
+            raise BusyError(f"{self._beside} requests are running or waiting; try again later")
+        self._beside += 1
+        try:
+            return await asyncio.wait_for(work(), self.limits.timeout)
+        except asyncio.TimeoutError:
+            raise DeadlineError(f"the request took longer than {self.limits.timeout:g} seconds") from None
+        finally:
+            self._beside -= 1
+
+    def _check_open(self) -> None:
         if self.draining:
             raise DrainingError("this server is shutting down; use another one")
+
+    def _accept(self, sources: Sequence[TextRequest]) -> Generation:
         capacity, unfinished = self.slots + self.limits.queue, self.driver.unfinished()
         if len(sources) > capacity:
             raise ArgumentError(f"{len(sources)} answers requested, but this server accepts {capacity}")

@@ -103,7 +103,7 @@ def test_mistakes_are_typed_errors(client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.BadRequestError, match="temperature"):
         client.messages.create(**ASK, extra_body={"temperature": 7})
     picture = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1:1/a.png"}}
-    with pytest.raises(anthropic.BadRequestError, match="'image', but this model reads text only") as caught:
+    with pytest.raises(anthropic.BadRequestError, match="an image needs a source of type base64") as caught:
         client.messages.create(**{**ASK, "messages": [{"role": "user", "content": [picture]}]})
     assert caught.value.body["type"] == "error"
     assert caught.value.body["error"]["type"] == "invalid_request_error"

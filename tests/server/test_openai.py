@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 
 import openai
 import pytest
@@ -80,7 +81,7 @@ def test_content_may_be_parts(create) -> None:
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
     assert create(messages, **DRAWN).choices[0].message.content == create(**DRAWN).choices[0].message.content
     picture = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/a.png"}}]
-    with pytest.raises(openai.BadRequestError, match="'image_url', but this model reads text only"):
+    with pytest.raises(openai.BadRequestError, match="must be a data URL"):
         create([{"role": "user", "content": picture}])
 
 
@@ -215,6 +216,23 @@ def test_responses_call_functions(client: openai.OpenAI) -> None:
     assert json.loads(shaped.output_text)["city"] in ("Oslo", "Rome")
 
 
+@pytest.mark.parametrize("shape", [{"regex": "(llama|alpaca){2}"}, {"grammar": 'start: ("a" | "b")~4'}])
+def test_regex_and_grammar(client: openai.OpenAI, create, llama: Llama, shape: dict) -> None:
+    options = {"temperature": 1.0, "seed": 3, "max_tokens": 40}
+    (expected,) = llama.chat_completion([MESSAGES], **options, **shape)
+    assert create(**options, extra_body=shape).choices[0].message.content == expected["generation"]["content"]
+    (expected,) = llama.text_completion(["the"], **options, **shape)
+    found = client.completions.create(model=NAME, prompt="the", **options, extra_body=shape)
+    assert found.choices[0].text == expected["generation"]
+    assert re.fullmatch("(llama|alpaca){2}|[ab]{4}", found.choices[0].text)
+
+
+def test_completions_keep_a_schema(client: openai.OpenAI) -> None:
+    shape = {"response_format": {"type": "json_schema", "json_schema": {"name": "trip", "schema": CITY}}}
+    found = client.completions.create(model=NAME, prompt="the", max_tokens=200, extra_body=shape)
+    assert json.loads(found.choices[0].text)["city"] in ("Oslo", "Rome")
+
+
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
@@ -227,6 +245,9 @@ def test_responses_call_functions(client: openai.OpenAI) -> None:
         ({"logit_bias": {"x": 1}}, openai.BadRequestError, "logit_bias"),
         ({"logit_bias": {"9999": 1}}, openai.BadRequestError, "logit_bias names 9999"),
         ({"top_logprobs": 2}, openai.BadRequestError, "top_logprobs=2 needs logprobs"),
+        ({"extra_body": {"regex": "("}}, openai.BadRequestError, "this regex cannot constrain"),
+        ({"extra_body": {"grammar": "start: x"}}, openai.BadRequestError, "this grammar cannot constrain"),
+        ({"extra_body": {"regex": "a", "grammar": "start: 'a'"}}, openai.BadRequestError, "pass only one"),
         ({"stop": [""]}, openai.BadRequestError, "stop"),
         ({"model": "other"}, openai.NotFoundError, "'other' does not exist here; this server has 'tiny'"),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 
-from llama import Llama
+from llama import Guard, Llama
 from llama.server.run import Address, Server, create_server
 from llama.server.service import Limits
 from tests.support.tiny import byte_tokenizer, small_model
@@ -41,12 +41,15 @@ def tiny_llama(folder: Path, **shape: int) -> Llama:
 
 
 @contextlib.contextmanager
-def serving(llama: Llama, limits: Limits | None = None, **address: object) -> Iterator[Served]:
+def serving(
+    llama: Llama, limits: Limits | None = None, guard: Guard | None = None, **address: object
+) -> Iterator[Served]:
     """A context with a server for a model, on its own port; on exit, stops it and waits for it."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(128)
-        server = create_server(llama, lambda act: act(), NAME, Address(**address), limits or Limits())  # type: ignore
+        where, limits = Address(**address), limits or Limits()  # type: ignore[arg-type]
+        server = create_server(llama, lambda act: act(), NAME, where, limits, guard=guard)
         thread = threading.Thread(target=_run, args=(server, listening), daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"

@@ -7,6 +7,7 @@ on shapes. Peers need no tokenizer, because the benchmark passes token ids.
 import json
 import shutil
 from collections.abc import Collection
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ def write_hf(native: Path, folder: Path) -> None:
     convert(native, folder, to="hf")
 
 
-def write_gguf(native: Path, path: Path) -> None:
-    """A bf16 GGUF file without a vocabulary."""
+def write_gguf(native: Path, path: Path, hf: Path | None = None) -> None:
+    """A bf16 GGUF file, with a vocabulary if there is the model's Hugging Face folder to take it from."""
     import gguf
 
     args, tensors = read(native)
@@ -100,7 +101,10 @@ def write_gguf(native: Path, path: Path) -> None:
     writer.add_rope_freq_base(args.rope_theta)
     writer.add_rope_dimension_count(args.head_dim)
     writer.add_vocab_size(args.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    if hf:
+        add_vocabulary(writer, hf)
+    else:
+        writer.add_tokenizer_model("no_vocab")
     for name, weight in tensors.items():
         name = renamed(name, names, "blk")
         if weight.dim() == 1:
@@ -112,6 +116,24 @@ def write_gguf(native: Path, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add_vocabulary(writer: Any, hf: Path) -> None:
+    """The byte-level BPE and the chat template of a Hugging Face folder."""
+    import gguf
+
+    tokenizer = json.loads((hf / "tokenizer.json").read_text("utf-8"))
+    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    ids = sorted((tokenizer["model"]["vocab"] | special).items(), key=itemgetter(1))
+    writer.add_tokenizer_model("gpt2")
+    # llama.cpp knows the patterns that split a text by names of its own.
+    writer.add_tokenizer_pre(
+        "llama-bpe" if r"\\p{N}{1,3}" in json.dumps(tokenizer["pre_tokenizer"]) else "smollm"
+    )
+    writer.add_token_list([text for text, _ in ids])
+    kinds = gguf.TokenType
+    writer.add_token_types([kinds.CONTROL if text in special else kinds.NORMAL for text, _ in ids])
+    gguf.SpecialVocab(hf, load_merges=True, n_vocab=len(ids)).add_to_gguf(writer)
 
 
 def quantize_gguf(source: Path, path: Path, kind: str) -> None:

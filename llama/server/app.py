@@ -1,5 +1,7 @@
 """The HTTP application: its routes and middleware."""
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,10 +20,12 @@ from llama.server.logs import Logged
 from llama.server.replies import error_response
 from llama.server.service import Service
 
-PAGE = Path(__file__).with_name("page.html")
+PAGE = Path(__file__).with_name("page.html").read_text("utf-8")
+SCRIPT = hashlib.sha256(PAGE.split("<script>")[1].split("</script>")[0].encode()).digest()
 ITSELF_ONLY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    f"default-src 'none'; script-src 'sha256-{base64.b64encode(SCRIPT).decode()}'; "
+    "style-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
 )
 
 
@@ -47,7 +51,7 @@ def create_app(service: Service, keys: Sequence[str] = (), origins: Sequence[str
 
     @app.get("/", include_in_schema=False)
     def page() -> HTMLResponse:
-        return HTMLResponse(PAGE.read_text("utf-8"), headers={"Content-Security-Policy": ITSELF_ONLY})
+        return HTMLResponse(PAGE, headers={"Content-Security-Policy": ITSELF_ONLY})
 
     app.add_middleware(BodyLimit, limits=service.limits)
     if keys:

@@ -1,4 +1,4 @@
-"""OpenAI's moderations, by a Llama Guard: https://platform.openai.com/docs/api-reference/moderations."""
+"""OpenAI's moderations, with a Llama Guard: https://platform.openai.com/docs/api-reference/moderations."""
 
 from collections.abc import Sequence
 from typing import Annotated

@@ -25,7 +25,7 @@ class ModerationsRequest(Body):
     model: str | None = Field(None, description="Ignored: there is one guard")
 
     def dialogs(self) -> list[Dialog]:
-        """What the guard is shown. Raises ArgumentError for input that it does not take."""
+        """What the guard is shown. Raises ArgumentError for input that it does not accept."""
         if isinstance(self.input, str):
             return [[{"role": "user", "content": self.input}]]
         if not 0 < len(self.input) <= MOST_TEXTS:

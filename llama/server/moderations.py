@@ -52,10 +52,10 @@ class Moderation(TypedDict):
 async def moderations(
     body: ModerationsRequest, request: Request, service: Annotated[Service, Depends(service_of)]
 ) -> Response:
-    """The guard's verdict on each text, as if a user had said it.
+    """The guard's verdict on each text, as a user's message.
 
-    The categories are those of the guard's version. It gives one probability for a text as a whole, which is
-    the score of every category that it names.
+    The categories are those of the guard's version. It returns one probability for the whole text, which is
+    used as the score of every category it names.
     """
 
     def build(verdicts: Sequence[Verdict]) -> Moderation:

@@ -204,6 +204,41 @@ def test_info_tells_what_images_take(native, model):
     assert f"{sum(weight.numel() for weight in model.parameters()):,}" in lines
     assert "up to 4 tiles of 56 × 56, encoder dim 64, 40 layers" in lines
     assert "max_images 2" in lines
+    assert "one image" in lines
+
+
+def test_an_image_takes_the_memory_that_info_tells():
+    """The encoder in the released proportions, less its width and depth."""
+    args = VisionArgs(**PARAMS | {"vision_chunk_size": 224}, vision_dim=160, vision_heads=2)
+    args.vision_layers, args.vision_taps, args.vision_global_layers = 6, (1, 2, 3, 4, 5), 1
+    tower = VisionModel(args, ModelParallel())
+    for weight in tower.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    pixels = torch.zeros(4, 3, 224, 224)
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with torch.inference_mode(), torch.profiler.profile(activities=kinds, profile_memory=True) as profile:
+        tower.vision_projection(tower.vision_encoder(pixels, 2, 2))
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    assert 0.9 < max(itertools.accumulate(sizes)) / (args.activations * 4) <= 1
+
+
+def test_four_bits_of_the_11b_fit_a_card_of_12_gb():
+    """With the cache of a chat about one image."""
+    args = VisionArgs(
+        dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256, ffn_dim_multiplier=1.3,
+        multiple_of=1024, max_batch_size=1, max_seq_len=4096,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = make_model(args, ModelParallel())
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    assert 10.6e9 < sum(map(math.prod, shapes.values())) < 10.7e9
+    bits = {name: few_bits("int4", name) or 16 for name in shapes}
+    # A group of 32 has a scale of 16 bits, and in 4 bits a minimum too.
+    stored = {4: 4 + 32 / 32, 8: 8 + 16 / 32, 16: 16}
+    weights = sum(math.prod(shape) * stored[bits[name]] / 8 for name, shape in shapes.items())
+    caches = 2 * (math.prod(model.cache_shape()) + math.prod(model.image_cache_shape()))
+    assert weights + caches + 2 * args.activations < 12e9
 
 
 SCRIPT = """

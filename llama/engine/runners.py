@@ -1,6 +1,7 @@
 """How a step is computed: the interface of a runner, and the one for rows of any length."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
@@ -48,6 +49,17 @@ class Done:
         return self.outcomes
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep PyTorch to this thread: after each operator its others spin on the cores of a backend's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class RaggedRunner:
     """Runs the model once for rows of any length.
 
@@ -69,7 +81,8 @@ class RaggedRunner:
         return True
 
     def start(self, work: Sequence[Work], after: Pending | None = None) -> Pending:
-        return Done(work, self.run(work, draw=self.draw))
+        with one_thread() if self.model.step_backend else contextlib.nullcontext():
+            return Done(work, self.run(work, draw=self.draw))
 
     def run(self, work: Sequence[Work], width: int = 0, draw: int = 0) -> list[Outcome]:
         """Run the model over some work.

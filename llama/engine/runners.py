@@ -51,7 +51,7 @@ class Done:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep PyTorch to this thread: after each operator its others spin on the cores of a backend's threads."""
+    """Keep PyTorch to this thread: after an operator its others spin on the cores that a step needs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

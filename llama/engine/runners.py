@@ -1,13 +1,13 @@
 """How a step is computed: the interface of a runner, and the one for rows of any length."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
 import torch
 
+from llama.device import one_thread
 from llama.engine.outcomes import Outcome, choose_next, score_prompt
 from llama.engine.request import Request, Work
 from llama.model import Transformer
@@ -49,17 +49,6 @@ class Done:
         return self.outcomes
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep PyTorch to this thread: after an operator its others spin on the cores that a step needs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 class RaggedRunner:
     """Runs the model once for rows of any length.
 
@@ -81,7 +70,7 @@ class RaggedRunner:
         return True
 
     def start(self, work: Sequence[Work], after: Pending | None = None) -> Pending:
-        with one_thread() if self.model.step_backend else contextlib.nullcontext():
+        with one_thread(only_if=bool(self.model.step_backend)):
             return Done(work, self.run(work, draw=self.draw))
 
     def run(self, work: Sequence[Work], width: int = 0, draw: int = 0) -> list[Outcome]:

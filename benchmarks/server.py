@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--servers", nargs="*", default=[*SERVERS], help=f"some of: {'; '.join(SERVERS)}")
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--seconds", type=float, default=15, help="for each number of clients")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=1, help="0: only write the table again")
     parser.add_argument("--threads", type=int, help="of each server; by default PyTorch's choice")
     parser.add_argument("--save", type=Path, help="PATH.md and PATH.json; by default FOLDER/server")
     options = parser.parse_args()
@@ -122,8 +122,9 @@ def main() -> None:
     names = [name for name in options.servers if importlib.util.find_spec(SERVERS[name][0])]
     for name in set(options.servers) - set(names):
         print(f"{name}: skipped because {SERVERS[name][0]} is not installed", file=sys.stderr)
-    prepare(options.folder, options.native, [])
-    if not (options.folder / "server.gguf").is_file():
+    used = "".join(SERVERS[name][1] for name in names)
+    prepare(options.folder, options.native, [], hf="/hf" in used or ".gguf" in used)
+    if ".gguf" in used and not (options.folder / "server.gguf").is_file():
         write_gguf(options.folder / "native", options.folder / "server.gguf", options.folder / "hf")
     path = options.save or options.folder / "server"
     file = Path(f"{path}.json")
@@ -263,9 +264,10 @@ def table(results: dict[str, list[dict[str, dict[str, float]]]]) -> str:
             for n in counts:
                 found = [each[n] for each in rounds if n in each]
                 cell = f"{statistics.median(each[key] for each in found):.3g}" if found else ""
-                # If some were still waiting at the end, this is a lower bound.
-                late = key == "first_token" and any(each["without_a_token"] for each in found)
-                row.append(f"≥ {cell}" if late else cell)
+                # If many were still waiting at the end, this is a lower bound.
+                late = sum(each["without_a_token"] for each in found)
+                many = 10 * late > late + sum(each["answers"] for each in found)
+                row.append(f"≥ {cell}" if many and key == "first_token" else cell)
         rows.append([*row, len(rounds)])
     return markdown(head, rows)
 

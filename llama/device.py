@@ -1,6 +1,8 @@
 """Which device, which dtype, and whether a model fits."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +113,17 @@ def resident_bytes(model: nn.Module) -> int:
     backends = {getattr(module, "backend", None) for module in model.modules()}
     products = [backend.nbytes for backend in backends if backend is not None]
     return sum(products) + sum(weight.nbytes for weight in model.parameters())
+
+
+@contextlib.contextmanager
+def one_thread(only_if: bool = True) -> Iterator[None]:
+    """Keep PyTorch to the calling thread for a while.
+
+    Its other threads spin after every operator, on cores that a step backend's own threads need.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if only_if else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -55,6 +55,21 @@ def test_curves_are_drawn(ckpt: Path, tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").stat().st_size < 150_000
 
 
+@pytest.mark.slow
+def test_servers_are_compared(ckpt: Path, tmp_path: Path) -> None:
+    options = ["--native", ckpt, "--servers", "this runtime", "--clients", 1, 3, "--seconds", 2]
+    for _ in range(2):  # rounds add up
+        done = run("server.py", tmp_path, *options)
+        assert done.returncode == 0, done.stderr
+    rounds = json.loads((tmp_path / "server.json").read_text())["servers"]["this runtime"]
+    assert len(rounds) == 2
+    for found in (clients for each in rounds for clients in each.values()):
+        assert found["tokens_per_second"] > 0
+        assert found["answers"] >= 3
+        assert found["failures"] == 0
+    assert (tmp_path / "server.md").read_text() in done.stdout
+
+
 @pytest.mark.parametrize(
     "name",
     [

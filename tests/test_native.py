@@ -14,7 +14,7 @@ from llama import backends
 from llama.backends import native
 from llama.backends.native import NativeStep, PackedMatrix, UnavailableError, pack, pack_quantized
 from llama.backends.native.compiler import SOURCES
-from llama.engine import Engine
+from llama.engine import Engine, runners
 from llama.errors import ArgumentError
 from llama.model import ModelArgs, Row, Transformer
 from llama.parallel import Linear, ModelParallel, VocabParallelEmbedding
@@ -345,3 +345,21 @@ def test_an_edited_norm_is_noticed() -> None:
     edited = step.hidden(tokens, rows, model.cache.data, model.rotations)
     assert not edited.equal(before)
     assert edited.equal(step_of(model, "bf16").hidden(tokens, rows, model.cache.data, model.rotations))
+
+
+def test_pytorch_uses_one_thread_beside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads would spin on the cores that the step needs. Afterwards it has those it had."""
+    model, seen = loaded(random_model(torch.bfloat16)), []
+    choose = runners.choose_next
+    monkeypatch.setattr(
+        runners, "choose_next", lambda *args: seen.append(torch.get_num_threads()) or choose(*args)
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        engine = Engine(model)
+        engine.add([1, 2, 3], SamplingParams(max_tokens=1))
+        engine.step()
+        assert (seen, torch.get_num_threads()) == ([1], 3)
+    finally:
+        torch.set_num_threads(before)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from llama.device import one_thread
 from llama.engine.outcomes import Outcome, choose_next, score_prompt
 from llama.engine.request import Request, Work
 from llama.model import Transformer
@@ -69,7 +70,8 @@ class RaggedRunner:
         return True
 
     def start(self, work: Sequence[Work], after: Pending | None = None) -> Pending:
-        return Done(work, self.run(work, draw=self.draw))
+        with one_thread(only_if=bool(self.model.step_backend)):
+            return Done(work, self.run(work, draw=self.draw))
 
     def run(self, work: Sequence[Work], width: int = 0, draw: int = 0) -> list[Outcome]:
         """Run the model over some work.

@@ -1,5 +1,6 @@
 """Anthropic's own client against the server."""
 
+import asyncio
 import json
 
 import anthropic
@@ -108,3 +109,21 @@ def test_mistakes_are_typed_errors(client: anthropic.Anthropic) -> None:
     assert caught.value.body["type"] == "error"
     assert caught.value.body["error"]["type"] == "invalid_request_error"
     assert [model.id for model in client.models.list()] == [NAME]
+
+
+def test_asynchronously(url: str, client: anthropic.Anthropic) -> None:
+    expected = client.messages.create(**ASK, **GREEDY).content[0].text
+
+    async def ask() -> list[str]:
+        async with anthropic.AsyncAnthropic(base_url=url, api_key="none", max_retries=0) as client:
+
+            async def whole() -> str:
+                return (await client.messages.create(**ASK, **GREEDY)).content[0].text
+
+            async def streamed() -> str:
+                async with client.messages.stream(**ASK, **GREEDY) as events:
+                    return "".join([text async for text in events.text_stream])
+
+            return list(await asyncio.gather(whole(), streamed(), whole(), streamed()))
+
+    assert asyncio.run(ask()) == [expected] * 4

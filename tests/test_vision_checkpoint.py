@@ -1,6 +1,8 @@
 """Vision checkpoints: Meta's files and Hugging Face's, on any number of ranks."""
 
+import itertools
 import json
+import math
 import os
 from pathlib import Path
 
@@ -15,8 +17,10 @@ from llama.checkpoint.mllama import canvases
 from llama.cli.info import as_text, inspect
 from llama.errors import CheckpointError
 from llama.model import Transformer
-from llama.vision import PlacedImage, VisionTransformer, tile_image
-from tests.support.meta_vision import IMAGE, picture, random_vision, write_checkpoint
+from llama.parallel import ModelParallel
+from llama.quantization import few_bits
+from llama.vision import PlacedImage, VisionArgs, VisionModel, VisionTransformer, make_model, tile_image
+from tests.support.meta_vision import IMAGE, PARAMS, picture, random_vision, write_checkpoint
 from tests.support.quantized import distance
 
 TOKENS = torch.tensor([[9, 30, IMAGE, 400, 519, IMAGE, IMAGE, 7, 12, 99]])
@@ -60,6 +64,7 @@ def test_one_file(native, model, tmp_path):
     close(logits(tmp_path), model)
 
 
+@pytest.mark.slow
 def test_eight_files(tmp_path):
     model = random_vision(n_heads=8, n_kv_heads=8)
     folder = write_checkpoint(tmp_path / "eight", model, 8)

@@ -44,7 +44,7 @@ class ToolLoop:
         choice = options.pop("tool_choice", "auto")
         messages = list(dialog)
         for turn in range(max_turns + 1):
-            # The answer after the last turn must be text; a required tool is required once.
+            # The answer after the last turn must be text; a tool choice is forced only in the first turn.
             choice = "none" if turn == max_turns else choice if turn == 0 else "auto"
             (prediction,) = self.chat_completion([messages], tools=tools, tool_choice=choice, **options)
             messages.append(prediction["generation"])

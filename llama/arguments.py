@@ -69,8 +69,8 @@ class DialogOptions(TypedDict, total=False):
     parallel_tool_calls: False ends an answer after its first call.
     guard: checks the user's last message before it is answered, and the answer before it is shown; see
         `llama.Guard`.
-    guard_every: check an answer after every this many tokens and release the part found safe; by
-        default the answer is checked once, at its end.
+    guard_every: interval in tokens at which to check an answer and release what is safe; by default it is
+        checked once, at its end.
     """
 
     tools: Sequence[Any] | None

@@ -179,7 +179,7 @@ class Llama(Embeddings, ToolLoop):
         self.formatter = formatter or chat_format(tokenizer)
         self.engine = Engine(
             model,
-            # A GPU needs more rows per matrix product than a CPU to be busy.
+            # A GPU needs more rows per matrix product than a CPU to be efficient.
             prefill_chunk=2048 if model.device.type == "cuda" else 512,
             batch_invariant=batch_invariant,
             static=static,

@@ -186,7 +186,7 @@ def weight_bytes(
 ) -> int:
     """Bytes that a model's weights take once loaded; arguments as for `load_weights`.
 
-    embeddings: False leaves them out, as a decode step does; a tied output layer still counts.
+    embeddings: False leaves them out, as a decode step does; the output layer still counts.
     """
     plain = dtype.itemsize * 8.0
 

@@ -47,7 +47,7 @@ class Review:
 
     guard: the guard that checks it.
     before: the conversation that it answers.
-    every: check and release the answer after every this many tokens; None: once, at its end.
+    every: interval in tokens at which to check and release the answer; None: once, at its end.
     refused: the categories reported for the question, so that it is not answered; None if it was safe.
     """
 

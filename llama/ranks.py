@@ -130,7 +130,7 @@ def together(parallel: ModelParallel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lost_rank_as_error(parallel: ModelParallel) -> Iterator[None]:
-    """Replace torch's traceback for a broken connection by a RankError that says what it means."""
+    """Replace torch's traceback for a broken connection with a RankError that says what it means."""
     try:
         yield
     except RuntimeError as error:

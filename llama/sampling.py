@@ -176,7 +176,7 @@ def _draw(logits: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
     else:
         top, ids = logits, torch.arange(vocab_size, device=logits.device)[None]
         best = logits.amax(-1, keepdim=True)
-    # Relative to the best, so that no temperature overflows.
+    # Relative to the best, so that low temperatures do not overflow.
     total = ((logits - best) / temperature).logsumexp(-1, keepdim=True)
     probs = ((top - best) / temperature - total).exp()
     dropped = probs < min_p * (-total).exp()

@@ -26,7 +26,7 @@ SHAPED = {"type": "json_schema", "json_schema": {"name": "trip", "schema": CITY}
 
 
 @contextlib.contextmanager
-def process(*command: object) -> Iterator[tuple[subprocess.Popen, str]]:
+def process(*command: object, scheme: str = "http") -> Iterator[tuple[subprocess.Popen, str]]:
     """A server in a process of its own, and its address, once it is ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -40,11 +40,11 @@ def process(*command: object) -> Iterator[tuple[subprocess.Popen, str]]:
         text=True,
         start_new_session=True,
     )
-    url = f"http://127.0.0.1:{port}"
+    url = f"{scheme}://127.0.0.1:{port}"
     try:
         for _ in range(600):
             with contextlib.suppress(httpx.TransportError):
-                httpx.get(f"{url}/health")
+                httpx.get(f"{url}/health", verify=False)
                 break
             assert server.poll() is None, server.stderr and server.stderr.read()
             time.sleep(0.1)

@@ -16,9 +16,13 @@ from llama.server.service import Generation, Service
 
 T = TypeVar("T")
 
-SSE: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+_EVENT = {
+    "description": "One event of the stream that a request with stream: true is answered by",
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
 }
+SSE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
 
 def service_of(request: Request) -> Service:

@@ -84,7 +84,7 @@ def write_hf(native: Path, folder: Path) -> None:
 
 
 def write_gguf(native: Path, path: Path, hf: Path | None = None) -> None:
-    """A bf16 GGUF file, with a vocabulary if there is the model's Hugging Face folder to take it from."""
+    """A bf16 GGUF file, with a vocabulary if the model's Hugging Face folder is there to copy it from."""
     import gguf
 
     args, tensors = read(native)
@@ -126,7 +126,7 @@ def add_vocabulary(writer: Any, hf: Path) -> None:
     special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     ids = sorted((tokenizer["model"]["vocab"] | special).items(), key=itemgetter(1))
     writer.add_tokenizer_model("gpt2")
-    # llama.cpp knows the patterns that split a text by names of its own.
+    # llama.cpp has its own names for the patterns that split text.
     writer.add_tokenizer_pre(
         "llama-bpe" if r"\\p{N}{1,3}" in json.dumps(tokenizer["pre_tokenizer"]) else "smollm"
     )

@@ -1,8 +1,8 @@
-"""Servers on the same weights, in turn: tokens per second and the wait for the first one.
+"""Servers with the same weights, alternating: tokens per second and time to first token.
 
-Each number of clients asks for the same time, each client one streamed chat after another, with prompts
-that no server has seen before. Tokens are counted in the text that arrives, by one tokenizer for all.
-Every run adds its rounds to the results that lie there already.
+Each number of clients runs for the same time; every client sends one streamed chat after another, with
+prompts that no server has seen before. Tokens are counted in the received text, with one tokenizer for all.
+Every run adds its rounds to any existing results.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from models import prepare, write_gguf
 from llama.checkpoint import open_checkpoint
 from llama.tokenizer import TextTokenizer
 
-SLOTS, CONTEXT = 32, 1024  # of each server; a request has one slot and so much context
+SLOTS, CONTEXT = 32, 1024  # of each server; a request has one slot and this much context
 NEW = 96  # tokens at most
 LLAMA_CPP = """
 import sys, time, xllamacpp
@@ -150,7 +150,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def serving(name: str, folder: Path) -> Iterator[str]:
-    """A server in a process of its own; its address, once it answers."""
+    """A context with a server in its own process; yields its address once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -176,7 +176,7 @@ def serving(name: str, folder: Path) -> Iterator[str]:
         end = time.monotonic() + 120
         while True:
             with contextlib.suppress(httpx.HTTPError):
-                # transformers serve lists what lies in the hub's cache instead.
+                # transformers serve lists the hub's cache instead.
                 model = str(folder.resolve() / "hf")
                 if not name.startswith("transformers"):
                     model = httpx.get(f"{url}/v1/models").raise_for_status().json()["data"][0]["id"]
@@ -194,7 +194,7 @@ def serving(name: str, folder: Path) -> Iterator[str]:
 
 
 def measure(url: str, clients: int, seconds: float) -> Load:
-    """What so many clients see of a server for some seconds."""
+    """What a number of clients sees of a server during some seconds."""
     load = Load(seconds)
     url, model = url.split("#", 1)
 
@@ -210,7 +210,7 @@ def measure(url: str, clients: int, seconds: float) -> Load:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(run())
-    # Nobody should meet what the last ones left behind.
+    # No client should find what earlier ones left behind.
     httpx.post(f"{url}/v1/chat/completions", json=question(model, random.Random(), 1), timeout=600)
     return load
 
@@ -263,7 +263,7 @@ def table(results: dict[str, list[dict[str, dict[str, float]]]]) -> str:
             for n in counts:
                 found = [each[n] for each in rounds if n in each]
                 cell = f"{statistics.median(each[key] for each in found):.3g}" if found else ""
-                # Where some had to wait beyond the end, it is at least this.
+                # If some were still waiting at the end, this is a lower bound.
                 late = key == "first_token" and any(each["without_a_token"] for each in found)
                 row.append(f"≥ {cell}" if late else cell)
         rows.append([*row, len(rounds)])

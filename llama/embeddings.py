@@ -56,7 +56,7 @@ class Embeddings:
     ) -> list[dict[int, Tensor]]:
         """Hidden states of texts, each computed without padding.
 
-        texts: any number of texts, or lists of token ids, which are used as they are.
+        texts: any number of texts, or lists of token ids, which are used unchanged.
         layers: which layers; 0 is the embeddings, n the n-th layer's output, the last one normed, as in
             transformers; by default only the last.
 
@@ -110,7 +110,7 @@ class Embeddings:
         return classes
 
     def token_batches(self, texts: Iterable[str | Sequence[int]]) -> Iterator[list[list[int]]]:
-        """Token ids of texts, in the batches that run together. Raises PromptError as `hidden_states`."""
+        """Token ids of texts, grouped in batches. Raises PromptError as `hidden_states` does."""
         batch: list[list[int]] = []
         params, n_words = self.model.params, self.tokenizer.n_words
         for i, text in enumerate(entries(texts, "texts")):

@@ -46,7 +46,7 @@ def serve(
         port: port to listen on
         name: model name for clients; by default the folder's name
         api_key: key that requests must send; a JSON list for several
-        api_key_file: file with API keys, one per line, which unlike --api_key no process list shows
+        api_key_file: file with API keys, one per line; unlike --api_key, invisible in process lists
         cors: origins of web pages allowed to call, such as https://example.org; a JSON list for several
         queue: answers that may wait for a slot; further requests get status 429
         timeout: maximum seconds per request, including its wait

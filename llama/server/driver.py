@@ -34,7 +34,7 @@ class Order(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A call that every rank makes between two steps. function: by name; see `Driver.jobs`."""
+    """A call that every rank makes between two steps. function: its name; see `Driver.jobs`."""
 
     function: str
     arguments: Sequence[Any]
@@ -87,8 +87,8 @@ class Driver:
         self._numbers = itertools.count()
         self._tickets: dict[int, Ticket] = {}  # submitted and not ended
         self._next = Plan()
-        self._calls: deque[tuple[Job, Future[Any]]] = deque()  # not begun
-        self._call: Future[Any] | None = None  # that runs
+        self._calls: deque[tuple[Job, Future[Any]]] = deque()  # not started
+        self._call: Future[Any] | None = None  # the running one
         self._changed = threading.Condition()  # guards the four above
         self._thread: threading.Thread | None = None
 
@@ -118,10 +118,10 @@ class Driver:
                 self._changed.notify()
 
     def call(self, function: str, *arguments: Any) -> Future[Any]:
-        """Have every rank call one of `jobs`, from any thread. Raises RankError if the driver has ended.
+        """Make every rank call one of `jobs`, from any thread. Raises RankError if the driver has ended.
 
-        Calls run in order, one before each step, so that answers move on between them. The result is rank
-        0's, or an ArgumentError; RankError if the driver ends first. A cancelled call is left out.
+        Calls run in order, one before each step, so that answers progress between them. The result is rank
+        0's, or an ArgumentError; RankError if the driver ends first. Cancelled calls are skipped.
         """
         with self._changed:
             self._check_open()
@@ -194,7 +194,7 @@ class Driver:
         return plan
 
     def _do(self, job: Job) -> None:
-        """Make a call; other ranks than 0 have nobody to tell."""
+        """Make a call; only rank 0 delivers the result."""
         outcome: Any
         try:
             outcome = self.jobs[job.function](*job.arguments)

@@ -16,19 +16,21 @@ from llama.server.service import Service
 
 router = APIRouter(tags=["OpenAI"])
 
-MOST_TEXTS = 2048  # as at OpenAI
+MOST_TEXTS = 2048  # OpenAI's limit
 
 
 class EmbeddingsRequest(Body):
     model: str
     input: str | list[str] | list[Int] | list[list[Int]]
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Int | None = Field(None, ge=1, description="Refused unless it is the model's own")
-    pooling: Literal["mean", "last", "cls"] = Field("mean", description="Beyond OpenAI's; see `Llama.embed`")
+    dimensions: Int | None = Field(None, ge=1, description="Rejected unless it is the model's own")
+    pooling: Literal["mean", "last", "cls"] = Field(
+        "mean", description="Not in OpenAI's API; see `Llama.embed`"
+    )
     user: str | None = Field(None, description="Ignored")
 
     def texts(self) -> Sequence[str | list[int]]:
-        """Each text by itself: as text or as ids. Raises ArgumentError if there are none or too many."""
+        """The list of texts or ids. Raises ArgumentError if it is empty or too long."""
         one = isinstance(self.input, str) or (self.input and isinstance(self.input[0], int))
         texts = [self.input] if one else self.input
         if not 0 < len(texts) <= MOST_TEXTS:
@@ -58,7 +60,7 @@ class EmbeddingList(TypedDict):
 async def embeddings(
     body: EmbeddingsRequest, request: Request, service: Annotated[Service, Depends(service_of)]
 ) -> Response:
-    """One vector of length 1 for each text. Ids are used as given; texts get the model's first token."""
+    """One vector of length 1 per text. Ids are used unchanged; texts get the begin-of-text token."""
     service.check_model(body.model)
     dim = service.llama.model.params.dim
     if body.dimensions not in (None, dim):
@@ -78,5 +80,5 @@ async def embeddings(
 
 
 def _base64(vector: Sequence[float]) -> str:
-    """As OpenAI packs it: fp32, the lowest byte first."""
+    """In OpenAI's encoding: little-endian fp32."""
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -24,7 +24,7 @@ router = APIRouter(
 
 
 class Source(Loose):
-    """Where an image comes from. Only base64 is taken."""
+    """The source of an image. Only base64 is accepted."""
 
     type: str
     media_type: str = ""

@@ -1,4 +1,4 @@
-"""OpenAI's moderations, by a Llama Guard: https://platform.openai.com/docs/api-reference/moderations."""
+"""OpenAI's moderations, with a Llama Guard: https://platform.openai.com/docs/api-reference/moderations."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -25,7 +25,7 @@ class ModerationsRequest(Body):
     model: str | None = Field(None, description="Ignored: there is one guard")
 
     def dialogs(self) -> list[Dialog]:
-        """What the guard is shown. Raises ArgumentError for input that it does not take."""
+        """What the guard is shown. Raises ArgumentError for input that it does not accept."""
         if isinstance(self.input, str):
             return [[{"role": "user", "content": self.input}]]
         if not 0 < len(self.input) <= MOST_TEXTS:
@@ -52,10 +52,10 @@ class Moderation(TypedDict):
 async def moderations(
     body: ModerationsRequest, request: Request, service: Annotated[Service, Depends(service_of)]
 ) -> Response:
-    """The guard's verdict on each text, as if a user had said it.
+    """The guard's verdict on each text, as a user's message.
 
-    The categories are those of the guard's version. It gives one probability for a text as a whole, which is
-    the score of every category that it names.
+    The categories are those of the guard's version. It returns one probability for the whole text, which is
+    used as the score of every category it names.
     """
 
     def build(verdicts: Sequence[Verdict]) -> Moderation:

@@ -65,7 +65,7 @@ async def whole(
 
 
 async def finished(request: Request, result: Coroutine[Any, Any, T], build: Callable[[T], Any]) -> Response:
-    """What `build` makes of a result, as JSON; the work for it ends when the client goes away."""
+    """The result of `build`, as JSON; its work is cancelled if the client disconnects."""
     work = asyncio.ensure_future(result)
     gone = asyncio.ensure_future(_disconnect(request))
     try:

@@ -94,7 +94,7 @@ def create_server(
     guard: Guard | None = None,
     log_prompts: bool = False,
 ) -> Server:
-    """A server on rank 0; its `run` serves until it is told to end. See `serve`."""
+    """A server on rank 0; its `run` serves until the process is signalled to exit. See `serve`."""
     driver = Driver(llama, once, _jobs(llama, guard))
     shared = guard and (SharedGuard(guard, driver) if llama.model.parallel.size > 1 else guard)
     service = Service(llama, driver, name, limits, prefix, shared, log_prompts)
@@ -113,7 +113,7 @@ def create_server(
 
 
 def _jobs(llama: Llama, guard: Guard | None) -> dict[str, Callable[..., Any]]:
-    """What ranks do between steps; see `Driver`."""
+    """The functions that ranks call between steps; see `Driver`."""
     return {"embed": llama.embed, **({"check": guard.check} if guard else {})}
 
 

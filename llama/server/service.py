@@ -165,7 +165,7 @@ class Generation:
 
 
 class SharedGuard:
-    """A guard whose model is on several ranks: they check together, between two steps."""
+    """A guard with its model on several ranks, which check together between two steps."""
 
     def __init__(self, guard: Guard, driver: Driver) -> None:
         self.version = guard.version
@@ -187,7 +187,7 @@ class Service:
     """
 
     draining = False
-    _beside = 0  # requests that are not answered by generating
+    _beside = 0  # requests answered without generating
 
     def __init__(
         self,
@@ -255,7 +255,7 @@ class Service:
     async def embed(
         self, texts: Sequence[str | Sequence[int]], pooling: str
     ) -> tuple[list[list[float]], int]:
-        """Vectors of texts, and how many tokens they have. Raises BusyError, or what `Llama.embed` raises."""
+        """Vectors of texts, and their number of tokens. Raises BusyError, or what `Llama.embed` raises."""
         self._check_open()
 
         async def work() -> tuple[list[list[float]], int]:
@@ -268,7 +268,7 @@ class Service:
         return await self._bounded(work)
 
     async def moderate(self, dialogs: Sequence[Dialog]) -> list[Verdict]:
-        """The guard's verdicts. Raises BusyError, ArgumentError without a guard and as `Guard.check` does."""
+        """The guard's verdicts. Raises BusyError, or ArgumentError as `Guard.check` or without a guard."""
         self._check_open()
         if self.guard is None:
             raise ArgumentError("this server has no guard to moderate with: start it with --guard DIR")
@@ -277,7 +277,7 @@ class Service:
         return await self._bounded(partial(asyncio.to_thread, self.guard.check, dialogs))
 
     async def _bounded(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Do what generates nothing, within the limits."""
+        """Run work that does not generate, within the limits."""
         if self._beside >= self.slots + self.limits.queue:
             raise BusyError(f"{self._beside} requests are running or waiting; try again later")
         self._beside += 1

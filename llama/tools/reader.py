@@ -37,7 +37,7 @@ class Reader:
         self.ended = False
 
     def value(self) -> Parse[str]:
-        """The text of a JSON value, of which only strings and brackets are parsed."""
+        """The text of a JSON value; only its strings and brackets are parsed."""
         start, depth = self.at, 0
         while True:
             char = yield from self.peek()

@@ -15,6 +15,7 @@
 #endif
 
 constexpr int QUERY_TOKENS = 8;  // tokens of one sequence that attend together
+constexpr int PANEL = 128;  // rows that some tiles are multiplied with in turn, so that both stay in the core's cache
 
 struct Layer {
   Matrix wq, wk, wv, wo, w1, w2, w3;
@@ -220,17 +221,14 @@ struct Runtime {
   }
   // Calls use(row of x, first column of the product, LANES products) for tiles from … to - 1.
   template <class Use> void multiply(const Matrix& w, int from, int to, int t, const Inputs& x, int n, Use use) {
-    for (; from < to; from += 2) {
-      if (from + 1 < to) {
-        const Tile both[] = {tile(w, from, t, 0), tile(w, from + 1, t, 1)};
-        auto each = [&](int i, const F* v) { use(i, from * LANES, v[0]), use(i, from * LANES + LANES, v[1]); };
-        for_rows<2>(w.kind, both, w.cols, x, 0, n, each);
-      } else {
-        const Tile one[] = {tile(w, from, t, 0)};
-        auto each = [&](int i, const F* v) { use(i, from * LANES, v[0]); };
-        for_rows<1>(w.kind, one, w.cols, x, 0, n, each);
+    for (int row = 0, rows = w.tiled ? PANEL : n; row < n; row += rows)
+      for (int i = from; i < to; i += 2) {
+        const Tile both[] = {tile(w, i, t, 0), tile(w, std::min(i + 1, to - 1), t, 1)}, one[] = {both[0]};
+        auto each = [&](int b, const F* v) { use(b, i * LANES, v[0]), use(b, i * LANES + LANES, v[1]); };
+        auto only = [&](int b, const F* v) { use(b, i * LANES, v[0]); };
+        if (i + 1 < to) for_rows<2>(w.kind, both, w.cols, x, row, std::min(rows, n - row), each);
+        else for_rows<1>(w.kind, one, w.cols, x, row, std::min(rows, n - row), only);
       }
-    }
   }
   template <class Use> void multiply(const Matrix& w, int t, const Inputs& x, int n, Use use) {
     for (int from, to; pool.take(tiles_of(w.rows), from, to);) multiply(w, from, to, t, x, n, use);
@@ -358,13 +356,14 @@ struct Runtime {
   void feed_forward(int t, const Layer& l) {
     const Inputs& in = read(l.w1, t, n, [&](int i, float* to) { return rms_norm(&x[size_t(i) * m.dim], l.ffn_norm, to); });
     for (int from, to; pool.take(tiles_of(m.hidden_dim), from, to);)
-      for (; from < to; from++) {
-        const Tile both[] = {tile(l.w1, from, t, 0), tile(l.w3, from, t, 1)};
-        auto silu = [&](int i, const F* v) {
-          store(&hidden[size_t(i) * m.hidden_dim + from * LANES], v[0] / (exponential(-v[0]) + 1.f) * v[1]);
-        };
-        for_rows<2>(l.w1.kind, both, m.dim, in, 0, n, silu);
-      }
+      for (int row = 0, rows = l.w1.tiled ? PANEL : n; row < n; row += rows)
+        for (int i = from; i < to; i++) {
+          const Tile both[] = {tile(l.w1, i, t, 0), tile(l.w3, i, t, 1)};
+          auto silu = [&](int b, const F* v) {
+            store(&hidden[size_t(b) * m.hidden_dim + i * LANES], v[0] / (exponential(-v[0]) + 1.f) * v[1]);
+          };
+          for_rows<2>(l.w1.kind, both, m.dim, in, row, std::min(rows, n - row), silu);
+        }
     pool.barrier();
     const Inputs& out = read(l.w2, t, n, [&](int i, float*) { return &hidden[size_t(i) * m.hidden_dim]; });
     multiply(l.w2, t, out, n, [&](int i, int col, F v) { add(i, col, v); });

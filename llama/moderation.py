@@ -60,7 +60,10 @@ class Review:
         """The categories reported for an answer, or the beginning of one; None if it is safe."""
         if not answer.strip():
             return None
-        return judge(self.guard, [[*self.before, {"role": "assistant", "content": answer}]])[0]
+        shown = [dict(message) for message in self.before] or [{"role": "user", "content": ""}]
+        if shown[-1]["role"] == "assistant":  # the answer continues it
+            answer = shown.pop()["content"] + answer
+        return judge(self.guard, [[*shown, {"role": "assistant", "content": answer}]])[0]
 
 
 class EventReader(Protocol):

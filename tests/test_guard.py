@@ -110,6 +110,15 @@ def test_an_unsafe_answer_is_never_shown(llama):
     assert len(guard.seen) == 2
 
 
+@pytest.mark.parametrize("dialog", [[{"role": "system", "content": "Be brief."}], ANSWERED])
+def test_an_answer_without_a_question_or_to_be_continued_is_checked(llama, safe, dialog):
+    """The guard's own format has a user's message first, and no two messages of one role."""
+    assert llama.chat_completion([dialog], guard=safe)[0]["finish_reason"] == "stop"
+    guard = Words("lock opens")
+    assert llama.chat_completion([dialog], guard=guard)[0]["finish_reason"] == "content_filter"
+    assert [message["role"] for message in guard.seen[-1]] == ["user", "assistant"]
+
+
 def test_a_safe_answer_comes_whole_after_it_was_checked(llama, safe):
     events = list(llama.stream_chat([QUESTION], guard=safe, temperature=0))
     plain = list(llama.stream_chat([QUESTION], temperature=0))

@@ -31,6 +31,7 @@ def serve(
     max_body: int = 8 << 20,
     tool_format: str | None = None,
     guard: str | None = None,
+    log_prompts: bool = False,
     metrics_prefix: str = "llama",
     ssl_certfile: str | None = None,
     ssl_keyfile: str | None = None,
@@ -52,6 +53,7 @@ def serve(
         max_body: maximum bytes of a request
         tool_format: how prompts describe tools; by default as in the checkpoint's training, if any
         guard: folder of a Llama Guard that checks what users ask and what the model answers
+        log_prompts: also log prompts and answers, which are private otherwise
         metrics_prefix: prefix of metric names; with vllm, dashboards for vLLM work
         ssl_certfile: TLS certificate
         ssl_keyfile: key of the TLS certificate
@@ -76,4 +78,4 @@ def serve(
         once = Terminal(llama.model.parallel).once
         name = name or Path(ckpt_dir).resolve().stem
         limits = Limits(queue, timeout, max_body)
-        run.serve(llama, once, name, address, limits, metrics_prefix, moderator)
+        run.serve(llama, once, name, address, limits, metrics_prefix, moderator, log_prompts)

@@ -27,6 +27,7 @@ from llama.server.errors import OpenAIError
 from llama.server.logs import Logged
 from llama.server.replies import error_response
 from llama.server.service import Service
+from llama.server.traces import instrument
 
 PAGE = Path(__file__).with_name("page.html").read_text("utf-8")
 SCRIPT = hashlib.sha256(PAGE.split("<script>")[1].split("</script>")[0].encode()).digest()
@@ -69,6 +70,7 @@ def create_app(service: Service, keys: Sequence[str] = (), origins: Sequence[str
             CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"]
         )
     app.add_middleware(Logged, service=service)
+    instrument(app)
     return app
 
 

@@ -1,8 +1,8 @@
 """What request bodies of several APIs have in common, and how they become the library's arguments."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from llama.arguments import Options
 from llama.errors import ArgumentError
@@ -21,6 +21,13 @@ SAME_NAMES = (
     "regex",
     "grammar",
 )  # here and in `Options`
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Int = Annotated[int, BeforeValidator(_whole)]  # JSON does not tell 1.0 from 1
 
 
 class Body(BaseModel):
@@ -68,19 +75,19 @@ class Sampling(Body):
     model: str
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, ge=0, le=1)
-    n: int | None = Field(None, ge=1, le=128)
-    seed: int | None = None
+    n: Int | None = Field(None, ge=1, le=128)
+    seed: Int | None = None
     stop: str | list[str] | None = None
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: Int | None = Field(None, ge=0)
     presence_penalty: float | None = Field(None, ge=-100, le=100)
     frequency_penalty: float | None = Field(None, ge=-100, le=100)
     logit_bias: dict[str, float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    top_k: int | None = Field(None, ge=-1, description="Not in OpenAI's API: 0 or -1 keep all tokens")
+    top_k: Int | None = Field(None, ge=-1, description="Not in OpenAI's API: 0 or -1 keep all tokens")
     min_p: float | None = Field(None, ge=0, le=1, description="Not in OpenAI's API")
     repetition_penalty: float | None = Field(None, gt=0, le=100, description="Not in OpenAI's API")
-    stop_token_ids: list[int] | None = Field(None, description="Not in OpenAI's API")
+    stop_token_ids: list[Int] | None = Field(None, description="Not in OpenAI's API")
     response_format: ResponseFormat | None = None
     regex: str | None = Field(None, description="Not in OpenAI's API: must match the whole answer")
     grammar: str | None = Field(None, description="Not in OpenAI's API: a grammar in Lark syntax")

@@ -14,7 +14,7 @@ from llama.arguments import Options
 from llama.engine import TopLogprobs
 from llama.errors import ArgumentError
 from llama.predictions import Answer
-from llama.server.bodies import Sampling
+from llama.server.bodies import Int, Sampling
 from llama.server.chat_completions import Usage, finite, usage_of
 from llama.server.replies import SSE, Stream, event, new_id, service_of, whole
 from llama.server.service import Generation, Service
@@ -24,10 +24,10 @@ router = APIRouter(tags=["OpenAI"])
 
 
 class CompletionRequest(Sampling):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[Int] | list[list[Int]]
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=20)
-    best_of: int | None = Field(None, ge=1, le=128)
+    logprobs: Int | None = Field(None, ge=0, le=20)
+    best_of: Int | None = Field(None, ge=1, le=128)
     suffix: str | None = None
 
     def prompts(self) -> Sequence[str | list[int]]:

@@ -10,7 +10,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from llama.errors import ArgumentError
-from llama.server.bodies import Body
+from llama.server.bodies import Body, Int
 from llama.server.replies import finished, service_of
 from llama.server.service import Service
 
@@ -21,9 +21,9 @@ MOST_TEXTS = 2048  # OpenAI's limit
 
 class EmbeddingsRequest(Body):
     model: str
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | list[str] | list[Int] | list[list[Int]]
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = Field(None, ge=1, description="Rejected unless it is the model's own")
+    dimensions: Int | None = Field(None, ge=1, description="Rejected unless it is the model's own")
     pooling: Literal["mean", "last", "cls"] = Field(
         "mean", description="Not in OpenAI's API; see `Llama.embed`"
     )

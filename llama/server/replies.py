@@ -16,9 +16,13 @@ from llama.server.service import Generation, Service
 
 T = TypeVar("T")
 
-SSE: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+_EVENT = {
+    "description": "One event of the stream that a request with stream: true is answered by",
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
 }
+SSE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
 
 def service_of(request: Request) -> Service:
@@ -96,8 +100,10 @@ class Stream(EventSourceResponse):
             except Exception as error:
                 yield event(explain(error)[1], error_name)
 
-        # On shutdown, running requests are finished; their own time limit applies.
-        super().__init__(guarded(), sep="\n", shutdown_grace_period=generation.limits.timeout)
+        # On shutdown, running requests are finished; their own time limit applies. It also ends the wait
+        # for a client that does not read.
+        limit = generation.limits.timeout
+        super().__init__(guarded(), sep="\n", shutdown_grace_period=limit, send_timeout=limit)
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

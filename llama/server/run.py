@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import socket
 from collections.abc import Callable, Sequence
@@ -91,11 +92,12 @@ def create_server(
     limits: Limits,
     prefix: str = "llama",
     guard: Guard | None = None,
+    log_prompts: bool = False,
 ) -> Server:
     """A server on rank 0; its `run` serves until the process is signalled to exit. See `serve`."""
     driver = Driver(llama, once, _jobs(llama, guard))
     shared = guard and (SharedGuard(guard, driver) if llama.model.parallel.size > 1 else guard)
-    service = Service(llama, driver, name, limits, prefix, shared)
+    service = Service(llama, driver, name, limits, prefix, shared, log_prompts)
     config = uvicorn.Config(
         create_app(service, address.keys, address.origins),
         host=address.host,
@@ -105,6 +107,7 @@ def create_server(
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_graceful_shutdown=math.ceil(limits.timeout),
     )
     return Server(config, service)
 
@@ -122,6 +125,7 @@ def serve(
     limits: Limits,
     prefix: str,
     guard: Guard | None = None,
+    log_prompts: bool = False,
 ) -> None:
     """Serve a model until the process is signalled to exit. Ranks other than 0 only compute.
 
@@ -138,4 +142,4 @@ def serve(
         Driver(llama, once, _jobs(llama, guard)).follow()
     else:
         logs.configure()
-        create_server(llama, once, name, address, limits, prefix, guard).run()
+        create_server(llama, once, name, address, limits, prefix, guard, log_prompts).run()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,15 +15,18 @@ from llama.engine import Event, Request
 from llama.errors import ArgumentError
 from llama.generation import Llama
 from llama.guard import Guard, Verdict
-from llama.moderation import EventReader, reviews
+from llama.moderation import EventReader, conversation, reviews
 from llama.predictions import Answer
 from llama.server.driver import Driver, Ticket
 from llama.server.errors import BusyError, DeadlineError, DrainingError, GenerationError, ModelNameError
 from llama.server.metrics import Metrics
+from llama.server.traces import Span
 from llama.streaming import Stats, StreamEvent, create_reader, refusals
 from llama.tokenizer import Dialog
 
 T = TypeVar("T")
+
+log = logging.getLogger("llama.server")
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ class Generation:
         self._arrived: asyncio.Queue[tuple[int, Sequence[Event]] | None] = asyncio.Queue()
         self._sources = sources
         self._refused = refusals(sources)
+        self._span = Span()
+        self._span.add(
+            {"gen_ai.request.model": service.name, "gen_ai.usage.input_tokens": self.prompt_tokens}
+        )
+        self._texts = [""] * len(sources)  # of the answers so far, if they are logged
         self._tickets: list[Ticket] = []
         self._readers: dict[int, EventReader] = {}
         for index, source in enumerate(sources):
@@ -112,6 +121,8 @@ class Generation:
                         left -= 1
                     if event.stats:
                         self._count(event, event.stats)
+                    if self._service.log_prompts:
+                        self._log(event)
                     yield event
 
     async def _read(self, index: int, event: Event) -> list[StreamEvent]:
@@ -133,10 +144,24 @@ class Generation:
         with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody is listening
             loop.call_soon_threadsafe(self._arrived.put_nowait, (index, events))
 
+    def _log(self, event: StreamEvent) -> None:
+        calls = "".join(delta.name + delta.arguments for delta in event.tool_calls)
+        self._texts[event.index] += event.text + calls
+        if event.finish_reason:
+            text = self._texts[event.index]
+            log.info("answer", extra={"fields": {"index": event.index, "text": text}})
+
     def _count(self, event: StreamEvent, stats: Stats) -> None:
         self.new_tokens += stats.new_tokens
         self.cached_tokens += stats.reused_tokens if event.index in self._firsts else 0
         self._service.metrics.observe(stats, event.finish_reason or "")
+        self._span.add(
+            {
+                "gen_ai.usage.output_tokens": self.new_tokens,
+                "gen_ai.usage.cache_read.input_tokens": self.cached_tokens,
+                "gen_ai.response.time_to_first_chunk": stats.first_token_seconds,
+            }
+        )
 
 
 class SharedGuard:
@@ -157,6 +182,7 @@ class Service:
 
     name: the model's name for clients.
     guard: checks what users ask and what the model answers.
+    log_prompts: whether prompts and answers are logged.
     draining: whether new requests are refused because the server is shutting down.
     """
 
@@ -171,9 +197,11 @@ class Service:
         limits: Limits,
         prefix: str,
         guard: Guard | SharedGuard | None,
+        log_prompts: bool = False,
     ) -> None:
         self.llama = llama
         self.guard = guard
+        self.log_prompts = log_prompts
         self.driver = driver
         self.name = name
         self.limits = limits
@@ -232,6 +260,7 @@ class Service:
 
         async def work() -> tuple[list[list[float]], int]:
             batches = await asyncio.to_thread(lambda: list(self.llama.token_batches(texts)))
+            self._log(*(ids for batch in batches for ids in batch))
             calls = [asyncio.wrap_future(self.driver.call("embed", batch, pooling)) for batch in batches]
             vectors = [vector for found in await asyncio.gather(*calls) for vector in found.tolist()]
             return vectors, sum(len(ids) for batch in batches for ids in batch)
@@ -243,6 +272,8 @@ class Service:
         self._check_open()
         if self.guard is None:
             raise ArgumentError("this server has no guard to moderate with: start it with --guard DIR")
+        if self.log_prompts:
+            log.info("moderation", extra={"fields": {"dialogs": [conversation(d) for d in dialogs]}})
         return await self._bounded(partial(asyncio.to_thread, self.guard.check, dialogs))
 
     async def _bounded(self, work: Callable[[], Awaitable[T]]) -> T:
@@ -268,8 +299,17 @@ class Service:
         if unfinished + len(sources) > capacity:
             raise BusyError(f"{unfinished} answers are running or waiting; try again later")
         generation = Generation(self, sources)
+        self._log(*{id(source.prompt): source.prompt for source in sources}.values())
         self.generations.add(generation)
         return generation
+
+    def _log(self, *prompts: Sequence[int]) -> None:
+        """Log prompts as the model reads them, if that is wanted."""
+        if self.log_prompts:
+            tokenizer = self.llama.tokenizer
+            for ids in prompts:  # an image's token is none of the tokenizer's
+                text = tokenizer.decode([token for token in ids if token < tokenizer.n_words])
+                log.info("prompt", extra={"fields": {"text": text}})
 
     def fail(self) -> None:
         """Make all waiting requests fail, because the model failed."""

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Response
 from typing_extensions import TypedDict
 
 from llama.errors import ArgumentError
-from llama.server.bodies import Body
+from llama.server.bodies import Body, Int
 from llama.server.chat_completions import ChatMessage
 from llama.server.replies import json_response, service_of
 from llama.server.service import Service
@@ -97,7 +97,7 @@ async def tokenize(body: TokenizeRequest, service: Annotated[Service, Depends(se
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[int]
+    tokens: list[Int]
 
 
 class Text(TypedDict):

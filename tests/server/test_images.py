@@ -11,7 +11,8 @@ import pytest
 
 from llama import Llama
 from llama.tokenizer import Tokenizer
-from tests.support.meta_vision import picture, random_vision
+from tests.server.test_serve import TORCHRUN, process
+from tests.support.meta_vision import picture, random_vision, write_checkpoint
 from tests.support.serving import NAME, Served, serving
 from tests.support.tiny import write_tokenizer
 
@@ -146,3 +147,17 @@ def test_a_model_that_cannot_see_says_so(url: str) -> None:
 def test_embeddings_of_a_model_that_sees(seeing: Llama, client: openai.OpenAI) -> None:
     reply = client.embeddings.create(model=NAME, input=["the llama"])
     assert reply.data[0].embedding == pytest.approx(seeing.embed(["the llama"])[0].tolist(), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_ranks_see_what_one_does(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "tiny", random_vision())
+    with Llama.build(folder, max_seq_len=160, dtype="float32", max_images=2) as llama:
+        text = expected(llama, SMALL)
+    part = {"type": "image_url", "image_url": {"url": data_url(SMALL)}}
+    parts = [{"type": "text", "text": "an"}, part, {"type": "text", "text": "er"}]
+    flags = ("--dtype", "float32", "--max_images", 2)
+    with process(*TORCHRUN, "serve", folder, *flags) as (_, address):
+        body = {"model": NAME, "messages": [{"role": "user", "content": parts}], **GREEDY}
+        reply = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()
+    assert reply["choices"][0]["message"]["content"] == text

@@ -21,11 +21,12 @@ from tests.support import ROOT
 
 PATH = "/v1/chat/completions"
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "the llama"}], "max_tokens": 16}
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "llama")
 SHAPED = {"type": "json_schema", "json_schema": {"name": "trip", "schema": CITY}}
 
 
 @contextlib.contextmanager
-def process(*command: object) -> Iterator[tuple[subprocess.Popen, str]]:
+def process(*command: object, scheme: str = "http") -> Iterator[tuple[subprocess.Popen, str]]:
     """A server in a process of its own, and its address, once it is ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -39,11 +40,11 @@ def process(*command: object) -> Iterator[tuple[subprocess.Popen, str]]:
         text=True,
         start_new_session=True,
     )
-    url = f"http://127.0.0.1:{port}"
+    url = f"{scheme}://127.0.0.1:{port}"
     try:
         for _ in range(600):
             with contextlib.suppress(httpx.TransportError):
-                httpx.get(f"{url}/health")
+                httpx.get(f"{url}/health", verify=False)
                 break
             assert server.poll() is None, server.stderr and server.stderr.read()
             time.sleep(0.1)
@@ -80,8 +81,7 @@ def test_two_ranks_serve_what_one_does(ckpt: Path) -> None:
     """And told to end, both finish what they have."""
     found = []
     flags = ("serve", ckpt, "--dtype", "float32")
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "llama")
-    for command in (("llama", *flags), (*torchrun, *flags)):
+    for command in (("llama", *flags), (*TORCHRUN, *flags)):
         with process(*command) as (server, url):
             found.append(answers(url))
             late = threading.Thread(
@@ -106,8 +106,7 @@ def test_two_ranks_serve_what_one_does(ckpt: Path) -> None:
 
 @pytest.mark.slow
 def test_a_lost_rank_ends_the_server(ckpt: Path) -> None:
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "llama")
-    with process(*torchrun, "serve", ckpt, "--dtype", "float32") as (server, _):
+    with process(*TORCHRUN, "serve", ckpt, "--dtype", "float32") as (server, _):
         ranks = subprocess.run(
             ["pgrep", "-P", str(server.pid)], capture_output=True, text=True
         ).stdout.split()

@@ -7,13 +7,16 @@ script begins.
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
 from llama import Llama
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import Layout, Tokenizer
+from tests.support.tiny import write_ranks
 
 
 def cut(text: str, used: set[bytes]) -> list[bytes]:
@@ -70,3 +73,18 @@ def scripted(first: str, after_tool: str = "", **build: object) -> Llama:
     with torch.no_grad():
         model.requires_grad_(False)
     return Llama(model, tokenizer, **build)
+
+
+def save_scripted(folder: Path, llama: Llama) -> Path:
+    """A model without `after_tool` as a native checkpoint, for one rank or two. Returns the folder."""
+    folder.mkdir(parents=True)
+    tokenizer, args = llama.tokenizer, llama.model.params
+    ordinary = tokenizer.n_words - len(tokenizer.special_tokens)
+    write_ranks(folder / "tokenizer.model", (tokenizer.decode_bytes([i]) for i in range(ordinary)))
+    names = ("dim", "n_layers", "vocab_size", "multiple_of", "norm_eps", "rope_theta")
+    # Its head sees nothing without a tool call, so there may as well be two of half the size, and
+    # positions scaled as in the Llamas that Llama Guard 3 is made of.
+    params = {name: getattr(args, name) for name in names} | {"n_heads": 2, "use_scaled_rope": True}
+    (folder / "params.json").write_text(json.dumps(params))
+    torch.save(llama.model.state_dict(), folder / "consolidated.00.pth")
+    return folder

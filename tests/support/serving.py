@@ -42,14 +42,18 @@ def tiny_llama(folder: Path, **shape: int) -> Llama:
 
 @contextlib.contextmanager
 def serving(
-    llama: Llama, limits: Limits | None = None, guard: Guard | None = None, **address: object
+    llama: Llama,
+    limits: Limits | None = None,
+    guard: Guard | None = None,
+    log_prompts: bool = False,
+    **address: object,
 ) -> Iterator[Served]:
     """A context with a server for a model, on its own port; on exit, stops it and waits for it."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(128)
         where, limits = Address(**address), limits or Limits()  # type: ignore[arg-type]
-        server = create_server(llama, lambda act: act(), NAME, where, limits, guard=guard)
+        server = create_server(llama, lambda act: act(), NAME, where, limits, "llama", guard, log_prompts)
         thread = threading.Thread(target=_run, args=(server, listening), daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"

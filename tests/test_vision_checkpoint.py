@@ -1,6 +1,8 @@
 """Vision checkpoints: Meta's files and Hugging Face's, on any number of ranks."""
 
+import itertools
 import json
+import math
 import os
 from pathlib import Path
 
@@ -15,8 +17,10 @@ from llama.checkpoint.mllama import canvases
 from llama.cli.info import as_text, inspect
 from llama.errors import CheckpointError
 from llama.model import Transformer
-from llama.vision import PlacedImage, VisionTransformer, tile_image
-from tests.support.meta_vision import IMAGE, picture, random_vision, write_checkpoint
+from llama.parallel import ModelParallel
+from llama.quantization import few_bits
+from llama.vision import PlacedImage, VisionArgs, VisionModel, VisionTransformer, make_model, tile_image
+from tests.support.meta_vision import IMAGE, PARAMS, picture, random_vision, write_checkpoint
 from tests.support.quantized import distance
 
 TOKENS = torch.tensor([[9, 30, IMAGE, 400, 519, IMAGE, IMAGE, 7, 12, 99]])
@@ -60,6 +64,7 @@ def test_one_file(native, model, tmp_path):
     close(logits(tmp_path), model)
 
 
+@pytest.mark.slow
 def test_eight_files(tmp_path):
     model = random_vision(n_heads=8, n_kv_heads=8)
     folder = write_checkpoint(tmp_path / "eight", model, 8)
@@ -204,6 +209,41 @@ def test_info_tells_what_images_take(native, model):
     assert f"{sum(weight.numel() for weight in model.parameters()):,}" in lines
     assert "up to 4 tiles of 56 × 56, encoder dim 64, 40 layers" in lines
     assert "max_images 2" in lines
+    assert "one image" in lines
+
+
+def test_an_image_takes_the_memory_that_info_tells():
+    """The encoder in the released proportions, less its width and depth."""
+    args = VisionArgs(**PARAMS | {"vision_chunk_size": 224}, vision_dim=160, vision_heads=2)
+    args.vision_layers, args.vision_taps, args.vision_global_layers = 6, (1, 2, 3, 4, 5), 1
+    tower = VisionModel(args, ModelParallel())
+    for weight in tower.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    pixels = torch.zeros(4, 3, 224, 224)
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with torch.inference_mode(), torch.profiler.profile(activities=kinds, profile_memory=True) as profile:
+        tower.vision_projection(tower.vision_encoder(pixels, 2, 2))
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    assert 0.9 < max(itertools.accumulate(sizes)) / (args.activations * 4) <= 1
+
+
+def test_four_bits_of_the_11b_fit_a_card_of_12_gb():
+    """With the cache of a chat about one image."""
+    args = VisionArgs(
+        dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256, ffn_dim_multiplier=1.3,
+        multiple_of=1024, max_batch_size=1, max_seq_len=4096,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = make_model(args, ModelParallel())
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    assert 10.6e9 < sum(map(math.prod, shapes.values())) < 10.7e9
+    bits = {name: few_bits("int4", name) or 16 for name in shapes}
+    # A group of 32 has a scale of 16 bits, and in 4 bits a minimum too.
+    stored = {4: 4 + 32 / 32, 8: 8 + 16 / 32, 16: 16}
+    weights = sum(math.prod(shape) * stored[bits[name]] / 8 for name, shape in shapes.items())
+    caches = 2 * (math.prod(model.cache_shape()) + math.prod(model.image_cache_shape()))
+    assert weights + caches + 2 * args.activations < 12e9
 
 
 SCRIPT = """

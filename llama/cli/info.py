@@ -80,6 +80,7 @@ def inspect(
     args = make_args(checkpoint.params, max_seq_len, max_batch_size, max_images)
     source = checkpoint.weights
     sizes = {n: memory(args, n, source, loaded, quantize) for n in world_sizes(args)}
+    image = {"image": args.activations * loaded.itemsize} if isinstance(args, VisionArgs) else {}
     return {
         "family": checkpoint.family,
         "format": checkpoint.kind,
@@ -108,7 +109,8 @@ def inspect(
             "max_batch_size": max_batch_size,
         },
         "memory": [
-            {"ranks": n, "weights": weights, "kv_cache": cache} for n, (weights, cache) in sizes.items()
+            {"ranks": n, "weights": weights, "kv_cache": cache, **image}
+            for n, (weights, cache) in sizes.items()
         ],
     }
 
@@ -149,14 +151,18 @@ def as_text(found: dict[str, Any]) -> str:
             *(f"{name:<12} {value}" for name, value in rows),
             f"\nMemory per rank in {how}, at max_seq_len {loaded['max_seq_len']}, "
             f"max_batch_size {loaded['max_batch_size']}{kept}:",
-            f"{'ranks':>7} {'weights':>12} {'KV cache':>12} {'together':>12}",
+            _columns("ranks", "weights", "KV cache", *["one image"] * bool(vision), "together"),
             *(_memory_row(**row) for row in found["memory"]),
         ]
     )
 
 
-def _memory_row(ranks: int, weights: int, kv_cache: int) -> str:
-    return f"{ranks:>7} " + " ".join(f"{gigabytes(n):>12}" for n in (weights, kv_cache, weights + kv_cache))
+def _memory_row(ranks: int, **parts: int) -> str:
+    return _columns(str(ranks), *map(gigabytes, (*parts.values(), sum(parts.values()))))
+
+
+def _columns(first: str, *others: str) -> str:
+    return f"{first:>7} " + " ".join(f"{text:>12}" for text in others)
 
 
 def world_sizes(args: ModelArgs) -> list[int]:

@@ -79,6 +79,15 @@ class VisionArgs(ModelArgs):
         return self.vision_max_num_chunks * self.tile_tokens
 
     @property
+    def activations(self) -> int:
+        """Numbers that are alive at once, at most, while an image of all tiles is encoded.
+
+        That is at the end, when the features of all layers are collected.
+        """
+        features = self.vision_dim * (1 + len(self.vision_taps))
+        return self.vision_max_num_chunks * (self.tile_tokens + 8) * (3 * features + self.vision_dim)
+
+    @property
     def fusion(self) -> list[int]:
         """The layers with a cross-attention block before them: evenly spaced, including the last."""
         count = self.vision_num_cross_attention_layers

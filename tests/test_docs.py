@@ -4,6 +4,15 @@ import re
 from pathlib import Path
 
 from llama import Guard
+from llama.server import (
+    chat_completions,
+    completions,
+    embeddings,
+    messages,
+    moderations,
+    responses,
+    utilities,
+)
 from tests.support import ROOT
 from tests.support.script import scripted
 
@@ -26,3 +35,11 @@ def test_the_page_about_tools(capsys):
     assert "It rains in Ulm, as always." in printed
     assert "get_weather" in printed
     assert "Non-Violent Crimes" in printed
+
+
+def test_the_page_about_the_server_names_every_endpoint():
+    page = (ROOT / "docs" / "server.md").read_text("utf-8")
+    modules = (chat_completions, completions, embeddings, messages, moderations, responses, utilities)
+    paths = {route.path for module in modules for route in module.router.routes}
+    assert len(paths) > 12
+    assert not [path for path in paths if path.replace(":path", "") not in page]

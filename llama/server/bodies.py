@@ -27,7 +27,8 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Int = Annotated[int, BeforeValidator(_whole)]  # JSON does not tell 1.0 from 1
+WHOLE = BeforeValidator(_whole)  # JSON does not tell 1.0 from 1; stands last, so that bounds are documented
+Int = Annotated[int, WHOLE]
 
 
 class Body(BaseModel):
@@ -75,16 +76,18 @@ class Sampling(Body):
     model: str
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, ge=0, le=1)
-    n: Int | None = Field(None, ge=1, le=128)
+    n: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
     seed: Int | None = None
     stop: str | list[str] | None = None
-    max_tokens: Int | None = Field(None, ge=0)
+    max_tokens: Annotated[int, Field(ge=0), WHOLE] | None = None
     presence_penalty: float | None = Field(None, ge=-100, le=100)
     frequency_penalty: float | None = Field(None, ge=-100, le=100)
     logit_bias: dict[str, float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    top_k: Int | None = Field(None, ge=-1, description="Not in OpenAI's API: 0 or -1 keep all tokens")
+    top_k: Annotated[int, Field(ge=-1), WHOLE] | None = Field(
+        None, description="Not in OpenAI's API: 0 or -1 keep all tokens"
+    )
     min_p: float | None = Field(None, ge=0, le=1, description="Not in OpenAI's API")
     repetition_penalty: float | None = Field(None, gt=0, le=100, description="Not in OpenAI's API")
     stop_token_ids: list[Int] | None = Field(None, description="Not in OpenAI's API")

@@ -12,7 +12,7 @@ from typing_extensions import NotRequired, TypedDict
 from llama.arguments import ChatOptions
 from llama.engine import TopLogprobs
 from llama.predictions import Answer
-from llama.server.bodies import Content, Int, Loose, Sampling, content_of, text_of
+from llama.server.bodies import WHOLE, Content, Loose, Sampling, content_of, text_of
 from llama.server.replies import SSE, Stream, event, new_id, service_of, whole
 from llama.server.service import Generation, Service
 from llama.tokenizer import Message, TextTokenizer
@@ -52,9 +52,9 @@ class ChatMessage(Loose):
 
 class ChatRequest(Sampling):
     messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: Int | None = Field(None, ge=0)
+    max_completion_tokens: Annotated[int, Field(ge=0), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Int | None = Field(None, ge=0, le=20)
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None

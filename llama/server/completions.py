@@ -14,7 +14,7 @@ from llama.arguments import Options
 from llama.engine import TopLogprobs
 from llama.errors import ArgumentError
 from llama.predictions import Answer
-from llama.server.bodies import Int, Sampling
+from llama.server.bodies import WHOLE, Int, Sampling
 from llama.server.chat_completions import Usage, finite, usage_of
 from llama.server.replies import SSE, Stream, event, new_id, service_of, whole
 from llama.server.service import Generation, Service
@@ -26,8 +26,8 @@ router = APIRouter(tags=["OpenAI"])
 class CompletionRequest(Sampling):
     prompt: str | list[str] | list[Int] | list[list[Int]]
     echo: bool | None = None
-    logprobs: Int | None = Field(None, ge=0, le=20)
-    best_of: Int | None = Field(None, ge=1, le=128)
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
+    best_of: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
     suffix: str | None = None
 
     def prompts(self) -> Sequence[str | list[int]]:

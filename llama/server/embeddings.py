@@ -10,7 +10,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from llama.errors import ArgumentError
-from llama.server.bodies import Body, Int
+from llama.server.bodies import WHOLE, Body, Int
 from llama.server.replies import finished, service_of
 from llama.server.service import Service
 
@@ -23,7 +23,9 @@ class EmbeddingsRequest(Body):
     model: str
     input: str | list[str] | list[Int] | list[list[Int]]
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Int | None = Field(None, ge=1, description="Rejected unless it is the model's own")
+    dimensions: Annotated[int, Field(ge=1), WHOLE] | None = Field(
+        None, description="Rejected unless it is the model's own"
+    )
     pooling: Literal["mean", "last", "cls"] = Field(
         "mean", description="Not in OpenAI's API; see `Llama.embed`"
     )

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from llama.arguments import ChatOptions
 from llama.errors import ArgumentError
 from llama.predictions import Answer
-from llama.server.bodies import Body, Int, Loose, image_part
+from llama.server.bodies import WHOLE, Body, Loose, image_part
 from llama.server.errors import AnthropicError, anthropic_error
 from llama.server.replies import SSE, Stream, event, new_id, service_of, whole
 from llama.server.service import Generation, Service
@@ -96,10 +96,10 @@ class CountRequest(Body):
 
 
 class MessagesRequest(CountRequest):
-    max_tokens: Int = Field(ge=1)
+    max_tokens: Annotated[int, Field(ge=1), WHOLE]
     temperature: float | None = Field(None, ge=0, le=1)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: Int | None = Field(None, ge=0)
+    top_k: Annotated[int, Field(ge=0), WHOLE] | None = None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
     metadata: dict[str, Any] | None = Field(None, description="Ignored")

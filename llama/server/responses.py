@@ -15,7 +15,16 @@ from typing_extensions import TypedDict
 from llama.arguments import ChatOptions
 from llama.errors import ArgumentError
 from llama.predictions import Answer
-from llama.server.bodies import Body, Content, Int, JsonSchema, Loose, ResponseFormat, content_of, text_of
+from llama.server.bodies import (
+    WHOLE,
+    Body,
+    Content,
+    JsonSchema,
+    Loose,
+    ResponseFormat,
+    content_of,
+    text_of,
+)
 from llama.server.replies import SSE, Stream, event, new_id, service_of, whole
 from llama.server.service import Generation, Service
 from llama.streaming import StreamEvent
@@ -49,7 +58,7 @@ class ResponsesRequest(Body):
     model: str
     input: str | list[Item]
     instructions: str | None = None
-    max_output_tokens: Int | None = Field(None, ge=1)
+    max_output_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, ge=0, le=1)
     tools: list[dict[str, Any]] | None = None

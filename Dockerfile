@@ -11,8 +11,9 @@ RUN apt-get update \
 
 WORKDIR /app
 COPY . .
-RUN pip install --no-cache-dir -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch \
-    && pip install --no-cache-dir -c constraints.txt ".[serve,formats,tools,vision]"
+# To save gigabytes of CUDA: --build-arg PIP_EXTRA_INDEX_URL=... with the index of PyTorch's CPU builds.
+ARG PIP_EXTRA_INDEX_URL=""
+RUN pip install --no-cache-dir -c constraints.txt ".[serve,formats,tools,vision]"
 
 RUN useradd --create-home --uid 1000 llama
 USER 1000

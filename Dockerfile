@@ -13,9 +13,8 @@ WORKDIR /app
 COPY . .
 # To save gigabytes of CUDA: --build-arg PIP_EXTRA_INDEX_URL=... with the index of PyTorch's CPU builds.
 ARG PIP_EXTRA_INDEX_URL=""
-RUN pip install --no-cache-dir -c constraints.txt ".[serve,formats,tools,vision]"
-
-RUN useradd --create-home --uid 1000 llama
+RUN pip install --no-cache-dir -c constraints.txt ".[serve,formats,tools,vision]" \
+    && useradd --create-home --uid 1000 llama
 USER 1000
 WORKDIR /home/llama
 EXPOSE 8000

@@ -50,6 +50,9 @@ def process(*command: object, scheme: str = "http") -> Iterator[tuple[subprocess
             time.sleep(0.1)
         yield server, url
     finally:
+        server.terminate()  # torchrun's ranks have sessions of their own, which only torchrun ends
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(20)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
 

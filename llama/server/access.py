@@ -12,6 +12,7 @@ from llama.server.replies import error_response
 from llama.server.service import Limits
 
 OPEN = ("/", "/health", "/health/live", "/health/ready")  # paths that need no key
+MOST_READ = 4  # of a body that is too large: times as much as the largest that is accepted
 
 
 class Access:
@@ -61,11 +62,17 @@ class BodyLimit:
         await self.app(scope, replay, send)
 
     async def _read(self, receive: Receive) -> bytes:
-        body, more = bytearray(), True
-        while more:
+        body, size, more = bytearray(), 0, True
+        # A body that is too large is read on for a while: a client that is cut off never sees the answer.
+        while more and size <= MOST_READ * self.limits.body:
             message = await receive()  # a client that has disconnected sends no more body
-            body += message.get("body", b"")
+            size += len(message.get("body", b""))
+            if size <= self.limits.body:
+                body += message.get("body", b"")
             more = message.get("more_body", False)
-            if len(body) > self.limits.body:
-                raise TooLargeError(f"the body is larger than {self.limits.body} bytes")
+        if size > self.limits.body:
+            raise TooLargeError(
+                f"the body is larger than {self.limits.body} bytes: send less, or start the server with a "
+                "larger --max_body"
+            )
         return bytes(body)

@@ -91,7 +91,8 @@ class Load:
         text, ends = "", []
         async with http.stream("POST", PATH, json=body) as reply:
             reply.raise_for_status()
-            lines = [line.removeprefix("data: ") async for line in reply.aiter_lines() if line]
+            # Lines with a colon first are comments: pings, while a request waits for its turn.
+            lines = [line[6:] async for line in reply.aiter_lines() if line.startswith("data: ")]
         assert lines.pop() == "[DONE]"
         for line in lines:
             (piece,) = json.loads(line)["choices"]

@@ -108,6 +108,7 @@ def create_server(
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=math.ceil(limits.timeout),
+        timeout_keep_alive=75,  # longer than clients keep theirs: who closes last loses a request
     )
     return Server(config, service)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +115,28 @@ def resident_bytes(model: nn.Module) -> int:
     return sum(products) + sum(weight.nbytes for weight in model.parameters())
 
 
-@contextlib.contextmanager
-def one_thread(only_if: bool = True) -> Iterator[None]:
-    """Keep PyTorch to the calling thread for a while.
+class _OneThread(contextlib.AbstractContextManager[None]):
+    """Keeps PyTorch to the calling threads for a while; may be entered by several at once.
 
     Its other threads spin after every operator, on cores that a step backend's own threads need.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if only_if else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._threads = 1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._threads = torch.get_num_threads()
+            self._inside += 1
+            torch.set_num_threads(1)  # for this thread, and for those that have not used PyTorch yet
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            torch.set_num_threads(self._threads)
+
+
+one_thread = _OneThread()

@@ -3,6 +3,7 @@
 import platform
 import shutil
 import subprocess
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from llama import backends
 from llama.backends import native
 from llama.backends.native import NativeStep, PackedMatrix, UnavailableError, pack, pack_quantized
 from llama.backends.native.compiler import SOURCES
+from llama.device import one_thread
 from llama.engine import Engine, runners
 from llama.errors import ArgumentError
 from llama.model import ModelArgs, Row, Transformer
@@ -361,5 +363,24 @@ def test_pytorch_uses_one_thread_beside_a_step(monkeypatch: pytest.MonkeyPatch) 
         engine.add([1, 2, 3], SamplingParams(max_tokens=1))
         engine.step()
         assert (seen, torch.get_num_threads()) == ([1], 3)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_thread_that_first_uses_pytorch_beside_a_step_does_not_keep_one_thread() -> None:
+    before, seen = torch.get_num_threads(), []
+
+    def newcomer() -> None:
+        with one_thread:
+            seen.append(torch.get_num_threads())
+        seen.append(torch.get_num_threads())
+
+    torch.set_num_threads(3)
+    try:
+        with one_thread:
+            thread = threading.Thread(target=newcomer)
+            thread.start()
+            thread.join(60)
+        assert (seen, torch.get_num_threads()) == ([1, 3], 3)
     finally:
         torch.set_num_threads(before)

@@ -1,5 +1,6 @@
 """How a step is computed: the interface of a runner, and the one for rows of any length."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -70,7 +71,7 @@ class RaggedRunner:
         return True
 
     def start(self, work: Sequence[Work], after: Pending | None = None) -> Pending:
-        with one_thread(only_if=bool(self.model.step_backend)):
+        with one_thread if self.model.step_backend else contextlib.nullcontext():
             return Done(work, self.run(work, draw=self.draw))
 
     def run(self, work: Sequence[Work], width: int = 0, draw: int = 0) -> list[Outcome]:

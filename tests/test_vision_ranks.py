@@ -74,7 +74,9 @@ def test_ranks_without_a_head_of_the_encoder(images, torchrun, tmp_path):
     """As of 32 ranks half are, since the encoder has 16 heads."""
     model = random_vision(vision_heads=2)
     folder = write_checkpoint(tmp_path / "two heads", model)
-    done = torchrun(4, *MODULE, "seeing", images, tmp_path / "out", f"{folder},{folder}::bfloat16,{folder}:int8")
+    done = torchrun(
+        4, *MODULE, "seeing", images, tmp_path / "out", f"{folder},{folder}::bfloat16,{folder}:int8"
+    )
     assert done.returncode == 0, done.stderr
     expected = vision_ranks.seen(build(folder), images)
     for rank in range(4):

@@ -11,17 +11,28 @@ import torch
 from torch import Tensor
 
 from llama import Llama
+from llama.backends.grouped import Grouped
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.convert import convert
 from llama.checkpoint.mllama import canvases
-from llama.cli.info import as_text, inspect
+from llama.cli.info import as_text, inspect, memory
+from llama.device import resident_bytes
 from llama.errors import CheckpointError
+from llama.loading import load_weights
 from llama.model import Transformer
 from llama.parallel import ModelParallel
 from llama.quantization import few_bits
 from llama.vision import PlacedImage, VisionArgs, VisionModel, VisionTransformer, make_model, tile_image
-from tests.support.meta_vision import IMAGE, PARAMS, picture, random_vision, write_checkpoint
-from tests.support.quantized import distance
+from tests.support.meta_vision import (
+    IMAGE,
+    PARAMS,
+    picture,
+    random_vision,
+    reference,
+    reference_logits,
+    write_checkpoint,
+)
+from tests.support.quantized import KEPT, distance
 
 TOKENS = torch.tensor([[9, 30, IMAGE, 400, 519, IMAGE, IMAGE, 7, 12, 99]])
 IMAGES = [
@@ -106,34 +117,10 @@ def test_hugging_face_and_back(hugging_face, native, model, tmp_path):
         assert torch.equal(after[name][seen] if table else after[name], weight[seen] if table else weight)
 
 
-def reference(folder: Path):
-    """transformers' model, corrected where it differs from Meta's.
-
-    Its encoder hands out the features of five layers as they are one layer later, so those before are
-    asked for. Tokens before an image see it there, and should not, so the image comes first.
-    """
-    from transformers import MllamaForConditionalGeneration
-
-    reference = MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    reference.model.vision_model.intermediate_layers_indices = [2, 6, 14, 22, 29]
-    return reference
-
-
 def test_transformers_loads_it_and_agrees(hugging_face, model):
-    hf = reference(hugging_face)
     tokens = torch.tensor([[IMAGE, 9, 30, 400, 519]])
     image = tile_image(picture(100, 50), 56)
-    n = image.rows * image.columns
-    pixels = torch.zeros(1, 1, 4, 3, 56, 56)
-    pixels[0, 0, :n] = image.normalized()
-    expected = hf(
-        input_ids=tokens,
-        attention_mask=torch.ones_like(tokens),
-        pixel_values=pixels,
-        aspect_ratio_ids=torch.tensor([[1 + canvases(4).index((image.rows, image.columns))]]),
-        aspect_ratio_mask=torch.tensor([[[1] * n + [0] * (4 - n)]]),
-        cross_attention_mask=torch.tensor([1] * n + [0] * (4 - n)).expand(1, 5, 1, 4),
-    ).logits
+    expected = reference_logits(reference(hugging_face), tokens, image)
     found = model(tokens, 0, [[PlacedImage(0, image)]])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
@@ -199,6 +186,37 @@ def test_fewer_bits(native, model, scheme, worst, tmp_path):
     torch.testing.assert_close(logits(folder), found, atol=0.02, rtol=0.02)
 
 
+def products(model: torch.nn.Module) -> dict[str, type | None]:
+    """How each linear layer of each part of a vision model is computed."""
+    return {
+        part: type(model.get_submodule(name).backend)
+        for part, name in {
+            "text": "layers.0.feed_forward.w2",
+            "cross-attention": "cross_attention_layers.1.attention.wq",
+            "encoder": "vision_model.vision_encoder.global_transformer.resblocks.7.mlp.c_fc",
+            "projection": "vision_model.vision_projection",
+        }.items()
+    }
+
+
+def test_few_bits_are_dequantized_on_a_cpu_and_kept_on_a_gpu(native, model, capsys, tmp_path):
+    """As the documents say, of all parts of the model."""
+    folder = convert(native, tmp_path / "int8", quantize="int8")
+    with Llama.build(folder, max_seq_len=32, max_batch_size=2, max_images=3, dtype="float32") as llama:
+        assert "The int8 weights are dequantized to float32" in capsys.readouterr().err
+        expected = llama.model(TOKENS, 0, [IMAGES])
+        assert set(products(llama.model).values()) == {type(None)}
+        dequantized = resident_bytes(llama.model)
+        text = memory(llama.model.params, 1, open_checkpoint(folder).weights, torch.float32, "int8")[0]
+        assert 0.95 < dequantized / text <= 1
+    with torch.device("meta"):
+        kept = VisionTransformer(VisionArgs(**vars(model.params)))
+    load_weights(kept, open_checkpoint(folder).weights, KEPT, model.device, torch.float32, "int8")
+    assert set(products(kept).values()) == {Grouped}
+    assert resident_bytes(kept) < 0.6 * dequantized
+    torch.testing.assert_close(kept(TOKENS, 0, [IMAGES]), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_packed_weights(native, model):
     assert distance(logits(native, dtype="bfloat16"), model(TOKENS, 0, [IMAGES])) < 0.1
 
@@ -250,6 +268,7 @@ SCRIPT = """
 import sys
 import torch
 from llama import Llama
+from llama.backends.grouped import Grouped
 
 torch.set_num_threads(1)
 tokens, images = torch.load(sys.argv[1], weights_only=False)

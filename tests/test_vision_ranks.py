@@ -10,10 +10,9 @@ from llama.checkpoint.convert import convert
 from tests.support import vision_ranks
 from tests.support.meta_vision import picture, random_vision, write_checkpoint
 from tests.support.quantized import distance
+from tests.support.vision_ranks import MODULE, SIZES
 
 pytestmark = pytest.mark.slow
-MODULE = ["-m", "tests.support.vision_ranks"]
-SIZES = {"wide": (112, 50), "tall": (40, 150), "small": (40, 40)}
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +28,11 @@ def native(tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("vision") / "native", random_vision())
 
 
-def build(folder: Path, **options) -> Llama:
-    return Llama.build(folder, **{**vision_ranks.BUILD, **options})
-
-
 @pytest.mark.parametrize("size", [2, 4])
 def test_chats_about_images_are_the_same(native, images, torchrun, tmp_path, size):
     done = torchrun(size, *MODULE, "talking", native, images, tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    with build(native) as llama:
+    with Llama.build(native, **vision_ranks.BUILD) as llama:
         expected = vision_ranks.talk(llama, images)
     texts = [answer["generation"]["content"] for answer in expected["greedy"]]
     assert len({*texts}) == len(texts)  # or nothing would be shown
@@ -61,8 +56,7 @@ def test_fewer_bits_are_the_same_on_two_ranks(native, images, torchrun, tmp_path
     jobs = f"{native},{native}:{scheme},{folder}"
     done = torchrun(2, *MODULE, "seeing", images, tmp_path / "out", jobs)
     assert done.returncode == 0, done.stderr
-    expected = [vision_ranks.seen(build(native, quantize=scheme), images)]
-    expected += [vision_ranks.seen(build(folder), images)]
+    expected = [vision_ranks.job(text, images) for text in jobs.split(",")[1:]]
     for rank in range(2):
         exact, *found = torch.load(f"{tmp_path}/out.{rank}")
         assert distance(found[0], exact) > 0.005  # they are quantized
@@ -78,7 +72,7 @@ def test_ranks_without_a_head_of_the_encoder(images, torchrun, tmp_path):
         4, *MODULE, "seeing", images, tmp_path / "out", f"{folder},{folder}::bfloat16,{folder}:int8"
     )
     assert done.returncode == 0, done.stderr
-    expected = vision_ranks.seen(build(folder), images)
+    expected = vision_ranks.job(str(folder), images)
     for rank in range(4):
         exact, *rounded = torch.load(f"{tmp_path}/out.{rank}")
         torch.testing.assert_close(exact, expected, atol=1e-4, rtol=1e-4)

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 # Before the stand-in exists; otherwise transformers would mistake it for torchvision.
-import transformers.models.mllama.image_processing_pil_mllama
-import transformers.models.mllama.modeling_mllama  # noqa: F401
+import transformers.models.mllama.image_processing_pil_mllama  # noqa: F401
 from PIL import Image
 from torch import Tensor
+from transformers.models.mllama.modeling_mllama import MllamaForConditionalGeneration
 
-from llama.vision import VisionArgs, VisionTransformer
+from llama.checkpoint.mllama import canvases
+from llama.vision import TiledImage, VisionArgs, VisionTransformer
 from tests.support import tiny
 
 PARAMS = {
@@ -117,6 +118,33 @@ def random_vision(seed: int = 0, **changes: object) -> VisionTransformer:
     weights = {name: draw(name, w, generator) for name, w in vision.state_dict().items()}
     vision.load_state_dict(weights, strict=True, assign=True)
     return vision
+
+
+def reference(folder: Path) -> MllamaForConditionalGeneration:
+    """transformers' model, corrected where it differs from Meta's.
+
+    Its encoder hands out the features of five layers as they are one layer later, so those before are
+    asked for. Tokens before an image see it there, and should not, so the image has to come first.
+    """
+    hf = MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    hf.model.vision_model.intermediate_layers_indices = [2, 6, 14, 22, 29]
+    return hf
+
+
+def reference_logits(hf, tokens: Tensor, image: TiledImage) -> Tensor:
+    """Logits of transformers' model for a prompt (1, length) that begins with an image."""
+    n, size = len(image.pixels), image.pixels.shape[-1]
+    pixels = torch.zeros(1, 1, 4, 3, size, size)
+    pixels[0, 0, :n] = image.normalized()
+    valid = torch.tensor([1] * n + [0] * (4 - n))
+    return hf(
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        pixel_values=pixels,
+        aspect_ratio_ids=torch.tensor([[1 + canvases(4).index((image.rows, image.columns))]]),
+        aspect_ratio_mask=valid[None, None],
+        cross_attention_mask=valid.expand(1, tokens.shape[1], 1, 4),
+    ).logits
 
 
 def cut_along(name: str) -> int | None:

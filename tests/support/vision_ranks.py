@@ -11,6 +11,8 @@ from llama.cli.launch import launch
 from llama.vision import PlacedImage, tile_image
 
 BUILD: dict[str, Any] = {"max_seq_len": 512, "max_batch_size": 3, "max_images": 4, "dtype": "float32"}
+MODULE = ["-m", "tests.support.vision_ranks"]
+SIZES = {"wide": (112, 50), "tall": (40, 150), "small": (40, 40)}  # of the images
 PLACES = (2, 5, 6)  # of the images in `seen`
 
 
@@ -24,7 +26,7 @@ def user(*content: Any) -> list[dict]:
 
 def talk(llama: Llama, images: Path) -> dict:
     """Answers, streams, and next turns about images; and how often the encoder ran."""
-    wide, tall, small = (part(images / f"{name}.png") for name in ("wide", "tall", "small"))
+    wide, tall, small = (part(images / f"{name}.png") for name in SIZES)
     encode, encoded = llama.model.encode, []
 
     def counting(image):
@@ -69,7 +71,7 @@ def talk(llama: Llama, images: Path) -> dict:
 
 def seen(llama: Llama, images: Path) -> torch.Tensor:
     """Logits of a prompt with three images."""
-    paths = (images / f"{name}.png" for name in ("wide", "tall", "small"))
+    paths = (images / f"{name}.png" for name in SIZES)
     placed = [PlacedImage(at, tile_image(path, 56)) for at, path in zip(PLACES, paths, strict=True)]
     tokens = torch.tensor([[9, 30, 0, 400, 519, 0, 0, 7, 12, 99]])
     tokens[0, list(PLACES)] = llama.model.params.vocab_size
@@ -82,14 +84,17 @@ def talking(folder: str, images: str, out: str) -> None:
         torch.save(talk(llama, Path(images)), f"{out}.{os.environ['RANK']}")
 
 
+def job(text: str, images: Path) -> torch.Tensor:
+    """`seen` of a model FOLDER[:SCHEME[:DTYPE[:ADAPTER]]]."""
+    folder, scheme, dtype, adapter = (*text.split(":"), "", "", "")[:4]
+    options = {"dtype": dtype or "float32", "quantize": scheme or None, "adapter": adapter or None}
+    with Llama.build(folder, **{**BUILD, **options}) as llama:
+        return seen(llama, images)
+
+
 def seeing(images: str, out: str, jobs: str) -> None:
-    """`seen` for each of several jobs FOLDER, FOLDER:SCHEME or FOLDER::DTYPE, with commas between them."""
-    found = []
-    for job in jobs.split(","):
-        folder, scheme, dtype = (*job.split(":"), "", "")[:3]
-        options = {**BUILD, "dtype": dtype or "float32", "quantize": scheme or None}
-        with Llama.build(folder, **options) as llama:
-            found.append(seen(llama, Path(images)))
+    """Several jobs, with commas between them."""
+    found = [job(text, Path(images)) for text in jobs.split(",")]
     torch.save(found, f"{out}.{os.environ['RANK']}")
 
 

@@ -33,6 +33,7 @@ ImageSource: TypeAlias = Union[str, "os.PathLike[str]", bytes, "Image"]  # str: 
 MAX_BYTES = 50_000_000
 MAX_PIXELS = 2**26  # 67 million; the largest canvas has 1.3 million
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+ORIENTATION = 0x0112  # EXIF 2.3, section 4.6.4
 # Pillow's modes that convert to RGB without visible loss.
 OPAQUE = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 TRANSPARENT = ("LA", "PA", "RGBA", "La", "RGBa")
@@ -116,10 +117,12 @@ def open_image(source: ImageSource) -> Image:
     if the source is not an image, is too large, or does not have 8-bit colors.
     """
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError:
         raise MissingPackageError("images need the Pillow package: pip install -e '.[vision]'") from None
     image = source if isinstance(source, Image.Image) else _opened(_encoded(source))
+    if not image.width * image.height:
+        raise PromptError(f"the image has no pixels: its size is {image.width} × {image.height}")
     if image.width * image.height > MAX_PIXELS:
         raise PromptError(
             f"the image has {image.width} × {image.height} pixels; scale it down to at most {MAX_PIXELS:,}"
@@ -127,13 +130,31 @@ def open_image(source: ImageSource) -> Image:
     if image.mode not in OPAQUE + TRANSPARENT:
         raise PromptError(f"the image has mode {image.mode!r}; convert it to 8-bit RGB")
     try:
-        image = ImageOps.exif_transpose(image)
+        image.load()
+        image = upright(image)
         if not image.has_transparency_data:
             return image.convert("RGB")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever Pillow's decoders run into
         raise PromptError(f"the image cannot be decoded and may be damaged: {error}") from None
+
+
+def upright(image: Image) -> Image:
+    """A decoded image, turned as its EXIF orientation says; unchanged if its EXIF data cannot be read."""
+    from PIL import Image
+
+    turns = Image.Transpose
+    turn = {
+        **{2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM, 5: turns.TRANSPOSE},
+        **{6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90},
+    }
+    # `ImageOps.exif_transpose` also writes the data anew, and fails on many a valid picture's.
+    try:
+        method = turn.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # whatever Pillow's parser runs into; the pixels are good
+        return image
+    return image if method is None else image.transpose(method)
 
 
 def _encoded(source: object) -> bytes:
@@ -188,7 +209,7 @@ def _opened(data: bytes) -> Image:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise PromptError(f"the image has far more than {MAX_PIXELS:,} pixels; scale it down") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # whatever Pillow's parsers run into
         reason = "it is not one of " + ", ".join(FORMATS)
         if not isinstance(error, UnidentifiedImageError):
             reason = f"it may be damaged: {error}"

@@ -190,14 +190,28 @@ def test_ranks_of_one_image_in_many_requests_encode_it_once(llama, count):
     assert count.encoded == 1
 
 
-def test_changed_weights_forget_images(llama, count):
+@pytest.mark.parametrize(
+    "part", ["cross_attention_layers.0.attention.wk", "vision_model.vision_encoder.ln_pre"]
+)
+def test_changed_weights_forget_images(llama, count, part):
     llama.forget()
     count.reused(ask(image(WIDE), "the"))
-    weight = llama.model.cross_attention_layers[0].attention.wk.weight
+    weight = llama.model.get_submodule(part).weight
     with torch.inference_mode():
         weight.mul_(1)
-    count.reused(ask(image(WIDE), "the"))
+    assert count.reused(ask(image(WIDE), "the")) == 0
     assert count.encoded == 2
+
+
+def test_an_image_outlives_the_one_before_it(llama, count):
+    """As when a chat has no room for more images, and drops its first turn."""
+    count.reused(ask(image(TALL), image(SMALL), image(WIDE), "the"))
+    expected = answers(Llama(random_vision(max_seq_len=160), llama.tokenizer), [ask(image(WIDE), "the")])
+    for sources in ((SMALL, WIDE), (WIDE,)):
+        found = answers(llama, [ask(*map(image, sources), "the")])
+    assert count.encoded == 3
+    assert found[0][0] == expected[0][0]
+    assert found[0][1] == pytest.approx(expected[0][1], abs=1e-4)
 
 
 def test_cancelling_while_an_image_is_read(llama):

@@ -8,6 +8,8 @@ from llama.engine.request import Request
 from llama.model import Transformer
 from llama.vision import VisionTransformer
 
+Versions = tuple[int, int | None]
+
 
 @dataclass
 class Slot:
@@ -37,7 +39,7 @@ class Slots:
         self.model, self.reusable, self.clears = model, reusable, clears
         self.all = [Slot(index) for index in range(model.params.max_batch_size)]
         self.epoch: int | None = None  # the cache's, after this engine's last write; None: forget
-        self.weights = 0
+        self.weights: Versions = (0, None)
 
     def running(self) -> list[Request]:
         """The requests that have a slot, in the order of the slots."""
@@ -54,16 +56,17 @@ class Slots:
     def reclaim(self, look_at_weights: bool) -> bool:
         """Forget all keys and values if other code wrote to cache or weights. Returns whether it did."""
         weights = weights_version(self.model) if look_at_weights else self.weights
-        if (self.epoch, self.weights) == (self.model.cache.epoch, weights):
+        edited = weights[0] != self.weights[0] or self.weights[1] not in (None, weights[1])
+        self.weights = weights
+        if self.epoch == self.model.cache.epoch and not edited:
             return False
         for slot in self.all:
             slot.committed, slot.reach, slot.tokens = 0, 0, []
-        if isinstance(self.model, VisionTransformer) and (self.epoch is None or self.weights != weights):
+        if isinstance(self.model, VisionTransformer) and (self.epoch is None or edited):
             self.model.forget_images()
         with self.writing():
             if self.clears:
                 self.model.cache.data.zero_()
-        self.weights = weights
         return True
 
     def admit(self, request: Request) -> bool:
@@ -114,10 +117,14 @@ def _common(a: Sequence[object], b: Sequence[object]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def weights_version(model: Transformer) -> int:
-    """A number that changes when weights are replaced or edited in place, except through `.data`.
+def weights_version(model: Transformer) -> Versions:
+    """Numbers that change when weights are replaced or edited in place, except through `.data`.
 
-    An image encoder's weights are ignored: they may load at any time.
+    The second is that of an image encoder, None until it has loaded.
     """
-    weights = (w for name, w in model.named_parameters() if not name.startswith("vision_model."))
-    return hash(tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights))
+    text: list[tuple[int, int]] = []
+    encoder: list[tuple[int, int]] = []
+    for name, w in model.named_parameters():
+        version = w.data_ptr(), 0 if w.is_inference() else w._version
+        (encoder if name.startswith("vision_model.") else text).append(version)
+    return hash(tuple(text)), hash(tuple(encoder)) if encoder else None

@@ -181,7 +181,8 @@ class VisionTransformer(Transformer):
             if image.pixels.shape != (tiles, 3, side, side) or not 0 < tiles <= most:
                 raise PromptError(
                     f"an image has {tiles} tiles and pixels of {tuple(image.pixels.shape)}, but this model "
-                    f"reads 1 to {most} tiles of (3, {side}, {side}): make it with tile_image(…, {side}, {most})"
+                    f"reads 1 to {most} tiles of (3, {side}, {side}): "
+                    f"make it with tile_image(…, {side}, {most})"
                 )
 
     @torch.inference_mode()

@@ -57,6 +57,19 @@ def split_dialog(dialog: Any) -> tuple[Any, list[Any]]:
     return messages, images
 
 
+def join_dialog(dialog: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> list[dict[str, Any]]:
+    """The inverse of `split_dialog`."""
+    left = iter(images)
+    messages = []
+    for message in dialog:
+        content = message.get("content")
+        if isinstance(content, list):
+            content = [{**part, "image": next(left)} if part["type"] == "image" else part for part in content]
+            message = {**message, "content": content}
+        messages.append(dict(message))
+    return messages
+
+
 def _parse(part: Any) -> str | tuple[Any]:
     """The text of a part, or its image in a tuple."""
     if isinstance(part, str):

@@ -117,12 +117,28 @@ def test_hugging_face_and_back(hugging_face, native, model, tmp_path):
         assert torch.equal(after[name][seen] if table else after[name], weight[seen] if table else weight)
 
 
-def test_transformers_loads_it_and_agrees(hugging_face, model):
-    tokens = torch.tensor([[IMAGE, 9, 30, 400, 519]])
-    image = tile_image(picture(100, 50), 56)
-    expected = reference_logits(reference(hugging_face), tokens, image)
-    found = model(tokens, 0, [[PlacedImage(0, image)]])
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+@pytest.fixture(scope="module")
+def hf(hugging_face):
+    return reference(hugging_face)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {0: (100, 50)},
+        {3: (56, 150)},
+        {1: (100, 110), 6: (40, 40)},
+        {2: (100, 110), 5: (40, 40), 6: (56, 150)},  # consecutive ones too
+    ],
+    ids=["image first", "text, image", "two images", "three"],
+)
+def test_transformers_loads_it_and_agrees(hf, model, prompt):
+    tokens = [
+        IMAGE if i in prompt else token for i, token in enumerate([9, 30, 8, 400, 519, 5, 6, 7, 12, 99])
+    ]
+    images = [PlacedImage(at, tile_image(picture(*size), 56)) for at, size in prompt.items()]
+    expected = reference_logits(hf, tokens, [image for _, image in images])
+    torch.testing.assert_close(model(torch.tensor([tokens]), 0, [images]), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_folders_that_transformers_writes_load(hugging_face, model, tmp_path):

@@ -24,7 +24,7 @@ from tests.support.meta_vision import (
 )
 
 PICTURE = tile_image(picture(100, 50), 56)
-TOKENS = torch.tensor([[IMAGE, 9, 30, 400, 519]])
+TOKENS = [9, IMAGE, 30, 400, 519]
 EVERYWHERE = {}  # what these names match: layers of text, cross-attention, and the image encoder
 TEXT = {"target_modules": r".*language_model.*\.(self_attn\.[qkvo]_proj|(gate|up|down)_proj|lm_head)"}
 CROSS = {"target_modules": r".*cross_attn\.[qkvo]_proj", "use_rslora": True}
@@ -49,7 +49,7 @@ def hugging_face(native) -> Path:
 def logits(folder: Path, adapter: Path | None) -> Tensor:
     options = {"max_seq_len": 32, "max_batch_size": 1, "dtype": "float32", "adapter": adapter}
     with Llama.build(folder, **options) as llama:
-        return llama.model(TOKENS, 0, [[PlacedImage(0, PICTURE)]])
+        return llama.model(torch.tensor([TOKENS]), 0, [[PlacedImage(1, PICTURE)]])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def logits(folder: Path, adapter: Path | None) -> Tensor:
 def test_logits_are_those_of_peft(config, native, hugging_face, tmp_path):
     before = logits(native, None)
     merged = train(tmp_path / "adapter", reference(hugging_face), **config)
-    expected = reference_logits(merged, TOKENS, PICTURE)
+    expected = reference_logits(merged, TOKENS, [PICTURE])
     assert (expected - before).abs().max() > 0.01
     for folder in (native, hugging_face):
         torch.testing.assert_close(logits(folder, tmp_path / "adapter"), expected, atol=2e-4, rtol=1e-4)

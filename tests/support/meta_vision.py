@@ -121,30 +121,44 @@ def random_vision(seed: int = 0, **changes: object) -> VisionTransformer:
 
 
 def reference(folder: Path) -> MllamaForConditionalGeneration:
-    """transformers' model, corrected where it differs from Meta's.
-
-    Its encoder hands out the features of five layers as they are one layer later, so those before are
-    asked for. Tokens before an image see it there, and should not, so the image has to come first.
+    """transformers' model. Its encoder hands out the features of five layers as they are one layer later
+    than in Meta's code, so those before are asked for.
     """
     hf = MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     hf.model.vision_model.intermediate_layers_indices = [2, 6, 14, 22, 29]
     return hf
 
 
-def reference_logits(hf, tokens: Tensor, image: TiledImage) -> Tensor:
-    """Logits of transformers' model for a prompt (1, length) that begins with an image."""
-    n, size = len(image.pixels), image.pixels.shape[-1]
-    pixels = torch.zeros(1, 1, 4, 3, size, size)
-    pixels[0, 0, :n] = image.normalized()
-    valid = torch.tensor([1] * n + [0] * (4 - n))
-    return hf(
-        input_ids=tokens,
-        attention_mask=torch.ones_like(tokens),
-        pixel_values=pixels,
-        aspect_ratio_ids=torch.tensor([[1 + canvases(4).index((image.rows, image.columns))]]),
-        aspect_ratio_mask=valid[None, None],
-        cross_attention_mask=valid.expand(1, tokens.shape[1], 1, 4),
-    ).logits
+def reference_logits(hf: torch.nn.Module, tokens: list[int], images: list[TiledImage]) -> Tensor:
+    """Logits (1, length, vocab_size) of transformers' model for one prompt.
+
+    Tokens that see no image get the mean of all values from its cross-attention, and should get nothing.
+    """
+    side = images[0].pixels.shape[-1]
+    pixels = torch.zeros(1, len(images), 4, 3, side, side)
+    valid = torch.zeros(1, len(images), 4, dtype=torch.long)
+    mask = torch.zeros(1, len(tokens), len(images), 4, dtype=torch.long)
+    for i, (image, (start, stop)) in enumerate(zip(images, spans(tokens), strict=True)):
+        n = len(image.pixels)
+        pixels[0, i, :n], valid[0, i, :n] = image.normalized(), 1
+        mask[0, start : len(tokens) if stop < 0 else stop, i, :n] = 1
+    sees = mask.flatten(2).any(-1)[..., None]
+    blocks = [module for name, module in hf.named_modules() if name.endswith(".cross_attn")]
+    hooks = [
+        block.register_forward_hook(lambda *args: (args[-1][0] * sees, *args[-1][1:])) for block in blocks
+    ]
+    try:
+        return hf(
+            input_ids=torch.tensor([tokens]),
+            attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
+            pixel_values=pixels,
+            aspect_ratio_ids=torch.tensor([[1 + canvases(4).index((im.rows, im.columns)) for im in images]]),
+            aspect_ratio_mask=valid,
+            cross_attention_mask=mask,
+        ).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def cut_along(name: str) -> int | None:

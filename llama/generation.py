@@ -47,7 +47,6 @@ from llama.prompts import encode_dialogs, encode_texts, tiled
 from llama.streaming import StreamEvent, astream, stream
 from llama.tokenizer import Dialog, DialogFormat, TextTokenizer
 from llama.tokenizer.chat_format import chat_format
-from llama.tokenizer.content import join_dialog
 from llama.tools.use import ToolUse, default_format
 from llama.vision import VisionTransformer, make_args, text_params
 
@@ -353,10 +352,7 @@ class Llama(Embeddings, ToolLoop):
             values["schema"] = use.schema
         dialogs, ids, images = encode_dialogs(use, dialogs, self.model, self.tokenizer, self.formatter)
         requests = self.requests(ids, images=images, **values)
-        checks: list[Any] = [None] * len(dialogs)
-        if guard:
-            whole_dialogs = [join_dialog(*pair) for pair in zip(dialogs, images, strict=True)]
-            checks = reviews(guard, whole_dialogs, every)
+        checks = reviews(guard, dialogs, every) if guard else [None] * len(dialogs)
         n = len(requests) // len(dialogs)
         return [
             replace(request, tools=use.parser(dialogs[i // n]), review=checks[i // n])

@@ -4,11 +4,10 @@ import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from llama.engine.edits import NOT_LOADED, edited, versions
 from llama.engine.request import Request
 from llama.model import Transformer
 from llama.vision import VisionTransformer
-
-Versions = tuple[int, int | None]
 
 
 @dataclass
@@ -39,7 +38,7 @@ class Slots:
         self.model, self.reusable, self.clears = model, reusable, clears
         self.all = [Slot(index) for index in range(model.params.max_batch_size)]
         self.epoch: int | None = None  # the cache's, after this engine's last write; None: forget
-        self.weights: Versions = (0, None)
+        self.weights = (0, NOT_LOADED)
 
     def running(self) -> list[Request]:
         """The requests that have a slot, in the order of the slots."""
@@ -55,18 +54,19 @@ class Slots:
 
     def reclaim(self, look_at_weights: bool) -> bool:
         """Forget all keys and values if other code wrote to cache or weights. Returns whether it did."""
-        weights = weights_version(self.model) if look_at_weights else self.weights
-        edited = weights[0] != self.weights[0] or self.weights[1] not in (None, weights[1])
-        self.weights = weights
-        if self.epoch == self.model.cache.epoch and not edited:
+        weights = versions(self.model) if look_at_weights else self.weights
+        changed = edited(self.weights, weights)
+        if self.epoch == self.model.cache.epoch and not changed:
+            self.weights = weights
             return False
         for slot in self.all:
             slot.committed, slot.reach, slot.tokens = 0, 0, []
-        if isinstance(self.model, VisionTransformer) and (self.epoch is None or edited):
+        if isinstance(self.model, VisionTransformer) and (self.epoch is None or changed):
             self.model.forget_images()
         with self.writing():
             if self.clears:
                 self.model.cache.data.zero_()
+        self.weights = weights
         return True
 
     def admit(self, request: Request) -> bool:
@@ -115,16 +115,3 @@ class Slots:
 def _common(a: Sequence[object], b: Sequence[object]) -> int:
     """The length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def weights_version(model: Transformer) -> Versions:
-    """Numbers that change when weights are replaced or edited in place, except through `.data`.
-
-    The second is that of an image encoder, None until it has loaded.
-    """
-    text: list[tuple[int, int]] = []
-    encoder: list[tuple[int, int]] = []
-    for name, w in model.named_parameters():
-        version = w.data_ptr(), 0 if w.is_inference() else w._version
-        (encoder if name.startswith("vision_model.") else text).append(version)
-    return hash(tuple(text)), hash(tuple(encoder)) if encoder else None

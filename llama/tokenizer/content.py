@@ -57,17 +57,19 @@ def split_dialog(dialog: Any) -> tuple[Any, list[Any]]:
     return messages, images
 
 
-def join_dialog(dialog: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> list[dict[str, Any]]:
+def join_dialog(dialog: Any, images: Sequence[Any]) -> Any:
     """The inverse of `split_dialog`."""
     left = iter(images)
-    messages = []
-    for message in dialog:
-        content = message.get("content")
-        if isinstance(content, list):
-            content = [{**part, "image": next(left)} if part["type"] == "image" else part for part in content]
-            message = {**message, "content": content}
-        messages.append(dict(message))
-    return messages
+
+    def whole(part: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**part, "image": next(left)} if part["type"] == "image" else part
+
+    return [
+        {**message, "content": [whole(part) for part in content]}
+        if isinstance(content := message.get("content"), list)
+        else message
+        for message in dialog
+    ]
 
 
 def _parse(part: Any) -> str | tuple[Any]:

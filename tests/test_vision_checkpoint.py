@@ -193,6 +193,7 @@ def test_without_vision_it_is_a_text_model(native, model):
         torch.testing.assert_close(llama.model(text, 0), model(text, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "worst"), [("int8", 0.1), ("int4", 0.4)])
 def test_fewer_bits(native, model, scheme, worst, tmp_path):
     exact = model(TOKENS, 0, [IMAGES])

@@ -250,8 +250,9 @@ class Llama(Embeddings, ToolLoop):
         echo: bool = False,
         **sampling: Unpack[Sampling],
     ) -> list[CompletionPrediction]:
-        """Continue texts. Raises what `generate` raises.
+        """Continue texts, or lists of parts with images (see `tokenizer.content`).
 
+        Raises what `generate` raises.
         Returns for each answer its text and why it ended (see `StreamEvent`), and with `logprobs` the
         fields of `Scored`.
         """

@@ -17,12 +17,12 @@ from llama.checkpoint.convert import convert
 from llama.checkpoint.mllama import canvases
 from llama.cli.info import as_text, inspect, memory
 from llama.device import resident_bytes
-from llama.errors import CheckpointError
+from llama.errors import ArgumentError, CheckpointError
 from llama.loading import load_weights
 from llama.model import Transformer
 from llama.parallel import ModelParallel
 from llama.quantization import few_bits
-from llama.vision import PlacedImage, VisionArgs, VisionModel, VisionTransformer, make_model, tile_image
+from llama.vision import PlacedImage, VisionArgs, VisionModel, VisionTransformer, tile_image
 from tests.support.meta_vision import (
     IMAGE,
     PARAMS,
@@ -263,22 +263,47 @@ def test_an_image_takes_the_memory_that_info_tells():
     assert 0.9 < max(itertools.accumulate(sizes)) / (args.activations * 4) <= 1
 
 
+RELEASED = {"vocab_size": 128256, "ffn_dim_multiplier": 1.3, "n_kv_heads": 8}
+SMALL = {**RELEASED, "dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 1024}
+LARGE = {**RELEASED, "dim": 8192, "n_layers": 80, "n_heads": 64, "multiple_of": 4096}
+
+
+def shapes_of(**args) -> tuple[VisionTransformer, dict[str, tuple[int, ...]]]:
+    with torch.device("meta"):
+        model = VisionTransformer(VisionArgs(**args), ModelParallel())
+    return model, {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("args", "count"),
+    [
+        (SMALL, 10_629_184_035),
+        (SMALL | {"vision_chunk_size": 448}, 10_616_650_275),  # the base model of 11B
+        pytest.param(
+            LARGE | {"vision_num_cross_attention_layers": 20}, 88_552_318_523, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["11B", "11B base", "90B"],
+)
+def test_the_released_models_have_their_number_of_weights(args, count):
+    assert sum(map(math.prod, shapes_of(**args)[1].values())) == count
+
+
 def test_four_bits_of_the_11b_fit_a_card_of_12_gb():
     """With the cache of a chat about one image."""
-    args = VisionArgs(
-        dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256, ffn_dim_multiplier=1.3,
-        multiple_of=1024, max_batch_size=1, max_seq_len=4096,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = make_model(args, ModelParallel())
-    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    assert 10.6e9 < sum(map(math.prod, shapes.values())) < 10.7e9
+    model, shapes = shapes_of(**SMALL, max_batch_size=1, max_seq_len=4096)
     bits = {name: few_bits("int4", name) or 16 for name in shapes}
     # A group of 32 has a scale of 16 bits, and in 4 bits a minimum too.
     stored = {4: 4 + 32 / 32, 8: 8 + 16 / 32, 16: 16}
     weights = sum(math.prod(shape) * stored[bits[name]] / 8 for name, shape in shapes.items())
     caches = 2 * (math.prod(model.cache_shape()) + math.prod(model.image_cache_shape()))
-    assert weights + caches + 2 * args.activations < 12e9
+    assert weights + caches + 2 * model.params.activations < 12e9
+
+
+@pytest.mark.parametrize("count", [7, 9])
+def test_cross_attention_that_cannot_be_spaced_evenly_is_refused(count):
+    with pytest.raises(ArgumentError, match=f"vision_num_cross_attention_layers={count}"):
+        VisionArgs(**PARAMS | {"n_layers": 10, "vision_num_cross_attention_layers": count})
 
 
 SCRIPT = """

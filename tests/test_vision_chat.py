@@ -360,6 +360,10 @@ def test_the_terminal_chat_refuses_bad_images_and_makes_room_for_new_ones(llama,
         chat.take(f"/image {tmp_path / 'bad.png'}")
     with pytest.raises(FileNotFoundError):
         chat.take(f"/image {tmp_path / 'none.png'}")
+    with open(tmp_path / "huge.png", "wb") as huge:
+        huge.truncate(10**12)  # it takes no space on disk, and would not fit in memory
+    with pytest.raises(PromptError, match="has 1,000,000,000,000 bytes"):
+        chat.take(f"/image {tmp_path / 'huge.png'}")
     for _ in range(3):
         chat.take(f"/image {path}")
     chat.take("the")

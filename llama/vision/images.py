@@ -120,7 +120,7 @@ def open_image(source: ImageSource) -> Image:
         from PIL import Image
     except ImportError:
         raise MissingPackageError("images need the Pillow package: pip install -e '.[vision]'") from None
-    image = source if isinstance(source, Image.Image) else _opened(_encoded(source))
+    image = source if isinstance(source, Image.Image) else _opened(image_bytes(source))
     if not image.width * image.height:
         raise PromptError(f"the image has no pixels: its size is {image.width} × {image.height}")
     if image.width * image.height > MAX_PIXELS:
@@ -157,8 +157,12 @@ def upright(image: Image) -> Image:
     return image if method is None else image.transpose(method)
 
 
-def _encoded(source: object) -> bytes:
-    """The bytes of an image file. Raises PromptError if they are too many or not available."""
+def image_bytes(source: object) -> bytes:
+    """The bytes of an image file: those at a path, in a data URL, or the source itself.
+
+    Raises FileNotFoundError if the file is missing, PromptError if there are too many, which are not read,
+    or for any other source.
+    """
     if isinstance(source, bytes | bytearray | memoryview):
         data = bytes(source)
     elif isinstance(source, str) and source.startswith("data:"):

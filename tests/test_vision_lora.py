@@ -52,12 +52,9 @@ def logits(folder: Path, adapter: Path | None) -> Tensor:
         return llama.model(torch.tensor([TOKENS]), 0, [[PlacedImage(1, PICTURE)]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param(EVERYWHERE, id="everywhere"),
-        *(pytest.param(config, marks=pytest.mark.slow) for config in (TEXT, CROSS, TOWER)),
-    ],
+    "config", [EVERYWHERE, TEXT, CROSS, TOWER], ids=["everywhere", "text", "cross", "tower"]
 )
 def test_logits_are_those_of_peft(config, native, hugging_face, tmp_path):
     before = logits(native, None)

@@ -54,6 +54,24 @@ def test_canvases_and_sizes_are_metas(tile):
         assert fitted_size(*size, *expected, tile) == tuple(max(1, side) for side in fitted), size
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_programs_defaults_change_nothing(dtype):
+    """Neither a dtype nor a device. With bfloat16, Meta's code would choose one tile for the first of these sizes."""
+    sizes = [(561, 561), (1121, 1120), (999, 700), (1680, 561)]
+    expected = [tile_image(picture(*size)) for size in sizes]
+    assert (expected[0].rows, expected[0].columns) == (2, 2)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = [tile_image(picture(*size)) for size in sizes]
+            pixels = [image.normalized() for image in found]
+    finally:
+        torch.set_default_dtype(before)
+    assert [image.key for image in found] == [image.key for image in expected]
+    assert all(torch.equal(a, image.normalized()) for a, image in zip(pixels, expected, strict=True))
+
+
 def test_a_picture_may_come_in_many_forms(tmp_path):
     image = picture(60, 40)
     data = encoded(image)

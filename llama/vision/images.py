@@ -18,7 +18,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 ImageSource: TypeAlias = Union[str, "os.PathLike[str]", bytes, "Image"]  # str: a path or a data URL
 
+FP32: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever a program's defaults are
 MAX_BYTES = 50_000_000
 MAX_PIXELS = 2**26  # 67 million; the largest canvas has 1.3 million
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -57,7 +58,7 @@ class TiledImage:
 
     def normalized(self) -> Tensor:
         """The pixels in fp32, normalised by the encoder's training mean and standard deviation."""
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        mean, std = (torch.tensor(values, **FP32).view(3, 1, 1) for values in (MEAN, STD))
         return self.pixels.float().div_(255).sub_(mean).div_(std)
 
 
@@ -91,7 +92,7 @@ def best_canvas(width: int, height: int, size: int, max_tiles: int) -> tuple[int
     several, the smallest. Scales are compared in fp32, as in Meta's code.
     """
     canvases = [(r, n // r) for n in range(1, max_tiles + 1) for r in range(1, n + 1) if n % r == 0]
-    sides = torch.tensor(canvases) * size
+    sides = torch.tensor(canvases, **FP32) * size
     scales = torch.minimum(sides[:, 1] / width, sides[:, 0] / height).tolist()
     enough = [scale for scale in scales if scale >= 1]
     best = min(enough) if enough else max(scales)

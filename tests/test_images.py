@@ -56,7 +56,7 @@ def test_canvases_and_sizes_are_metas(tile):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_programs_defaults_change_nothing(dtype):
-    """Neither a dtype nor a device. With bfloat16, Meta's code would choose one tile for the first of these sizes."""
+    """Neither a dtype, nor a device. In bfloat16, Meta's code chooses one tile for the first of these."""
     sizes = [(561, 561), (1121, 1120), (999, 700), (1680, 561)]
     expected = [tile_image(picture(*size)) for size in sizes]
     assert (expected[0].rows, expected[0].columns) == (2, 2)

@@ -264,6 +264,9 @@ def test_text_that_looks_like_an_image_stays_text(llama):
     assert ids[0].count(IMAGE) == 1
     assert llama.tokenizer.special_tokens["<|image|>"] not in ids[0]
     assert answers(llama, [ask("<|image|>")])
+    (ids, mixed), _ = encode_texts(["<|image|>", ["<|image|>", image(SMALL)]], llama.model, llama.tokenizer)
+    assert (ids.count(IMAGE), mixed.count(IMAGE)) == (0, 1)
+    assert llama.tokenizer.special_tokens["<|image|>"] not in ids + mixed
 
 
 def test_base_models_continue_text_with_images(llama):

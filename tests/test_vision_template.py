@@ -1,13 +1,20 @@
-"""The chat template of Llama 3.2 Vision on the Hugging Face hub, with images."""
+"""Dialogs with images as Meta's code has them, and its chat template on the Hugging Face hub."""
 
+import io
 from pathlib import Path
 
+import llama_models.llama3.chat_format as meta
 import pytest
 import tokenizers
+from llama_models.datatypes import RawMediaItem, RawMessage, RawTextItem
+from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
+from PIL import Image
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from llama.checkpoint.hf_export import LLAMA3_TEMPLATE
 from llama.tokenizer import Tokenizer
+from llama.tokenizer.chat_format import ChatFormat
 from llama.tokenizer.content import IMAGE, split_dialog
 from llama.tokenizer.template import ChatTemplate
 from tests.support import ROOT
@@ -66,3 +73,28 @@ def test_a_next_turn_with_an_image_is_the_rest_of_the_dialog(template: ChatTempl
     ids = template.encode_dialog_prompt(bare[:1])
     ids += template.tokenizer.encode("A cat.", bos=False, eos=False)
     assert ids + template.encode_next_turn(bare[2]["content"]) == template.encode_dialog_prompt(bare)
+
+
+@pytest.mark.parametrize("dialog", [*DIALOGS, [user(text("  Compare\n"), IMAGE_PART, text(" with a cat. "))]])
+def test_native_dialogs_are_metas(template: ChatTemplate, llama3_tokenizer: Path, dialog: list) -> None:
+    """Also through the template that folders converted to Hugging Face's form get."""
+    theirs = meta.ChatFormat(MetaTokenizer(llama3_tokenizer))
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    messages = []
+    for message in dialog:
+        content = message["content"]
+        if isinstance(content, list):
+            content = [
+                RawTextItem(text=part["text"]) if "text" in part else RawMediaItem(data=picture.getvalue())
+                for part in content
+            ]
+        messages.append(RawMessage(role=message["role"], content=content))
+    expected = theirs.encode_dialog_prompt(messages).tokens
+    bare, _ = split_dialog(dialog)
+    tokenizer = template.tokenizer
+    exported = ChatTemplate(tokenizer, LLAMA3_TEMPLATE, Path("ours"), "<|begin_of_text|>")
+    image = tokenizer.special_tokens[IMAGE]
+    for formatter in (ChatFormat(tokenizer), exported):
+        ids = formatter.encode_dialog_prompt(bare)
+        assert [128256 if token == image else token for token in ids] == expected

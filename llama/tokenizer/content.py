@@ -107,13 +107,3 @@ def is_parts(content: Any) -> bool:
 def text_of(content: Any) -> str:
     """The text of a message's content, without images."""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-
-
-def stripped(parts: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Parts without white space before the first and after the last text."""
-    out = [dict(part) for part in parts]
-    if out and "text" in out[0]:
-        out[0]["text"] = out[0]["text"].lstrip()
-    if out and "text" in out[-1]:
-        out[-1]["text"] = out[-1]["text"].rstrip()
-    return out

@@ -2,23 +2,28 @@
 
 Prints, for each kind of weights, the layers' bits per weight, the memory of all weights, and the mean
 negative log-likelihood (NLL) of the text's tokens, over the same windows of the same tokens. llama.cpp is
-skipped if it is not installed. Weights that have been quantized before favour whoever quantizes them the same
-way: permute their channels first.
+skipped if it is not installed. Weights that have been quantized before favour whoever quantizes them in the
+same groups; --permute measures an equivalent model with other groups.
 """
 
 import argparse
 import importlib.util
 import math
+import shutil
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from models import quantize_gguf, write_gguf
+from models import quantize_gguf, read, write_gguf
+from torch import Tensor
 
 from llama import Llama
+from llama.calibration import mean_squares
+from llama.checkpoint.convert import convert
 from llama.cli.perplexity import negative_log_likelihoods, windows
 from llama.device import resident_bytes
 from llama.model import Transformer
@@ -34,29 +39,82 @@ def main() -> None:
     parser.add_argument("ckpt", type=Path, help="a native checkpoint in one file")
     parser.add_argument("text", type=Path, help="in UTF-8")
     parser.add_argument("--window", type=int, default=1024, help="tokens")
+    parser.add_argument("--permute", action="store_true", help="measure an equivalent model")
+    parser.add_argument("--calibrate", type=Path, help="a second text, for weights calibrated with it")
     options = parser.parse_args()
-    text = options.text.read_text("utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        if options.permute:
+            permute(options.ckpt, Path(folder) / "permuted")
+            options.ckpt = Path(folder) / "permuted"
+        compare(
+            options.ckpt, options.text.read_text("utf-8"), options.window, Path(folder), options.calibrate
+        )
+
+
+def compare(ckpt: Path, text: str, window: int, folder: Path, calibrate: Path | None) -> None:
+    """Print the table. folder: for files that are needed meanwhile."""
+    sources: dict[str, tuple[Path, str | None]] = {
+        f"this runtime, {scheme or 'bf16'}": (ckpt, scheme) for scheme in OURS
+    }
+    if calibrate:
+        measure = partial(mean_squares, text=calibrate.read_text("utf-8"))
+        for scheme in filter(None, OURS):
+            path = convert(ckpt, folder / scheme, quantize=scheme, calibrate=measure)
+            sources[f"this runtime, {scheme}, calibrated"] = path, None
     print("| weights | bits per weight, layers | memory, MB | NLL | against bf16 |\n|---|---|---|---|---|")
     exact, tokens = math.nan, []
-    for scheme in OURS:
-        with Llama.build(options.ckpt, None, options.window, 1, quantize=scheme) as llama:
+    for name, (path, quantize) in sources.items():
+        with Llama.build(path, None, window, 1, quantize=quantize) as llama:
             tokens = llama.tokenizer.encode(text, bos=True, eos=False)
-            scores = negative_log_likelihoods(llama, tokens, options.window // 2)
+            scores = negative_log_likelihoods(llama, tokens, window // 2)
             bits, size = our_size(llama.model)
-        exact = sum(scores) / len(scores) if scheme is None else exact
-        print_row(f"this runtime, {scheme or 'bf16'}", bits, size, scores, exact)
+        exact = sum(scores) / len(scores) if math.isnan(exact) else exact
+        print_row(name, bits, size, scores, exact)
     if missing := [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]:
         print(f"llama.cpp: skipped, because {' and '.join(missing)} is not installed", file=sys.stderr)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "bf16.gguf"
-        write_gguf(options.ckpt, source)
-        for kind in PEERS:
-            path = Path(folder) / f"{kind}.gguf"
-            if kind != "bf16":
-                quantize_gguf(source, path, kind)
-            scores = llama_cpp_scores(path, tokens, options.window)
-            print_row(f"llama.cpp, {kind}", *gguf_size(path), scores, exact)
+    source = folder / "bf16.gguf"
+    write_gguf(ckpt, source)
+    for kind in PEERS:
+        path = folder / f"{kind}.gguf"
+        if kind != "bf16":
+            quantize_gguf(source, path, kind)
+        print_row(f"llama.cpp, {kind}", *gguf_size(path), llama_cpp_scores(path, tokens, window), exact)
+
+
+def permute(source: Path, folder: Path, seed: int = 0) -> None:
+    """Write an equivalent checkpoint with hidden channels in another order, and so in other groups.
+
+    These are the channels between layers, inside each feed-forward, and of each head's values.
+    """
+    args, tensors = read(source)
+    generator = torch.Generator().manual_seed(seed)
+
+    def order(n: int) -> Tensor:
+        return torch.randperm(n, generator=generator)
+
+    heads = args.n_heads // args.n_kv_heads
+    channels = order(args.dim)
+    for layer in range(args.n_layers):
+        inner = order(args.hidden_dim)
+        values = torch.stack([order(args.head_dim) + i * args.head_dim for i in range(args.n_kv_heads)])
+        # Query heads that share a key head read the same values.
+        read_by = values.repeat_interleave(heads, 0) % args.head_dim
+        read_by += torch.arange(args.n_heads)[:, None] * args.head_dim
+        for matrix, dim, places in (
+            ("feed_forward.w1", 0, inner),
+            ("feed_forward.w3", 0, inner),
+            ("feed_forward.w2", 1, inner),
+            ("attention.wv", 0, values.flatten()),
+            ("attention.wo", 1, read_by.flatten()),
+        ):
+            name = f"layers.{layer}.{matrix}.weight"
+            tensors[name] = tensors[name].index_select(dim, places)
+    for name, tensor in tensors.items():
+        between = 0 if tensor.dim() == 1 or name.endswith(("wo.weight", "w2.weight")) else 1
+        tensors[name] = tensor.index_select(between, channels)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.pth"))
+    torch.save(tensors, folder / "consolidated.00.pth")
 
 
 def print_row(name: str, bits: float, size: int, scores: Sequence[float], exact: float) -> None:

@@ -12,6 +12,7 @@ from low precision, always have 8 bits. Nothing here knows about files, devices 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -27,9 +28,9 @@ QUANTIZATIONS = tuple(BITS)  # the schemes that a folder can hold
 SCHEMES = (*QUANTIZATIONS, "fp8")
 LAYOUT = 2  # version of how a folder stores a `QuantizedMatrix`
 GROUP_BYTES = {8: 32, 5: 20, 4: 16}
-# Most bits that a weight takes, including its share of the scale and the minimum.
-STORED_BITS = {8: 8.5, 5: 6.0, 4: 5.0}
-CHUNK = 2**18  # weights quantized or dequantized at once, so that their fp32 copies stay in a core's cache
+STORED_BITS = {8: 8.5, 5: 6.0, 4: 5.0}  # of a weight, at most, with its share of the scale and the minimum
+CLIPS = (1.0, 0.95)  # parts of a group's range, above and below its middle, that a search begins with
+CHUNK = 2**17  # weights quantized or dequantized at once, so that their fp32 copies stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,13 @@ class QuantizedMatrix:
         return QuantizedMatrix(*(tensor.to(device) for tensor in self.tensors))
 
     def contiguous(self) -> QuantizedMatrix:
-        """A contiguous copy, if this is a view of a mapped file with gaps between the groups."""
+        """A copy, if this is a view of a mapped file with gaps between the groups."""
         return QuantizedMatrix(*(tensor.contiguous() for tensor in self.tensors))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix (out, in) that this represents."""
         out = torch.empty(self.shape, dtype=dtype, device=self.values.device)
-        rows = max(1, (CHUNK if out.device.type == "cpu" else 2**26) // self.shape[1])
+        rows = rows_at_once(out)
         for part, *tensors in zip(out.split(rows), *(t.split(rows) for t in self.tensors), strict=True):
             part.copy_(QuantizedMatrix(*tensors).widened().flatten(1))
         return out
@@ -119,6 +120,10 @@ def pack(values: Tensor, bits: int) -> Tensor:
     places = torch.arange(8, device=values.device, dtype=torch.uint8)
     fifths = ((values >> 4).unflatten(-1, (4, 8)) << places).sum(-1, dtype=torch.uint8)
     return torch.cat((fifths, halves), -1)
+
+
+def rows_at_once(weight: Tensor) -> int:
+    return max(1, (CHUNK if weight.device.type == "cpu" else 2**26) // weight.shape[1])
 
 
 Weight: TypeAlias = Tensor | QuantizedMatrix  # (out, in)
@@ -154,66 +159,65 @@ def quantize(weight: Weight, bits: int | None, importance: Tensor | None = None)
     """A matrix (out, in) in 8, 5 or 4 bits; unchanged if it has as few already or does not fit into groups.
 
     bits: None leaves the matrix unchanged.
-    importance: (in) how much an error in each input's weights counts; by default all count the same.
+    importance: (in) how much a squared error in each input's weights counts; by default all count the same.
     """
-    if bits is None:
+    if bits is None or (isinstance(weight, QuantizedMatrix) and weight.bits <= bits):
         return weight
-    if isinstance(weight, QuantizedMatrix):
-        if weight.bits <= bits:
-            return weight
-        weight = weight.dequantize()
+    weight = plain(weight).detach()
     if weight.dim() < 2 or weight.shape[1] % GROUP:
         return weight
-    groups = weight.detach().reshape(-1, GROUP)
-    per_row = weight.shape[1] // GROUP
-    values = groups.new_empty(len(groups), GROUP_BYTES[bits], dtype=torch.int8 if bits == 8 else torch.uint8)
-    scales, mins = groups.new_empty(2, len(groups), dtype=torch.float16)
-    counts = None if importance is None else importance.float().view(-1, GROUP).repeat(weight.shape[0], 1)
-    for start in range(0, len(groups), CHUNK // GROUP):
-        span = slice(start, start + CHUNK // GROUP)
+    shape, kind = (len(weight), weight.shape[1] // GROUP), torch.int8 if bits == 8 else torch.uint8
+    numbers = (weight.new_empty(shape, dtype=torch.float16) for _ in range(1 if bits == 8 else 2))
+    found = QuantizedMatrix(weight.new_empty(*shape, GROUP_BYTES[bits], dtype=kind), *numbers)
+    rows = rows_at_once(weight)
+    for part, *tensors in zip(weight.split(rows), *(t.split(rows) for t in found.tensors), strict=True):
         # Transposed, so that a sum over a group is a sum of long vectors.
-        part = groups[span].float().T.contiguous()
-        if bits == 8:
-            scale = (part.abs().amax(0) / 127).half()
-            q = (part / scale.float().clamp(min=1e-12)).round_().clamp_(-127, 127)
-            values[span], scales[span] = q.T.to(torch.int8), scale
-        else:
-            q, scale, low = _search(part, 2**bits - 1, None if counts is None else counts[span].T)
-            values[span], scales[span], mins[span] = pack(q.T.to(torch.uint8), bits), scale, low
-    shaped = (
-        tensor.unflatten(0, (-1, per_row)) for tensor in (values, scales, mins)[: 2 if bits == 8 else 3]
-    )
-    return QuantizedMatrix(*shaped)
+        groups = part.float().reshape(-1, GROUP).T.contiguous()
+        counts = None if importance is None else importance.float().view(-1, GROUP).T.repeat(1, len(part))
+        q, *fitted = fit(groups, bits, counts)
+        packed = q.T.to(torch.int8) if bits == 8 else pack(q.T.to(torch.uint8), bits)
+        for tensor, new in zip(tensors, (packed, *fitted), strict=False):
+            tensor.copy_(new.view_as(tensor))
+    return found
 
 
-def _search(w: Tensor, levels: int, counts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Values 0 … levels (32, n), scales and minima (n), fp16, with the smallest weighted squared error found.
+def fit(w: Tensor, bits: int, counts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The values of groups (32, n), and their scales and minima (n), by weighted least squares.
 
-    w: groups (32, n). counts: the weight of each error, (32, n).
-    """
-    counts = torch.ones_like(w) if counts is None else counts.clamp(min=1e-12)
-    counts = counts / counts.sum(0)
-    whole, clipped = (_fit(w, levels, counts, clip) for clip in (1.0, 0.9))
-    better = clipped[0] < whole[0]
-    q, scale, low = (torch.where(better, c, w) for c, w in zip(clipped[1:], whole[1:], strict=True))
-    return q, scale.half(), low.half()
-
-
-def _fit(w: Tensor, levels: int, counts: Tensor, clip: float) -> tuple[Tensor, ...]:
-    """Error, values, scale and minimum found by a search that starts from a fraction `clip` of each range.
-
+    counts: (32, n) how much each squared error counts; errors of larger weights also count more.
     Given the values, the best scale and minimum are those of a linear regression; given these, the best
-    values are the nearest ones. So the two are computed alternately.
+    values are the nearest ones. Alternating finds only the next optimum, so it starts from several ranges.
     """
-    low, high, mean = w.amin(0), w.amax(0), (counts * w).sum(0)
-    scale = ((high - low) * (clip / levels)).clamp_(min=1e-7)
-    least = (low + high) / 2 - scale * (levels / 2)
-    for _ in range(2):
-        q = ((w - least) / scale).round_().clamp_(0, levels)
-        middle = (counts * q).sum(0)
-        centred = counts * (q - middle)
-        slope = (centred * w).sum(0) / (centred * q).sum(0)  # NaN where all values are the same
-        scale = torch.where(slope > 1e-7, slope, scale).half().float()
-        least = (mean - scale * middle).half().float()
-    q = ((w - least) / scale).round_().clamp_(0, levels)
-    return (counts * (q * scale + least - w).square_()).sum(0), q, scale, least
+    least, most, shifted = (-127, 127, 0) if bits == 8 else (0, 2**bits - 1, 1)  # 8 bits have no minimum
+    low, high = w.aminmax(dim=0) if shifted else (-w.abs().amax(0), w.abs().amax(0))
+    middle, reach = (low + high) / 2, (high - low) / 2
+
+    def nearest(scale: Tensor, low: Tensor) -> Tensor:
+        return (w - low).mul_(1 / scale).round_().clamp_(least, most)
+
+    def regress(scale: Tensor, low: Tensor) -> tuple[Tensor, ...]:
+        """The variance explained by the nearest values, and the scale and minimum for this."""
+        q = nearest(scale, low)
+        q -= (mean_q := (share * q).sum(0) * shifted)
+        covariance, variance = (centred * q).sum(0), (share * q).mul_(q).sum(0)
+        scale = torch.where(variance > 1e-6, covariance / variance, scale).clamp_(min=1e-7).half().float()
+        return scale * (2 * covariance - scale * variance), scale, mean - scale * mean_q
+
+    best: tuple[Tensor, ...] = (middle, (reach / most).clamp_(min=1e-7), middle)
+    if shifted or counts is not None:  # otherwise the whole range is as good
+        squares = w.square()
+        share = (squares + squares.mean(0)).sqrt_().mul_(1 if counts is None else counts).add_(1e-20)
+        share /= share.sum(0)
+        mean = (share * w).sum(0) * shifted
+        centred = share * (w - mean)
+        starts = [
+            ((reach * (below + above) / (most - least)).clamp_(min=1e-7), (middle - reach * below) * shifted)
+            for below, above in itertools.product(CLIPS, repeat=2)
+        ]
+        best = regress(*starts[0])
+        for start in (*starts[1:], None, None):
+            found = regress(*(start or best[1:]))
+            better = found[0] > best[0]
+            best = tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))
+    scale, low = (number.half() for number in best[1:])
+    return nearest(scale.float(), low.float()), scale, low

@@ -11,7 +11,7 @@ import base64
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -56,6 +56,7 @@ def convert(
     adapter: StrPath | None = None,
     overwrite: bool = False,
     quantize: str | None = None,
+    calibrate: Callable[[Checkpoint], Mapping[str, torch.Tensor]] | None = None,
 ) -> Path:
     """Convert a checkpoint to another format or number of files, in a new folder. Returns its path.
 
@@ -65,6 +66,8 @@ def convert(
     tokenizer_path, adapter: as for `open_checkpoint`.
     overwrite: replace an existing folder.
     quantize: "int8", "int5" or "int4" for quantized native weights, which load on any number of ranks.
+    calibrate: measures how much each matrix's inputs count in `quantize`, by the matrix's name (see
+        `calibration.mean_squares`); by default all count the same.
 
     The folder appears under its name only when it is complete.
     Raises FileExistsError if it exists already, ValueError if the arguments do not fit the model, and
@@ -81,6 +84,11 @@ def convert(
         )
     if quantize is not None and to != "native":
         raise ArgumentError(f"--quantize {quantize} writes this runtime's own format: leave out --to {to}")
+    if calibrate is not None and quantize is None:
+        raise ArgumentError(
+            f"--calibrate needs --quantize with {', '.join(QUANTIZATIONS[:-1])} or {QUANTIZATIONS[-1]}: it "
+            "decides how weights are rounded"
+        )
     if destination.exists() and not overwrite:
         raise FileExistsError(
             f"{destination} already exists; remove it, choose another folder, or pass --overwrite"
@@ -97,7 +105,8 @@ def convert(
     wanted = wanted or checkpoint.weights.dtype
     write = write_native if to == "native" else write_hf
     if quantize is not None:
-        write = partial(write_quantized, scheme=quantize)
+        importance = calibrate(checkpoint) if calibrate else {}
+        write = partial(write_quantized, scheme=quantize, importance=importance)
 
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as scratch:
@@ -161,7 +170,13 @@ def write_native(checkpoint: Checkpoint, folder: Path, shards: int | None, dtype
 
 
 def write_quantized(
-    checkpoint: Checkpoint, folder: Path, shards: int | None, dtype: torch.dtype, *, scheme: str
+    checkpoint: Checkpoint,
+    folder: Path,
+    shards: int | None,
+    dtype: torch.dtype,
+    *,
+    scheme: str,
+    importance: Mapping[str, torch.Tensor],
 ) -> None:
     """Write a folder that `QuantizedShards` reads: files of whole matrices, params.json and tokenizer."""
     source = checkpoint.weights
@@ -170,7 +185,8 @@ def write_quantized(
         for number, names in enumerate(spread(source.shapes, shards, 1, LARGEST_QUANTIZED)):
             tensors: dict[str, torch.Tensor] = {}
             for name in names:
-                weight = quantize(check_finite(name, stored_weight(source, name)), few_bits(scheme, name))
+                weight = check_finite(name, stored_weight(source, name))
+                weight = quantize(weight, few_bits(scheme, name), importance.get(name))
                 if isinstance(weight, QuantizedMatrix):
                     tensors.update(zip(keys(name), weight.with_mins().contiguous().tensors, strict=False))
                 else:

@@ -2,8 +2,10 @@
 
 import signal
 import sys
+from functools import partial
 from typing import Literal
 
+from llama.calibration import mean_squares, read_text
 from llama.checkpoint.convert import convert as write
 
 
@@ -15,6 +17,7 @@ def convert(
     shards: int | None = None,
     dtype: str | None = None,
     quantize: Literal["int8", "int5", "int4"] | None = None,
+    calibrate: str | None = None,
     tokenizer_path: str | None = None,
     adapter: str | None = None,
     overwrite: bool = False,
@@ -28,11 +31,14 @@ def convert(
         shards: number of weight files; by default as many as the source has, or the usual number
         dtype: bfloat16, float16 or float32; by default the source's
         quantize: quantize the weights; the result is a native folder that every command loads
+        calibrate: with quantize, a text file that the model reads first; its weights then lose less of what
+            texts like this one need
         tokenizer_path: a tokenizer other than the source's own
         adapter: folder of a LoRA adapter in PEFT's format, merged into the weights
         overwrite: replace the destination if it exists
     """
     # As for Ctrl-C, so that no partial output is left behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    write(source, destination, to, shards, dtype, tokenizer_path, adapter, overwrite, quantize)
+    measure = None if calibrate is None else partial(mean_squares, text=read_text(calibrate))
+    write(source, destination, to, shards, dtype, tokenizer_path, adapter, overwrite, quantize, measure)
     print(f"Wrote {destination}")

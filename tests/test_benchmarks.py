@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.support import ROOT, tiny
+from tests.support.quantized import TOKENS, build
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
@@ -95,3 +96,15 @@ def test_peers_generate_the_same_tokens(
     generated = open_engine(tmp_path, 64, 4, **arguments)(prompts, 8, lambda: ticks.append(None))
     assert len(ticks) == 16
     assert generated == expected
+
+
+def test_a_permuted_model_is_equivalent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from quality import permute
+
+    source, permuted = tiny.write_checkpoint(tmp_path / "source"), tmp_path / "permuted"
+    permute(source, permuted)
+    models = [build(folder).model for folder in (source, permuted)]
+    torch.testing.assert_close(models[0](TOKENS, 0), models[1](TOKENS, 0), rtol=1e-4, atol=1e-4)
+    before, after = (torch.load(folder / "consolidated.00.pth") for folder in (source, permuted))
+    assert not any(torch.equal(before[name], after[name]) for name in before)

@@ -236,7 +236,7 @@ def load_weights(
         def read(name: str) -> Weight:
             bits = few_bits(scheme, name)
             weight = reader.read(name, quantized=bool(plan.quantized or bits))
-            if bits:
+            if bits and 0 not in weight.shape:
                 weight = quantize(weight.to(device), bits)
             if isinstance(weight, QuantizedMatrix):
                 return weight.to(device) if plan.quantized else weight.dequantize(dtype).to(device)

@@ -38,7 +38,10 @@ class Moderator(Protocol):
     """Judges dialogs."""
 
     def check(self, dialog: Any, /) -> Any:
-        """Return a `Judgement` for each of a list of dialogs."""
+        """Return a `Judgement` for each of a list of dialogs.
+
+        These have images only if the guard has a `version` with a true attribute `sees`.
+        """
 
 
 @dataclass(frozen=True)
@@ -115,10 +118,14 @@ class ReviewedReader:
 def reviews(
     guard: Moderator, dialogs: Sequence[Sequence[Mapping[str, Any]]], every: int | None
 ) -> list[Review]:
-    """Check the questions of dialogs together, and say how to check their answers."""
+    """Check the questions of dialogs together, and say how to check their answers.
+
+    dialogs: with content that is text, or parts of types "text" and "image".
+    """
     if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
         raise ArgumentError(f"guard_every must be a whole number, 1 or more, or None, not {every!r}")
-    before = [conversation(dialog) for dialog in dialogs]
+    sees = bool(getattr(getattr(guard, "version", None), "sees", False))
+    before = [conversation(dialog, sees) for dialog in dialogs]
     verdicts = judge(guard, before)
     return [Review(guard, shown, every, verdict) for shown, verdict in zip(before, verdicts, strict=True)]
 
@@ -133,26 +140,36 @@ def judge(
     return [None if verdict is None or verdict.safe else tuple(verdict.categories) for verdict in verdicts]
 
 
-def conversation(dialog: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What a guard is shown of a dialog: alternating texts of user and assistant, starting with the user.
+def conversation(dialog: Sequence[Mapping[str, Any]], images: bool = False) -> list[dict[str, Any]]:
+    """What a guard is shown of a dialog: alternating messages of user and assistant, starting with the user.
 
     Consecutive messages of one role are merged; tool calls are shown as JSON.
+    images: whether to show the user's images, as parts before the text.
     """
-    shown: list[dict[str, Any]] = []
+    shown: list[tuple[str, list[str], list[Any]]] = []  # roles, texts, images
     for message in dialog:
+        role, content = message["role"], message.get("content") or ""
         calls = [call["function"] for call in message.get("tool_calls") or ()]
-        texts = [
-            _text(message.get("content") or ""),
-            *(f"{call['name']} {call['arguments']}" for call in calls),
-        ]
+        texts = [_text(content), *(f"{call['name']} {call['arguments']}" for call in calls)]
         text = "\n".join(text for text in texts if text)
-        if message["role"] not in ("user", "assistant") or not text:
+        seen = _images(content) if images and role == "user" else []
+        if role not in ("user", "assistant") or not (text or seen):
             continue
-        if shown and shown[-1]["role"] == message["role"]:
-            shown[-1]["content"] += "\n\n" + text
-        elif shown or message["role"] == "user":
-            shown.append({"role": message["role"], "content": text})
-    return shown
+        if shown and shown[-1][0] == role:
+            shown[-1][1].append(text)
+            shown[-1][2].extend(seen)
+        elif shown or role == "user":
+            shown.append((role, [text], seen))
+    joined = ((role, "\n\n".join(filter(None, texts)), seen) for role, texts, seen in shown)
+    return [
+        {"role": role, "content": [*seen, {"type": "text", "text": text}] if seen else text}
+        for role, text, seen in joined
+    ]
+
+
+def _images(content: Any) -> list[Any]:
+    """The parts of a message's content that are images."""
+    return [] if isinstance(content, str) else [part for part in content if part.get("type") == "image"]
 
 
 def _text(content: Any) -> str:

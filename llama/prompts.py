@@ -7,7 +7,7 @@ from llama.arguments import entries
 from llama.model import Transformer
 from llama.tokenizer import Dialog, DialogFormat, TextTokenizer
 from llama.tokenizer.chat_format import encode_parts
-from llama.tokenizer.content import IMAGE, split_content, split_dialog
+from llama.tokenizer.content import IMAGE, join_dialog, split_content, split_dialog
 from llama.tools.use import ToolUse
 from llama.vision import ImageSource, TiledImage, sighted, tile_image
 
@@ -35,21 +35,21 @@ def encode_dialogs(
     tokenizer: TextTokenizer,
     formatter: DialogFormat,
 ) -> tuple[list[Dialog], list[list[int]], list[list[ImageSource]]]:
-    """Dialogs without their images, the ids that prompt for the next messages, and the images.
+    """Dialogs with parts of one form, the ids that prompt for the next messages, and the images.
 
     Raises ArgumentError for a dialog that the chat format cannot represent, PromptError for images if
     the model reads text only.
     """
-    bare, ids, images = [], [], []
+    whole, ids, images = [], [], []
     for given in entries(dialogs, "dialogs"):
         dialog, found = split_dialog(given)
         if found:
             sighted(model)
         prompt = use.encode(dialog, formatter, tokenizer)
-        bare.append(dialog)
+        whole.append(join_dialog(dialog, found))
         ids.append(with_image_token(prompt, model, tokenizer) if found else prompt)
         images.append(found)
-    return bare, ids, images
+    return whole, ids, images
 
 
 def with_image_token(ids: list[int], model: Transformer, tokenizer: TextTokenizer) -> list[int]:

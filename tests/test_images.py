@@ -54,6 +54,24 @@ def test_canvases_and_sizes_are_metas(tile):
         assert fitted_size(*size, *expected, tile) == tuple(max(1, side) for side in fitted), size
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_programs_defaults_change_nothing(dtype):
+    """Neither a dtype, nor a device. In bfloat16, Meta's code chooses one tile for the first of these."""
+    sizes = [(561, 561), (1121, 1120), (999, 700), (1680, 561)]
+    expected = [tile_image(picture(*size)) for size in sizes]
+    assert (expected[0].rows, expected[0].columns) == (2, 2)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = [tile_image(picture(*size)) for size in sizes]
+            pixels = [image.normalized() for image in found]
+    finally:
+        torch.set_default_dtype(before)
+    assert [image.key for image in found] == [image.key for image in expected]
+    assert all(torch.equal(a, image.normalized()) for a, image in zip(pixels, expected, strict=True))
+
+
 def test_a_picture_may_come_in_many_forms(tmp_path):
     image = picture(60, 40)
     data = encoded(image)
@@ -65,11 +83,29 @@ def test_a_picture_may_come_in_many_forms(tmp_path):
     assert tile_image(picture(60, 40, seed=1), 56).key not in keys
 
 
-def test_a_photograph_is_turned_upright():
-    image, exif = picture(60, 40), Image.Exif()
-    exif[0x0112] = 6  # the camera was turned by 90°
-    turned = encoded(image.transpose(Image.Transpose.ROTATE_90), exif=exif)
-    assert tile_image(turned, 56).key == tile_image(image, 56).key
+# What undoes what the camera did, by EXIF orientation.
+CAMERA = {1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM"}
+CAMERA |= {5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP"])
+def test_a_photograph_is_turned_upright(form):
+    image = picture(60, 40)
+    for orientation, turn in CAMERA.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        taken = image.transpose(Image.Transpose[turn]) if turn else image
+        found = open_image(encoded(taken, form, exif=exif, **{"lossless": True} if form == "WEBP" else {}))
+        assert found.tobytes() == image.tobytes(), orientation
+
+
+def test_broken_exif_data_spoils_no_picture():
+    """The orientation tells that the camera stood on its head; the resolution, a fraction, is text."""
+    entries = b"\x01\x12\0\x03\0\0\0\x01\0\x03\0\0", b"\x01\x1a\0\x02\0\0\0\x02a\0\0\0"
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + b"".join(entries) + b"\0\0\0\0"
+    image = picture(60, 40)
+    upright = open_image(encoded(image, "JPEG")).transpose(Image.Transpose.ROTATE_180)
+    assert open_image(encoded(image, "JPEG", exif=exif)).tobytes() == upright.tobytes()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "LA", "PA", "RGBA"])
@@ -93,16 +129,24 @@ def bomb() -> bytes:
     return bytes(small)
 
 
+def bright() -> bytes:
+    """A TIFF file whose palette has numbers of 32 bits, which should have 16."""
+    data = encoded(picture(60, 40).convert("P"), "TIFF")
+    return data.replace(b"\x40\x01\x03\0", b"\x40\x01\x04\0")
+
+
 REFUSED = {
     "no image": (b"hello", "cannot be opened, it is not one of PNG"),
     "empty": (b"", "cannot be opened"),
     "truncated": (encoded(picture(60, 40))[:2000], "cannot be decoded and may be damaged"),
     "truncated JPEG": (encoded(picture(60, 40), "JPEG")[:-500], "cannot be decoded and may be damaged"),
+    "too bright": (bright(), "cannot be decoded and may be damaged"),
     "a bomb": (bomb(), "pixels; scale it down"),
     "another format": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is not one of PNG"),
     "16 bits": (Image.fromarray(np.zeros((8, 8), np.uint16)), "mode 'I;16'; convert it to 8-bit RGB"),
     "floats": (Image.new("F", (8, 8)), "mode 'F'; convert"),
     "a web page": ("https://example.com/a.png", "images are not downloaded"),
+    "no pixels": (Image.new("RGB", (0, 5)), "has no pixels: its size is 0 × 5"),
     "a list": ([1, 2], "not a list"),
     "None": (None, "not None"),
     "text URL": ("data:text/html;base64,AAAA", "must begin with data:image/TYPE;base64"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llama.engine import Engine, Request
-from llama.engine.slots import weights_version
+from llama.engine.edits import versions
 from llama.model import Row, Transformer
 from llama.sampling import SamplingParams
 from tests.support.tiny import small_model
@@ -72,9 +72,9 @@ def test_what_cannot_be_seen_is_told_by_forget() -> None:
     model = small_model()
     engine = Engine(model)
     answer(engine)
-    before = weights_version(model)
+    before = versions(model)
     model.layers[0].attention.wk.weight.detach().numpy()[:] = 0.5
-    assert weights_version(model) == before
+    assert versions(model) == before
     engine.forget()
     assert answer(engine).reused == 0
 

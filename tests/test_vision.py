@@ -150,6 +150,15 @@ def test_only_as_many_images_as_the_cache_has_room_for(model):
         model.place(0, images)
 
 
+@pytest.mark.parametrize("limits", [(56, 8), (112, 4)])
+def test_only_tiles_that_the_model_reads(model, limits):
+    image = PlacedImage(0, tile_image(picture(400, 56), *limits))
+    with pytest.raises(
+        ArgumentError, match=r"1 to 4 tiles of \(3, 56, 56\): make it with tile_image\(…, 56, 4\)"
+    ):
+        model.place(0, [image])
+
+
 def test_text_does_no_vision_work(meta):
     model = ours(meta)
     for part in (model.vision_model, model.cross_attention_layers):
@@ -160,7 +169,7 @@ def test_text_does_no_vision_work(meta):
 @pytest.mark.parametrize("size", [2, 4, 32])
 def test_ranks_hold_even_parts(size):
     """Shapes only; of more ranks than the encoder has heads, some have none."""
-    args = {**PARAMS, **ENCODER, "n_heads": 32, "n_kv_heads": 8}
+    args = {**PARAMS, **ENCODER, "n_heads": 32, "n_kv_heads": 8, "vision_layers": 1, "vision_taps": [0]}
     parts = []
     for rank in range(size):
         with torch.device("meta"):

@@ -190,14 +190,30 @@ def test_ranks_of_one_image_in_many_requests_encode_it_once(llama, count):
     assert count.encoded == 1
 
 
-def test_changed_weights_forget_images(llama, count):
+@pytest.mark.parametrize(
+    "part", ["cross_attention_layers.0.attention.wk", "vision_model.vision_encoder.ln_pre"]
+)
+def test_changed_weights_forget_images(llama, count, part):
     llama.forget()
     count.reused(ask(image(WIDE), "the"))
-    weight = llama.model.cross_attention_layers[0].attention.wk.weight
+    weight = llama.model.get_submodule(part).weight
     with torch.inference_mode():
         weight.mul_(1)
-    count.reused(ask(image(WIDE), "the"))
+    assert count.reused(ask(image(WIDE), "the")) == 0
     assert count.encoded == 2
+
+
+def test_an_image_outlives_the_one_before_it(tokenizer):
+    """As when a chat has no room for more images, and drops its first turn."""
+    one, other = (Llama(random_vision(max_seq_len=160, max_batch_size=1), tokenizer) for _ in range(2))
+    expected = answers(other, [ask(image(WIDE), "the")])
+    counted = Count(one)
+    counted.reused(ask(image(TALL), image(SMALL), image(WIDE), "the"))
+    for sources in ((SMALL, WIDE), (WIDE,)):
+        found = answers(one, [ask(*map(image, sources), "the")])
+    assert counted.encoded == 3
+    assert found[0][0] == expected[0][0]
+    assert found[0][1] == pytest.approx(expected[0][1], abs=1e-4)
 
 
 def test_cancelling_while_an_image_is_read(llama):
@@ -248,6 +264,9 @@ def test_text_that_looks_like_an_image_stays_text(llama):
     assert ids[0].count(IMAGE) == 1
     assert llama.tokenizer.special_tokens["<|image|>"] not in ids[0]
     assert answers(llama, [ask("<|image|>")])
+    (ids, mixed), _ = encode_texts(["<|image|>", ["<|image|>", image(SMALL)]], llama.model, llama.tokenizer)
+    assert (ids.count(IMAGE), mixed.count(IMAGE)) == (0, 1)
+    assert llama.tokenizer.special_tokens["<|image|>"] not in ids + mixed
 
 
 def test_base_models_continue_text_with_images(llama):
@@ -344,6 +363,10 @@ def test_the_terminal_chat_refuses_bad_images_and_makes_room_for_new_ones(llama,
         chat.take(f"/image {tmp_path / 'bad.png'}")
     with pytest.raises(FileNotFoundError):
         chat.take(f"/image {tmp_path / 'none.png'}")
+    with open(tmp_path / "huge.png", "wb") as huge:
+        huge.truncate(10**12)  # it takes no space on disk, and would not fit in memory
+    with pytest.raises(PromptError, match="has 1,000,000,000,000 bytes"):
+        chat.take(f"/image {tmp_path / 'huge.png'}")
     for _ in range(3):
         chat.take(f"/image {path}")
     chat.take("the")

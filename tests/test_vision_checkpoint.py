@@ -11,17 +11,28 @@ import torch
 from torch import Tensor
 
 from llama import Llama
+from llama.backends.grouped import Grouped
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.convert import convert
 from llama.checkpoint.mllama import canvases
-from llama.cli.info import as_text, inspect
-from llama.errors import CheckpointError
+from llama.cli.info import as_text, inspect, memory
+from llama.device import resident_bytes
+from llama.errors import ArgumentError, CheckpointError
+from llama.loading import load_weights
 from llama.model import Transformer
 from llama.parallel import ModelParallel
 from llama.quantization import few_bits
-from llama.vision import PlacedImage, VisionArgs, VisionModel, VisionTransformer, make_model, tile_image
-from tests.support.meta_vision import IMAGE, PARAMS, picture, random_vision, write_checkpoint
-from tests.support.quantized import distance
+from llama.vision import PlacedImage, VisionArgs, VisionModel, VisionTransformer, tile_image
+from tests.support.meta_vision import (
+    IMAGE,
+    PARAMS,
+    picture,
+    random_vision,
+    reference,
+    reference_logits,
+    write_checkpoint,
+)
+from tests.support.quantized import KEPT, distance
 
 TOKENS = torch.tensor([[9, 30, IMAGE, 400, 519, IMAGE, IMAGE, 7, 12, 99]])
 IMAGES = [
@@ -106,36 +117,28 @@ def test_hugging_face_and_back(hugging_face, native, model, tmp_path):
         assert torch.equal(after[name][seen] if table else after[name], weight[seen] if table else weight)
 
 
-def reference(folder: Path):
-    """transformers' model, corrected where it differs from Meta's.
-
-    Its encoder hands out the features of five layers as they are one layer later, so those before are
-    asked for. Tokens before an image see it there, and should not, so the image comes first.
-    """
-    from transformers import MllamaForConditionalGeneration
-
-    reference = MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    reference.model.vision_model.intermediate_layers_indices = [2, 6, 14, 22, 29]
-    return reference
+@pytest.fixture(scope="module")
+def hf(hugging_face):
+    return reference(hugging_face)
 
 
-def test_transformers_loads_it_and_agrees(hugging_face, model):
-    hf = reference(hugging_face)
-    tokens = torch.tensor([[IMAGE, 9, 30, 400, 519]])
-    image = tile_image(picture(100, 50), 56)
-    n = image.rows * image.columns
-    pixels = torch.zeros(1, 1, 4, 3, 56, 56)
-    pixels[0, 0, :n] = image.normalized()
-    expected = hf(
-        input_ids=tokens,
-        attention_mask=torch.ones_like(tokens),
-        pixel_values=pixels,
-        aspect_ratio_ids=torch.tensor([[1 + canvases(4).index((image.rows, image.columns))]]),
-        aspect_ratio_mask=torch.tensor([[[1] * n + [0] * (4 - n)]]),
-        cross_attention_mask=torch.tensor([1] * n + [0] * (4 - n)).expand(1, 5, 1, 4),
-    ).logits
-    found = model(tokens, 0, [[PlacedImage(0, image)]])
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {0: (100, 50)},
+        {3: (56, 150)},
+        {1: (100, 110), 6: (40, 40)},
+        {2: (100, 110), 5: (40, 40), 6: (56, 150)},  # consecutive ones too
+    ],
+    ids=["image first", "text, image", "two images", "three"],
+)
+def test_transformers_loads_it_and_agrees(hf, model, prompt):
+    tokens = [
+        IMAGE if i in prompt else token for i, token in enumerate([9, 30, 8, 400, 519, 5, 6, 7, 12, 99])
+    ]
+    images = [PlacedImage(at, tile_image(picture(*size), 56)) for at, size in prompt.items()]
+    expected = reference_logits(hf, tokens, [image for _, image in images])
+    torch.testing.assert_close(model(torch.tensor([tokens]), 0, [images]), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_folders_that_transformers_writes_load(hugging_face, model, tmp_path):
@@ -190,6 +193,7 @@ def test_without_vision_it_is_a_text_model(native, model):
         torch.testing.assert_close(llama.model(text, 0), model(text, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "worst"), [("int8", 0.1), ("int4", 0.4)])
 def test_fewer_bits(native, model, scheme, worst, tmp_path):
     exact = model(TOKENS, 0, [IMAGES])
@@ -197,6 +201,37 @@ def test_fewer_bits(native, model, scheme, worst, tmp_path):
     assert distance(found, exact) < worst
     folder = convert(native, tmp_path / scheme, quantize=scheme)
     torch.testing.assert_close(logits(folder), found, atol=0.02, rtol=0.02)
+
+
+def products(model: torch.nn.Module) -> dict[str, type | None]:
+    """How each linear layer of each part of a vision model is computed."""
+    return {
+        part: type(model.get_submodule(name).backend)
+        for part, name in {
+            "text": "layers.0.feed_forward.w2",
+            "cross-attention": "cross_attention_layers.1.attention.wq",
+            "encoder": "vision_model.vision_encoder.global_transformer.resblocks.7.mlp.c_fc",
+            "projection": "vision_model.vision_projection",
+        }.items()
+    }
+
+
+def test_few_bits_are_dequantized_on_a_cpu_and_kept_on_a_gpu(native, model, capsys, tmp_path):
+    """As the documents say, of all parts of the model."""
+    folder = convert(native, tmp_path / "int8", quantize="int8")
+    with Llama.build(folder, max_seq_len=32, max_batch_size=2, max_images=3, dtype="float32") as llama:
+        assert "The int8 weights are dequantized to float32" in capsys.readouterr().err
+        expected = llama.model(TOKENS, 0, [IMAGES])
+        assert set(products(llama.model).values()) == {type(None)}
+        dequantized = resident_bytes(llama.model)
+        text = memory(llama.model.params, 1, open_checkpoint(folder).weights, torch.float32, "int8")[0]
+        assert 0.95 < dequantized / text <= 1
+    with torch.device("meta"):
+        kept = VisionTransformer(VisionArgs(**vars(model.params)))
+    load_weights(kept, open_checkpoint(folder).weights, KEPT, model.device, torch.float32, "int8")
+    assert set(products(kept).values()) == {Grouped}
+    assert resident_bytes(kept) < 0.6 * dequantized
+    torch.testing.assert_close(kept(TOKENS, 0, [IMAGES]), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_packed_weights(native, model):
@@ -228,28 +263,54 @@ def test_an_image_takes_the_memory_that_info_tells():
     assert 0.9 < max(itertools.accumulate(sizes)) / (args.activations * 4) <= 1
 
 
+RELEASED = {"vocab_size": 128256, "ffn_dim_multiplier": 1.3, "n_kv_heads": 8}
+SMALL = {**RELEASED, "dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 1024}
+LARGE = {**RELEASED, "dim": 8192, "n_layers": 80, "n_heads": 64, "multiple_of": 4096}
+
+
+def shapes_of(**args) -> tuple[VisionTransformer, dict[str, tuple[int, ...]]]:
+    with torch.device("meta"):
+        model = VisionTransformer(VisionArgs(**args), ModelParallel())
+    return model, {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("args", "count"),
+    [
+        (SMALL, 10_629_184_035),
+        (SMALL | {"vision_chunk_size": 448}, 10_616_650_275),  # the base model of 11B
+        pytest.param(
+            LARGE | {"vision_num_cross_attention_layers": 20}, 88_552_318_523, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["11B", "11B base", "90B"],
+)
+def test_the_released_models_have_their_number_of_weights(args, count):
+    assert sum(map(math.prod, shapes_of(**args)[1].values())) == count
+
+
 def test_four_bits_of_the_11b_fit_a_card_of_12_gb():
     """With the cache of a chat about one image."""
-    args = VisionArgs(
-        dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256, ffn_dim_multiplier=1.3,
-        multiple_of=1024, max_batch_size=1, max_seq_len=4096,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = make_model(args, ModelParallel())
-    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    assert 10.6e9 < sum(map(math.prod, shapes.values())) < 10.7e9
+    model, shapes = shapes_of(**SMALL, max_batch_size=1, max_seq_len=4096)
     bits = {name: few_bits("int4", name) or 16 for name in shapes}
     # A group of 32 has a scale of 16 bits, and in 4 bits a minimum too.
     stored = {4: 4 + 32 / 32, 8: 8 + 16 / 32, 16: 16}
     weights = sum(math.prod(shape) * stored[bits[name]] / 8 for name, shape in shapes.items())
     caches = 2 * (math.prod(model.cache_shape()) + math.prod(model.image_cache_shape()))
-    assert weights + caches + 2 * args.activations < 12e9
+    assert weights + caches + 2 * model.params.activations < 12e9
+
+
+@pytest.mark.parametrize("count", [7, 9])
+def test_cross_attention_that_cannot_be_spaced_evenly_is_refused(count):
+    with pytest.raises(ArgumentError, match=f"vision_num_cross_attention_layers={count}"):
+        VisionArgs(**PARAMS | {"n_layers": 10, "vision_num_cross_attention_layers": count})
 
 
 SCRIPT = """
 import sys
 import torch
 from llama import Llama
+from llama.backends.grouped import Grouped
 
 torch.set_num_threads(1)
 tokens, images = torch.load(sys.argv[1], weights_only=False)

@@ -1,5 +1,7 @@
 """Llama Guard 3 11B Vision: its prompts, and the image that goes with them."""
 
+from dataclasses import replace
+
 import pytest
 
 from llama import Guard, Llama
@@ -39,8 +41,9 @@ def guard(tmp_path_factory) -> Guard:
     return Guard(Llama(random_vision(max_seq_len=1600), Tokenizer(path)))
 
 
-def test_a_vision_model_is_taken_for_it_and_sees_the_last_image(guard, monkeypatch):
-    assert guard.version.name == "3-11b-vision"
+@pytest.fixture
+def asked(guard, monkeypatch) -> dict:
+    """What the guard's model was asked last."""
     asked = {}
     stream = guard.llama.stream_tokens
 
@@ -49,12 +52,53 @@ def test_a_vision_model_is_taken_for_it_and_sees_the_last_image(guard, monkeypat
         return stream(prompts, **options)
 
     monkeypatch.setattr(guard.llama, "stream_tokens", watched)
+    return asked
+
+
+def test_a_vision_model_is_taken_for_it_and_sees_the_last_image(guard, asked):
+    assert guard.version.name == "3-11b-vision"
     images = [{"type": "image", "image": picture(40, 40, seed=i)} for i in range(2)]
     dialog = [{"role": "user", "content": [*images, {"type": "text", "text": "What is this?"}]}]
     verdicts = guard.check([dialog, QUESTION])
     assert [verdict.role for verdict in verdicts] == ["user", "user"]
     assert [prompt.count(IMAGE) for prompt in asked["prompts"]] == [1, 0]
     assert asked["images"] == [[images[1]["image"]], []]
+
+
+def test_a_chat_shows_it_the_images(guard, asked):
+    """Even of a question without text. What a random model says is not "safe"."""
+    picture_of = [{"type": "image", "image": picture(40, 40, seed=i)} for i in range(2)]
+    first = [{"role": "user", "content": picture_of[:1]}, {"role": "assistant", "content": "A llama."}]
+    for last in ([picture_of[1]], [picture_of[1], "And this?"]):
+        (answer,) = guard.llama.chat_completion(
+            [[*first, {"role": "user", "content": last}]], guard=guard, max_gen_len=1
+        )
+        assert answer["finish_reason"] == "content_filter"
+        assert asked["prompts"][0].count(IMAGE) == 1
+        assert asked["images"] == [[picture_of[1]["image"]]]
+
+
+def test_a_chat_shows_its_answer_with_the_image(guard, asked, monkeypatch):
+    check, judged = guard.check, []
+
+    def lenient(dialogs):
+        judged.append(dialogs)
+        return [replace(verdict, safe=True) for verdict in check(dialogs)]
+
+    monkeypatch.setattr(guard, "check", lenient)
+    dialog = [{"role": "user", "content": ["What is this?", {"type": "image", "image": picture(40, 40)}]}]
+    (answer,) = guard.llama.chat_completion([dialog], guard=guard, max_gen_len=1, temperature=0)
+    assert answer["finish_reason"] == "length"
+    assert [message["role"] for message in judged[1][0]] == ["user", "assistant"]
+    assert [prompt.count(IMAGE) for prompt in asked["prompts"]] == [1]
+
+
+def test_other_guards_are_not_shown_the_images_of_a_chat(guard, asked):
+    other = Guard(guard.llama, "3-8b")
+    dialog = [{"role": "user", "content": ["What is this?", {"type": "image", "image": picture(40, 40)}]}]
+    (answer,) = guard.llama.chat_completion([dialog], guard=other, max_gen_len=1)
+    assert answer["finish_reason"] == "content_filter"
+    assert asked["images"] == [[]]
 
 
 def test_other_guards_read_text_only(guard):

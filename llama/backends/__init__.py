@@ -39,7 +39,12 @@ class Plan:
     missing: str = ""
 
     def product(self, *weights: Weight) -> Product | None:
-        """The product for a weight, or for several that are `alike`, joined; None for F.linear."""
+        """The product for a weight, or for several that are `alike`, joined; None for F.linear.
+
+        Always None for a part without a single value: kernels refuse it.
+        """
+        if 0 in weights[0].shape:
+            return None
         make: Any = self.quantized if isinstance(weights[0], QuantizedMatrix) else self.plain
         return make(joined(weights)) if make else None
 

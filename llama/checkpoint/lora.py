@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.huggingface import native_name, open_weights, rotary_heads, to_native_rows
+from llama.checkpoint.mllama import mllama_name, usual_name
 from llama.checkpoint.source import TensorSource, check_float, is_tied
 from llama.errors import CheckpointError, shown
 from llama.files import check_kinds, is_kind, read_json
 from llama.model import ModelArgs
 from llama.parallel import Span
-from llama.quantization import EMBEDDINGS, OUTPUT
+from llama.quantization import EMBEDDINGS, LEARNABLE, OUTPUT
+from llama.vision import VisionArgs
 
 # Keys of adapter_config.json that do not affect how the saved factors are merged. All others change the
 # result, so they must be absent, null, false or empty, or have the value in `REQUIRED`.
@@ -121,21 +123,22 @@ def read_adapter(
     opened = open_weights(path)
     names = list(opened.keys())
     tensors = {name: opened[name] if isinstance(opened, dict) else opened.get_tensor(name) for name in names}
+    native = namer(path, base, args)
     replaced: dict[str, Tensor] = {}
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", name)
         if whole := re.fullmatch(
-            r"base_model\.model\.(lm_head|model\.embed_tokens)(\.base_layer)?\.weight", name
+            r"base_model\.model\.((?:\S+\.)?(?:lm_head|embed_tokens))(\.base_layer)?\.weight", name
         ):
-            native = native_name(f"{whole[1]}.weight")
-            if native is None or tuple(tensor.shape) != base.shapes.get(native):
+            found = native(whole[1])
+            if found is None or tuple(tensor.shape) != base.shapes.get(found):
                 raise CheckpointError(
                     f"{path} has {whole[1]} of shape {tuple(tensor.shape)}, which does not match this model: "
                     "was the adapter trained on another base model, or with added tokens?"
                 )
             check_float(path, name, tensor)
-            replaced[native] = tensor
+            replaced[found] = tensor
             continue
         if not match:
             raise CheckpointError(f"{path} has {shown(name)}, which is not part of a plain LoRA")
@@ -147,14 +150,38 @@ def read_adapter(
         # Embeddings are looked up by row, so their factors are stored in the opposite order.
         which = match[3] if not match[2] else "BA"["AB".index(match[3])]
         pairs.setdefault(match[1], {})[which] = tensor.float().T if match[2] else tensor.float()
-    deltas = (_delta(path, config, module, pair, base, args) for module, pair in pairs.items())
+    deltas = (
+        _delta(path, config, module, native(module), pair, base, args) for module, pair in pairs.items()
+    )
     return replaced, dict(deltas)
+
+
+def namer(path: Path, base: TensorSource, args: ModelArgs) -> Callable[[str], str | None]:
+    """A function from a module's name in `transformers` to the native name of its weight, None if unknown.
+
+    It raises CheckpointError for a vision model's embeddings.
+    """
+    if not isinstance(args, VisionArgs):
+        return lambda module: native_name(f"{module}.weight")
+    names = {mllama_name(name, args): name for name in base.shapes if name != LEARNABLE}
+
+    def native(module: str) -> str | None:
+        name = names.get(usual_name(f"{module}.weight"))
+        if name == EMBEDDINGS:
+            raise CheckpointError(
+                f"{path} adapts {module}, whose last rows belong to images: adapters merge only into the "
+                "other layers of a vision model"
+            )
+        return name
+
+    return native
 
 
 def _delta(
     path: Path,
     config: Mapping[str, Any],
     module: str,
+    name: str | None,
     pair: Mapping[str, Tensor],
     base: TensorSource,
     args: ModelArgs,
@@ -163,7 +190,6 @@ def _delta(
     if pair.keys() != {"A", "B"}:
         raise CheckpointError(f"{path} has only one of the two factors of {module}; download it again")
     a, b = pair["A"], pair["B"]
-    name = native_name(f"{module}.weight")
     if name == OUTPUT and is_tied(shapes):
         raise CheckpointError(f"{path} adapts {module}, which this model shares with its embeddings")
     if name is None or name not in shapes:

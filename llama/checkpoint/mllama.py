@@ -180,6 +180,12 @@ def mllama_name(name: str, args: VisionArgs) -> str:
     return f"language_model.{hf_name(name)}"
 
 
+def usual_name(name: str) -> str:
+    """A tensor's name in most of Hugging Face's files, from the one that `transformers` has in memory."""
+    old = next((old for old in RENAMED if name.startswith(old)), "")
+    return RENAMED.get(old, "") + name.removeprefix(old)
+
+
 def is_table(name: str) -> bool:
     return name.startswith(ENCODER) and name.removeprefix(ENCODER) in TABLES
 
@@ -227,8 +233,7 @@ class MllamaWeights(HFWeights):
     args: VisionArgs
 
     def usual_name(self, name: str) -> str:
-        old = next((old for old in RENAMED if name.startswith(old)), "")
-        return RENAMED.get(old, "") + name.removeprefix(old)
+        return usual_name(name)
 
     def file_name(self, name: str) -> str:
         return mllama_name(name, self.args)

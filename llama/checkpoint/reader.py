@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from tqdm import tqdm
 
 from llama.checkpoint.source import (
@@ -52,6 +53,8 @@ class RankReader:
         part, source, stored = self.parts[name], self.source, stored_name(self.source, self.prefix + name)
         if part.dim is None:
             return check_finite(stored, source.read(stored))
+        if all(start == stop for start, stop in part.spans):  # more ranks than the image encoder has heads
+            return torch.empty(part.resized(part.dim, 0), dtype=source.dtype)
         pieces: list[Weight]
         if quantized and isinstance(source, QuantizedSource) and source.bits(stored):
             matrix = source.matrix(stored)

@@ -17,7 +17,7 @@ from llama.cli.terminal import Terminal
 from llama.errors import ArgumentError
 from llama.generation import Llama
 from llama.prompts import tiled
-from llama.vision import sighted
+from llama.vision import image_bytes, sighted
 
 HELP = """\
 /system TEXT   set the system prompt;  /system  show it;  /system -  remove it
@@ -208,7 +208,7 @@ class Chat:
                 f"this chat has room for {self.max_images} image(s): start with a larger --max_images"
             )
         path = _path(name)
-        data = self.terminal.once(path.read_bytes)
+        data = self.terminal.once(lambda: image_bytes(path))
         tiled(data, self.llama.model)  # raises for a bad file
         self.images.append(data)
         print(f"[{path.name} will be sent with your next message]")

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from llama.engine.edits import NOT_LOADED, edited, versions
 from llama.engine.request import Request
 from llama.model import Transformer
 from llama.vision import VisionTransformer
@@ -37,7 +38,7 @@ class Slots:
         self.model, self.reusable, self.clears = model, reusable, clears
         self.all = [Slot(index) for index in range(model.params.max_batch_size)]
         self.epoch: int | None = None  # the cache's, after this engine's last write; None: forget
-        self.weights = 0
+        self.weights = (0, NOT_LOADED)
 
     def running(self) -> list[Request]:
         """The requests that have a slot, in the order of the slots."""
@@ -53,12 +54,14 @@ class Slots:
 
     def reclaim(self, look_at_weights: bool) -> bool:
         """Forget all keys and values if other code wrote to cache or weights. Returns whether it did."""
-        weights = weights_version(self.model) if look_at_weights else self.weights
-        if (self.epoch, self.weights) == (self.model.cache.epoch, weights):
+        weights = versions(self.model) if look_at_weights else self.weights
+        changed = edited(self.weights, weights)
+        if self.epoch == self.model.cache.epoch and not changed:
+            self.weights = weights
             return False
         for slot in self.all:
             slot.committed, slot.reach, slot.tokens = 0, 0, []
-        if isinstance(self.model, VisionTransformer) and (self.epoch is None or self.weights != weights):
+        if isinstance(self.model, VisionTransformer) and (self.epoch is None or changed):
             self.model.forget_images()
         with self.writing():
             if self.clears:
@@ -112,12 +115,3 @@ class Slots:
 def _common(a: Sequence[object], b: Sequence[object]) -> int:
     """The length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def weights_version(model: Transformer) -> int:
-    """A number that changes when weights are replaced or edited in place, except through `.data`.
-
-    An image encoder's weights are ignored: they may load at any time.
-    """
-    weights = (w for name, w in model.named_parameters() if not name.startswith("vision_model."))
-    return hash(tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights))

@@ -21,7 +21,7 @@ from llama.moderation import Category
 from llama.predictions import collect
 from llama.prompts import with_image_token
 from llama.tokenizer import Dialog, SentencePieceTokenizer
-from llama.tokenizer.content import split_dialog, text_of
+from llama.tokenizer.content import is_parts, split_dialog, text_of
 from llama.tokenizer.template import ChatTemplate
 from llama.vision import VisionArgs
 
@@ -160,7 +160,12 @@ class Guard:
         if images and not self.version.sees:
             raise ArgumentError(f"Llama Guard {self.version.name} reads text only: leave the images out")
         if images:
-            messages = [{**message, "content": text_of(message["content"])} for message in messages]
+            messages = [
+                {**message, "content": text_of(message["content"])}
+                if is_parts(message.get("content"))
+                else message  # refused where it is rendered, unless it is text
+                for message in messages
+            ]
         return messages, images[-1:]
 
     def close(self) -> None:

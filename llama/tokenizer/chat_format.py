@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llama.errors import ArgumentError, shown
-from llama.tokenizer.content import IMAGE, is_parts, stripped
+from llama.tokenizer.content import IMAGE, is_parts
 from llama.tokenizer.interface import Dialog, DialogFormat, Message, TextTokenizer
 
 
@@ -85,7 +85,10 @@ def encode_parts(tokenizer: TextTokenizer, parts: Sequence[Mapping[str, str]]) -
 
 
 class ChatFormat:
-    """Llama 3: a header with the role, two newlines, the stripped content, <|eot_id|>."""
+    """Llama 3: a header with the role, two newlines, the content, <|eot_id|>.
+
+    Text is stripped, but not beside images, as in Meta's code of either time.
+    """
 
     roles = ("system", "user", "assistant", "tool", "ipython")
 
@@ -105,10 +108,10 @@ class ChatFormat:
         ]
 
     def encode_message(self, message: Message) -> list[int]:
-        """A header, the stripped content, and <|eot_id|>."""
+        """A header, the content, and <|eot_id|>."""
         header = self.encode_header(message)
         content = message["content"]
-        parts = stripped([{"type": "text", "text": content}] if isinstance(content, str) else content)
+        parts = [{"text": content.strip()}] if isinstance(content, str) else content
         ids = encode_parts(self.tokenizer, parts)
         return [*header, *ids, self.tokenizer.special_tokens["<|eot_id|>"]]
 

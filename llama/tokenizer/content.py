@@ -57,6 +57,21 @@ def split_dialog(dialog: Any) -> tuple[Any, list[Any]]:
     return messages, images
 
 
+def join_dialog(dialog: Any, images: Sequence[Any]) -> Any:
+    """The inverse of `split_dialog`."""
+    left = iter(images)
+
+    def whole(part: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**part, "image": next(left)} if part["type"] == "image" else part
+
+    return [
+        {**message, "content": [whole(part) for part in content]}
+        if isinstance(content := message.get("content"), list)
+        else message
+        for message in dialog
+    ]
+
+
 def _parse(part: Any) -> str | tuple[Any]:
     """The text of a part, or its image in a tuple."""
     if isinstance(part, str):
@@ -92,13 +107,3 @@ def is_parts(content: Any) -> bool:
 def text_of(content: Any) -> str:
     """The text of a message's content, without images."""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-
-
-def stripped(parts: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Parts without white space before the first and after the last text."""
-    out = [dict(part) for part in parts]
-    if out and "text" in out[0]:
-        out[0]["text"] = out[0]["text"].lstrip()
-    if out and "text" in out[-1]:
-        out[-1]["text"] = out[-1]["text"].rstrip()
-    return out

@@ -7,7 +7,7 @@ from typing import Any
 from llama.model import ModelArgs, Transformer
 from llama.parallel import ModelParallel
 from llama.vision.encoder import VisionArgs, VisionModel
-from llama.vision.images import ImageSource, TiledImage, open_image, tile_image
+from llama.vision.images import ImageSource, TiledImage, image_bytes, open_image, tile_image
 from llama.vision.transformer import PlacedImage, VisionTransformer, sighted
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "VisionArgs",
     "VisionModel",
     "VisionTransformer",
+    "image_bytes",
     "make_args",
     "make_model",
     "open_image",

@@ -67,6 +67,11 @@ class VisionArgs(ModelArgs):
                 f"vision_num_cross_attention_layers={self.vision_num_cross_attention_layers} must be at most "
                 f"the number of layers, {self.n_layers}"
             )
+        if self.fusion[0] < 0:
+            raise ArgumentError(
+                f"vision_num_cross_attention_layers={self.vision_num_cross_attention_layers} cannot be "
+                f"spaced evenly among {self.n_layers} layers, one before the last of them"
+            )
 
     @property
     def tile_tokens(self) -> int:

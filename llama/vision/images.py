@@ -18,7 +18,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import torch
 from torch import Tensor
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 
 ImageSource: TypeAlias = Union[str, "os.PathLike[str]", bytes, "Image"]  # str: a path or a data URL
 
+FP32: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever a program's defaults are
 MAX_BYTES = 50_000_000
 MAX_PIXELS = 2**26  # 67 million; the largest canvas has 1.3 million
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+ORIENTATION = 0x0112  # EXIF 2.3, section 4.6.4
 # Pillow's modes that convert to RGB without visible loss.
 OPAQUE = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 TRANSPARENT = ("LA", "PA", "RGBA", "La", "RGBa")
@@ -56,7 +58,7 @@ class TiledImage:
 
     def normalized(self) -> Tensor:
         """The pixels in fp32, normalised by the encoder's training mean and standard deviation."""
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        mean, std = (torch.tensor(values, **FP32).view(3, 1, 1) for values in (MEAN, STD))
         return self.pixels.float().div_(255).sub_(mean).div_(std)
 
 
@@ -90,7 +92,7 @@ def best_canvas(width: int, height: int, size: int, max_tiles: int) -> tuple[int
     several, the smallest. Scales are compared in fp32, as in Meta's code.
     """
     canvases = [(r, n // r) for n in range(1, max_tiles + 1) for r in range(1, n + 1) if n % r == 0]
-    sides = torch.tensor(canvases) * size
+    sides = torch.tensor(canvases, **FP32) * size
     scales = torch.minimum(sides[:, 1] / width, sides[:, 0] / height).tolist()
     enough = [scale for scale in scales if scale >= 1]
     best = min(enough) if enough else max(scales)
@@ -116,10 +118,12 @@ def open_image(source: ImageSource) -> Image:
     if the source is not an image, is too large, or does not have 8-bit colors.
     """
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError:
         raise MissingPackageError("images need the Pillow package: pip install -e '.[vision]'") from None
-    image = source if isinstance(source, Image.Image) else _opened(_encoded(source))
+    image = source if isinstance(source, Image.Image) else _opened(image_bytes(source))
+    if not image.width * image.height:
+        raise PromptError(f"the image has no pixels: its size is {image.width} × {image.height}")
     if image.width * image.height > MAX_PIXELS:
         raise PromptError(
             f"the image has {image.width} × {image.height} pixels; scale it down to at most {MAX_PIXELS:,}"
@@ -127,17 +131,39 @@ def open_image(source: ImageSource) -> Image:
     if image.mode not in OPAQUE + TRANSPARENT:
         raise PromptError(f"the image has mode {image.mode!r}; convert it to 8-bit RGB")
     try:
-        image = ImageOps.exif_transpose(image)
+        image.load()
+        image = upright(image)
         if not image.has_transparency_data:
             return image.convert("RGB")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever Pillow's decoders run into
         raise PromptError(f"the image cannot be decoded and may be damaged: {error}") from None
 
 
-def _encoded(source: object) -> bytes:
-    """The bytes of an image file. Raises PromptError if they are too many or not available."""
+def upright(image: Image) -> Image:
+    """A decoded image, turned as its EXIF orientation says; unchanged if its EXIF data cannot be read."""
+    from PIL import Image
+
+    turns = Image.Transpose
+    turn = {
+        **{2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM, 5: turns.TRANSPOSE},
+        **{6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90},
+    }
+    # `ImageOps.exif_transpose` also writes the data anew, and fails on many a valid picture's.
+    try:
+        method = turn.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # whatever Pillow's parser runs into; the pixels are good
+        return image
+    return image if method is None else image.transpose(method)
+
+
+def image_bytes(source: object) -> bytes:
+    """The bytes of an image file: those at a path, in a data URL, or the source itself.
+
+    Raises FileNotFoundError if the file is missing, PromptError if there are too many, which are not read,
+    or for any other source.
+    """
     if isinstance(source, bytes | bytearray | memoryview):
         data = bytes(source)
     elif isinstance(source, str) and source.startswith("data:"):
@@ -188,7 +214,7 @@ def _opened(data: bytes) -> Image:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise PromptError(f"the image has far more than {MAX_PIXELS:,} pixels; scale it down") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # whatever Pillow's parsers run into
         reason = "it is not one of " + ", ".join(FORMATS)
         if not isinstance(error, UnidentifiedImageError):
             reason = f"it may be damaged: {error}"

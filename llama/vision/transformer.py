@@ -175,12 +175,15 @@ class VisionTransformer(Transformer):
                 f"the prompt has {len(images)} images, but max_images={self.params.max_images}; "
                 "build with a larger max_images"
             )
-        side = self.params.vision_chunk_size
-        if wrong := [image for image in images if image.pixels.shape[1:] != (3, side, side)]:
-            raise PromptError(
-                f"an image has tiles of {tuple(wrong[0].pixels.shape[1:])}, but this model reads "
-                f"(3, {side}, {side}): make it with tile_image(…, size={side})"
-            )
+        side, most = self.params.vision_chunk_size, self.params.vision_max_num_chunks
+        for image in images:
+            tiles = image.rows * image.columns
+            if image.pixels.shape != (tiles, 3, side, side) or not 0 < tiles <= most:
+                raise PromptError(
+                    f"an image has {tiles} tiles and pixels of {tuple(image.pixels.shape)}, but this model "
+                    f"reads 1 to {most} tiles of (3, {side}, {side}): "
+                    f"make it with tile_image(…, {side}, {most})"
+                )
 
     @torch.inference_mode()
     def place(self, slot: int, images: Sequence[PlacedImage]) -> None:
@@ -190,20 +193,25 @@ class VisionTransformer(Transformer):
         """
         self.check_room([image for _, image in images])
         _ = self.cache  # allocates both caches
-        pairs = zip(self.held[slot], images, strict=False)
+        before = self.held[slot]
+        pairs = zip(before, images, strict=False)
         same = next((i for i, (held, new) in enumerate(pairs) if held.key != new.image.key), None)
-        kept = self.held[slot][: len(images)] if same is None else self.held[slot][:same]
+        kept = before[: len(images)] if same is None else before[:same]
         self.held[slot] = [
             held._replace(position=position) for held, (position, _) in zip(kept, images, strict=False)
         ]
         for position, image in images[len(kept) :]:
             start = self.held[slot][-1].stop if self.held[slot] else 0
             stop = start + image.rows * image.columns * self.params.tile_tokens
+            # Also those that the slot had and that are not overwritten yet.
+            places = [(slot, held) for held in before if held.start >= start]
+            places += [(other, held) for other, all_held in enumerate(self.held) for held in all_held]
+            found = next(((other, held) for other, held in places if held.key == image.key), None)
             target = self.images[:, :, slot, :, start:stop]
-            for other, held in ((i, held) for i, all_held in enumerate(self.held) for held in all_held):
-                if held.key == image.key:
-                    target.copy_(self.images[:, :, other, :, held.start : held.stop])
-                    break
+            if found:
+                other, held = found
+                source = self.images[:, :, other, :, held.start : held.stop]
+                target.copy_(source.clone() if other == slot else source)  # they may overlap
             else:
                 tokens = self.encode(image)
                 for block, cache in zip(self.cross_attention_layers, target, strict=True):

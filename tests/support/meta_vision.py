@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 # Before the stand-in exists; otherwise transformers would mistake it for torchvision.
-import transformers.models.mllama.image_processing_pil_mllama
-import transformers.models.mllama.modeling_mllama  # noqa: F401
+import transformers.models.mllama.image_processing_pil_mllama  # noqa: F401
 from PIL import Image
 from torch import Tensor
+from transformers.models.mllama.modeling_mllama import MllamaForConditionalGeneration
 
-from llama.vision import VisionArgs, VisionTransformer
+from llama.checkpoint.mllama import canvases
+from llama.vision import TiledImage, VisionArgs, VisionTransformer
 from tests.support import tiny
 
 PARAMS = {
@@ -117,6 +118,47 @@ def random_vision(seed: int = 0, **changes: object) -> VisionTransformer:
     weights = {name: draw(name, w, generator) for name, w in vision.state_dict().items()}
     vision.load_state_dict(weights, strict=True, assign=True)
     return vision
+
+
+def reference(folder: Path) -> MllamaForConditionalGeneration:
+    """transformers' model. Its encoder hands out the features of five layers as they are one layer later
+    than in Meta's code, so those before are asked for.
+    """
+    hf = MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    hf.model.vision_model.intermediate_layers_indices = [2, 6, 14, 22, 29]
+    return hf
+
+
+def reference_logits(hf: torch.nn.Module, tokens: list[int], images: list[TiledImage]) -> Tensor:
+    """Logits (1, length, vocab_size) of transformers' model for one prompt.
+
+    Tokens that see no image get the mean of all values from its cross-attention, and should get nothing.
+    """
+    side = images[0].pixels.shape[-1]
+    pixels = torch.zeros(1, len(images), 4, 3, side, side)
+    valid = torch.zeros(1, len(images), 4, dtype=torch.long)
+    mask = torch.zeros(1, len(tokens), len(images), 4, dtype=torch.long)
+    for i, (image, (start, stop)) in enumerate(zip(images, spans(tokens), strict=True)):
+        n = len(image.pixels)
+        pixels[0, i, :n], valid[0, i, :n] = image.normalized(), 1
+        mask[0, start : len(tokens) if stop < 0 else stop, i, :n] = 1
+    sees = mask.flatten(2).any(-1)[..., None]
+    blocks = [module for name, module in hf.named_modules() if name.endswith(".cross_attn")]
+    hooks = [
+        block.register_forward_hook(lambda *args: (args[-1][0] * sees, *args[-1][1:])) for block in blocks
+    ]
+    try:
+        return hf(
+            input_ids=torch.tensor([tokens]),
+            attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
+            pixel_values=pixels,
+            aspect_ratio_ids=torch.tensor([[1 + canvases(4).index((im.rows, im.columns)) for im in images]]),
+            aspect_ratio_mask=valid,
+            cross_attention_mask=mask,
+        ).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def cut_along(name: str) -> int | None:

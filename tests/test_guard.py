@@ -206,6 +206,7 @@ def test_chunks_have_a_length(llama, every):
         llama.chat_completion([QUESTION], guard=Words(), guard_every=every)
 
 
+@pytest.mark.slow
 def test_the_command_reads_a_text_or_a_dialog(tmp_path, monkeypatch, capsys):
     folder = write_checkpoint(tmp_path / "guard")
     dialog = tmp_path / "dialog.json"

@@ -203,6 +203,7 @@ class TestDemo:
         )
         return oracle
 
+    @pytest.mark.slow
     def test_agrees_on_ten_thousand_strings(self, tokenizer: Tokenizer, oracle) -> None:
         texts = strings(10_000, list(tokenizer.special_tokens))
         for text, expected in zip(texts, oracle.encode_batch(texts), strict=True):

@@ -40,6 +40,7 @@ def test_quiet_without_a_terminal(script: Script, server: FakeLlamaServer) -> No
     assert names == [*files, "torchrun"]
 
 
+@pytest.mark.slow
 def test_at_a_terminal_it_asks_and_shows_progress(
     both: Script, server: FakeLlamaServer, weights: bytes
 ) -> None:

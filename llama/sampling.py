@@ -190,7 +190,7 @@ def _draw(logits: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
         if look < vocab_size:
             again = ~(dropped[:, -1] | (before[:, -1] + probs[:, -1] > share[:, 0]))
             again |= (limited & (top_k > look))[:, 0]  # the sum of the top_k is unknown
-        if logits.device.type == "cpu":  # another device would have to be waited for
+        if look > NUCLEUS_SHORTCUT and logits.device.type == "cpu":  # others would have to be waited for
             some = max(1, int((~dropped).sum(-1).max()))
             top, ids, dropped = top[:, :some], ids[:, :some], dropped[:, :some]
     scores = (top - best).double() / temperature + gumbel(key, ids)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.download.script import MODEL, SHARD, Script, Terminal, wait_for
 from tests.support.download_server import SIGNATURE, FakeLlamaServer
 

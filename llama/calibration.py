@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama.checkpoint.source import Checkpoint, check_finite
-from llama.device import default_device, default_dtype
+from llama.device import default_device
 from llama.errors import ArgumentError
 from llama.loading import load, matrices
 from llama.model import Row
@@ -47,9 +47,7 @@ def mean_squares(checkpoint: Checkpoint, text: str) -> dict[str, Tensor]:
     device = default_device()
     args = make_args(text_params(checkpoint.params), WINDOW, 1)
     on_cpu = device.type == "cpu"
-    model = load(
-        checkpoint, args, ModelParallel(), device, default_dtype(device), whole_steps=False, mapped=on_cpu
-    )
+    model = load(checkpoint, args, ModelParallel(), device, whole_steps=False, mapped=on_cpu)
     tokens = checkpoint.tokenizer.encode(text, bos=True, eos=False)
     sums: dict[str, Tensor] = {}
 

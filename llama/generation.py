@@ -27,7 +27,7 @@ from llama.arguments import (
 )
 from llama.checkpoint import open_checkpoint
 from llama.constraints import Grammars
-from llama.device import default_device, default_dtype, parse_device, parse_dtype
+from llama.device import default_device, parse_device, parse_dtype
 from llama.embeddings import Embeddings
 from llama.engine import Engine
 from llama.engine.static import check_compile
@@ -97,7 +97,7 @@ class Llama(Embeddings, ToolLoop):
             all that `torchrun` started.
         seed: for calls without a seed of their own.
         device: "cpu", "cuda", "cuda:1", "mps"; by default this rank's CUDA device, else MPS, else CPU.
-        dtype: "bfloat16", "float16" or "float32"; by default bf16 if the device computes in it.
+        dtype: "bfloat16", "float16" or "float32"; by default bf16, or what is faster here.
         adapter: a folder with a LoRA adapter in PEFT's format, merged into the weights.
         batch_invariant: make a request's logprobs bit-identical whatever runs alongside it, at some cost in
             speed; an error if this machine's kernels cannot guarantee it.
@@ -123,7 +123,7 @@ class Llama(Embeddings, ToolLoop):
         if model_parallel_size is not None:
             model_parallel_size = whole("model_parallel_size", model_parallel_size, 1)
         device = parse_device(device) if device is not None else default_device()
-        dtype = parse_dtype(dtype) if dtype is not None else default_dtype(device)
+        dtype = parse_dtype(dtype) if dtype is not None else None
         check_quantize(quantize, device)
         if compile is True and batch_invariant:
             raise ArgumentError("compile=True and batch_invariant=True cannot be combined: choose one")

@@ -45,7 +45,7 @@ def load(
     args: ModelArgs,
     group: ModelParallel,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
     scheme: str | None = None,
     *,
     whole_steps: bool = True,
@@ -54,12 +54,13 @@ def load(
 ) -> Transformer:
     """This rank's part of a checkpoint's model, with its cache allocated.
 
-    scheme: from `scheme_of`. whole_steps, mapped, threads: see `backends.plan`.
+    dtype: None for the fastest. scheme: from `scheme_of`. whole_steps, mapped, threads: see `backends.plan`.
     Reports progress on rank 0's stderr. Raises what `Llama.build` raises.
     """
     start = time.perf_counter()
     with torch.device("meta"):
         model = make_model(args, group)
+    dtype = dtype or backends.fastest_dtype(model, device, whole_steps=whole_steps)
     plan = backends.plan(
         model, device, dtype, scheme, whole_steps=whole_steps, mapped=mapped, threads=threads
     )

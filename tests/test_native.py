@@ -208,13 +208,17 @@ def test_damage_shows_in_the_logits(target: str | None, kind: str) -> None:
         assert not step.logits(run(model, step, torch.tensor([0]))).isfinite().any()
 
 
-def test_what_does_not_fit_is_told() -> None:
+def test_what_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, bf16 = torch.device("cpu"), torch.bfloat16
     for shape, found in (({"head_dim": 10, "n_heads": 16}, "head_dim=10"), ({"dim": 80}, "dim=80")):
         with pytest.raises(UnavailableError, match=found):
             native.check(random_model(**shape), cpu, bf16)
     model = random_model()
     native.check(model, cpu, bf16)
+    monkeypatch.setattr(backends, "default_dtype", lambda device: torch.float32)  # no bf16 instructions
+    assert backends.fastest_dtype(model, cpu) == bf16
+    assert backends.fastest_dtype(model, cpu, whole_steps=False) == torch.float32
+    assert backends.fastest_dtype(random_model(dim=80), cpu) == torch.float32
     with pytest.raises(UnavailableError, match="float16"):
         native.check(model, cpu, torch.float16)
     with pytest.raises(UnavailableError, match="for CPUs"):

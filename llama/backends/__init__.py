@@ -1,5 +1,6 @@
 """How a matrix, or a whole step, is computed: one file per backend, and one place that chooses."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from llama.backends import native
 from llama.backends.grouped import Grouped
 from llama.backends.onednn import Packed, can_pack
 from llama.backends.torchao import Float8
+from llama.device import default_dtype
 from llama.model import StepBackend, Transformer
 from llama.parallel import Product
 from llama.quantization import QuantizedMatrix, Weight, joined
@@ -47,6 +49,18 @@ class Plan:
             return None
         make: Any = self.quantized if isinstance(weights[0], QuantizedMatrix) else self.plain
         return make(joined(weights)) if make else None
+
+
+def fastest_dtype(model: Transformer, device: torch.device, *, whole_steps: bool = True) -> torch.dtype:
+    """The dtype in which a machine computes a model fastest: the device's own, or bf16 in a whole step.
+
+    On a CPU without bf16 instructions, the step still reads half the bytes, and computes in fp32.
+    """
+    if device.type == "cpu" and whole_steps:
+        with contextlib.suppress(native.UnavailableError):
+            native.check(model, device, torch.bfloat16)
+            return torch.bfloat16
+    return default_dtype(device)
 
 
 def plan(

@@ -24,7 +24,7 @@ from tests.support import ROOT
 from tests.support.serving import NAME, Served, serving, tiny_llama
 
 CLIENTS = 200
-SECONDS = 90.0
+SECONDS = 150.0
 PATH = "/v1/chat/completions"
 LIMITS = Limits(queue=400, timeout=60, body=100_000)
 # A few questions, many times, so that what each is answered alone need be found only once.

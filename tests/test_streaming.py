@@ -163,6 +163,7 @@ def test_dialogs_stream_too(llama):
     assert texts == [answer["generation"]["content"] for answer in answers]
 
 
+@pytest.mark.slow
 def test_stop_strings_across_token_borders(llama, tokenizer):
     """The answer is single bytes and words; its own middle serves as the stop string."""
     free = llama.text_completion(["the"], **SAMPLED)[0]["generation"]

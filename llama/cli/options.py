@@ -27,6 +27,7 @@ class BuildOptions:
         batch_invariant: make logprobs bit-identical whatever else runs, at some cost in speed
         vision: load a vision model with image support
         max_images: maximum images per chat or prompt; sets the size of a vision model's image cache
+        mmap: read the weights from their files in every step, for models larger than memory; CPU only
     """
 
     tokenizer_path: str | None = None
@@ -40,6 +41,7 @@ class BuildOptions:
     batch_invariant: bool = False
     vision: bool = True
     max_images: int = 1
+    mmap: bool = False
 
     def build(self, ckpt_dir: str) -> Llama:
         """Load a checkpoint with these options. Raises what `Llama.build` raises."""

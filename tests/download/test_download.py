@@ -44,6 +44,7 @@ def test_a_second_run_downloads_nothing_and_verifies(both: Script, server: FakeL
     assert "torchrun" in result.stdout
 
 
+@pytest.mark.slow
 def test_every_family_with_its_layout_and_its_run_line(script: Script, server: FakeLlamaServer) -> None:
     wanted = {
         "LLaMA-13B": ("13B", 2, "text"),

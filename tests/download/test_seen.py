@@ -9,6 +9,8 @@ import pytest
 from tests.download.script import MODEL, SHARD, Script, Terminal, wait_for
 from tests.support.download_server import SIGNATURE, FakeLlamaServer
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_signature_is_nowhere(both: Script, server: FakeLlamaServer) -> None:
     server.faults[f"{MODEL}/{SHARD}"] = [("slow", 1), 500]
@@ -42,7 +44,6 @@ def test_quiet_without_a_terminal(script: Script, server: FakeLlamaServer) -> No
     assert names == [*files, "torchrun"]
 
 
-@pytest.mark.slow
 def test_at_a_terminal_it_asks_and_shows_progress(
     both: Script, server: FakeLlamaServer, weights: bytes
 ) -> None:

@@ -94,15 +94,21 @@ def test_tls_and_no_key_or_text_in_what_is_printed(ckpt: Path, tmp_path: Path) -
 
 def test_prompts_and_answers_are_logged_if_asked_for(llama: Llama, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "llama.server")
+
+    def lines(path: str) -> list[dict[str, object]]:
+        """Without what is written late of an earlier request."""
+        every = [json.loads(JsonLines().format(record)) for record in caplog.records]
+        return [line for line in every if line.get("path", path) == path]
+
     with serving(llama, log_prompts=True) as served:
         for path, body in ASKS.items():
             caplog.clear()
             reply = httpx.post(served.url + path, json={"model": NAME, "temperature": 0, **body})
-            until(lambda: len(caplog.records) == 3)
-            lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
-            assert [line["message"] for line in lines] == ["prompt", "answer", "request"]
-            assert "a 🦙?" in lines[0]["text"]
-            assert lines[1]["text"] == texts(path, reply.json())[0]
+            until(lambda: len(lines(path)) == 3)
+            found = lines(path)
+            assert [line["message"] for line in found] == ["prompt", "answer", "request"]
+            assert "a 🦙?" in found[0]["text"]
+            assert found[1]["text"] == texts(path, reply.json())[0]
 
 
 def test_requests_are_traced(llama: Llama) -> None:

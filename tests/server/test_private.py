@@ -104,7 +104,7 @@ def test_prompts_and_answers_are_logged_if_asked_for(llama: Llama, caplog: pytes
         for path, body in ASKS.items():
             caplog.clear()
             reply = httpx.post(served.url + path, json={"model": NAME, "temperature": 0, **body})
-            until(lambda: len(lines(path)) == 3)
+            until(lambda path=path: len(lines(path)) == 3)
             found = lines(path)
             assert [line["message"] for line in found] == ["prompt", "answer", "request"]
             assert "a 🦙?" in found[0]["text"]

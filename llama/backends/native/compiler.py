@@ -16,7 +16,7 @@ from typing import Any
 
 from llama.device import cache_folder
 
-SOURCES = [Path(__file__).with_name(name) for name in ("step.cpp", "matrix.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("step.cpp", "product.h", "matrix.h")]
 NATIVE = {"x86_64": "-march=native", "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
 
 

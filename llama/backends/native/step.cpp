@@ -3,7 +3,7 @@
 // Every output element is summed in a fixed order, whatever else is computed: along its inputs, or its
 // positions, sequentially. So a sequence gets the same bits alone or in a batch, in one prefill or token by
 // token, with any number of threads.
-#include "matrix.h"
+#include "product.h"
 
 #include <atomic>
 #include <chrono>
@@ -15,7 +15,6 @@
 #endif
 
 constexpr int QUERY_TOKENS = 8;  // tokens of one sequence that attend together
-constexpr int PANEL = 128;  // rows that some tiles are multiplied with in turn, so that both stay in the core's cache
 
 struct Layer {
   Matrix wq, wk, wv, wo, w1, w2, w3;

@@ -1,0 +1,288 @@
+// Products of matrices and activations, by vectors and by AMX, and of attention weights with cached values.
+//
+// An output's sum has one order, however many rows a step has. Sums of bytes within a group are whole numbers,
+// so AMX's are the same as those of vectors; AMX's sums of bf16 are not, so AMX multiplies all rows if any.
+#pragma once
+#include "matrix.h"
+#ifdef AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+// ---- products
+
+// acc + two products per lane. w: 2 bf16. x: from `activation_pair`.
+static inline F dot2(F acc, U w, const uint32_t* x) {
+#if LANES == 16 && defined(__AVX512BF16__)
+  return (F)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)splat(*x));  // x: 2 bf16
+#else
+  const float* pair = (const float*)x;  // x: 2 fp32
+  return fma((F)(w & 0xffff0000u), splat(pair[1]), fma((F)(w << 16), splat(pair[0]), acc));
+#endif
+}
+
+// start + products of 32 inputs per lane: w has 4 in each of 8 vectors, x is int8 and the same for all lanes.
+// w: signed, or value + 128 if FLIP; 0 … 31 if SMALL. The sum is exact.
+template <bool SMALL> static inline F dot32(const Bytes w[8], const uint8_t* x, int32_t start) {
+#ifdef DOT4
+  I acc = splat(start);
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; j++) acc = DOT4(acc, w[j], splat(load<int32_t>(x + 4 * j)));
+  return to_float(acc);
+#elif LANES == 8
+  // Pairs of products are summed in 16 bits: four small ones fit, or one pair of |w| times x with w's sign.
+  __m256i acc = (__m256i)splat(start);
+#pragma GCC unroll 2
+  for (int half = 0; half < 8; half += 4) {
+    __m256i narrow = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int j = half; j < half + 4; j++) {
+      const __m256i v = (__m256i)w[j], xs = (__m256i)splat(load<int32_t>(x + 4 * j));
+      if (SMALL) narrow = _mm256_add_epi16(narrow, _mm256_maddubs_epi16(v, xs));
+      else {
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_sign_epi8(v, v), _mm256_sign_epi8(xs, v));
+        acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+      }
+    }
+    if (SMALL) acc = _mm256_add_epi32(acc, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
+  }
+  return to_float((I)acc);
+#else
+  F acc = splat(float(start));  // whole numbers below 2^24 are exact in fp32
+  for (int j = 0; j < 8; j++)
+    for (int k = 0; k < 4; k++) acc += to_float((I)((U)w[j] << (24 - 8 * k)) >> 24) * splat(float(int8_t(x[4 * j + k])));
+  return acc;
+#endif
+}
+
+// out[b][t] = products of tile t with row first + b of x.
+template <int K, int T, int B>
+__attribute__((noinline)) static void product(const Tile* tiles, int cols, const Inputs& x, int first, F (*out)[T]) {
+  F acc[B][T] = {};
+  const uint32_t* from = x.row(first);
+  const size_t stride = x.stride;
+  if constexpr (grouped(K)) {
+    constexpr int TOGETHER = B > 2 ? 1 : T;  // tiles at once, limited by registers
+    const float *scales = &x.scale[size_t(first) * x.groups], *sums = &x.scaled_sum[size_t(first) * x.groups];
+    const int32_t* offsets = &x.offset[size_t(first) * x.groups];
+    for (int pass = 0; pass < T; pass += TOGETHER)
+      for (int g = 0; g < cols / GROUP; g++)
+#pragma GCC unroll 2
+        for (int t = pass; t < pass + TOGETHER; t++) {
+          Bytes w[8];
+          unpack<K>(tiles[t].weight + size_t(g) * group_bytes(K), w);
+          const F scale = from_half(load<Halves>(tiles[t].scale + g * LANES));
+          const F min = tiles[t].min ? from_half(load<Halves>(tiles[t].min + g * LANES)) : scale * -middle(K);
+#pragma GCC unroll 8
+          for (int b = 0; b < B; b++) {
+            const int at = b * x.groups + g;
+            const F sum = dot32<K != INT8>(w, (const uint8_t*)(from + b * stride) + x.place(g), K == INT8 ? offsets[at] : 0);
+            acc[b][t] = fma(sum, scale * scales[at], acc[b][t]);
+            if (K != INT8) acc[b][t] = fma(min, splat(sums[at]), acc[b][t]);
+          }
+        }
+  } else {
+    constexpr int STEP = K == BF16 && !BF16_PRODUCTS ? 2 : 1;  // numbers of x per unit of w
+    const int units = K == FP32 ? cols : cols / 2;
+    for (int k = 0; k < units; k++)
+#pragma GCC unroll 2
+      for (int t = 0; t < T; t++) {
+        const U w = load<U>(tiles[t].weight + size_t(k) * sizeof(U));
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++) {
+          const uint32_t* in = from + b * stride + k * STEP;
+          acc[b][t] = K == FP32 ? fma((F)w, splat(load<float>(in)), acc[b][t]) : dot2(acc[b][t], w, in);
+        }
+      }
+  }
+  memcpy(out, acc, sizeof acc);
+}
+
+constexpr int PANEL = 128;  // rows that some tiles are multiplied with in turn, so that both stay in the core's cache
+
+#ifdef AMX
+// On Linux, a process must request permission to use AMX registers.
+static bool has_amx() {
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18;
+  static const bool granted = !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA);
+  return granted;
+}
+// For what AMX reads next: compilers do not know that it reads memory, and may leave out writing.
+template <class T> static inline void written(const T& memory) { asm volatile("" ::"m"(memory)); }
+
+// Gives the registers their shapes, 64 bytes wide, and clears them: 0 and 1 are for sums of the upper rows of
+// activations, 2 and 3 for those of the lower rows, 4 for the upper rows, 5 for the lower rows, 6 and 7 for weights.
+static void use_amx(int upper, int lower) {
+  struct alignas(64) { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {1, 0, {}, {}, {}};
+  const int heights[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
+  for (int i = 0; i < 8; i++) shape.rows[i] = uint8_t(heights[i]), shape.bytes[i] = heights[i] ? 64 : 0;
+  written(shape);
+  _tile_loadconfig(&shape);
+}
+constexpr int BLOCK = 32;  // rows of bf16 that are multiplied at once, in two halves
+constexpr int FEWEST = 4;
+
+
+// Like `product`, for bf16 and up to BLOCK rows. A tile is the transposed matrix that AMX needs, 32 inputs in
+// 1 KB. Its sums have their own order, but the same one for any number of rows.
+template <int T>
+__attribute__((noinline)) static void bf16_by_amx(const Tile* tiles, int cols, const Inputs& x, int first, int rows, F (*out)[T]) {
+  const int upper = std::min(rows, 16), lower = rows - upper;
+  use_amx(upper, lower);
+  const uint8_t *a = (const uint8_t*)x.row(first), *w0 = tiles[0].weight, *w1 = tiles[T - 1].weight;
+  const size_t stride = size_t(x.stride) * 4;
+  for (int k = 0; k < cols / 32; k++, a += 64, w0 += 1024, w1 += 1024) {
+    _tile_loadd(4, a, stride);
+    _tile_loadd(6, w0, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (T == 2) { _tile_loadd(7, w1, 64); _tile_dpbf16ps(1, 4, 7); }
+    if (lower) { _tile_loadd(5, a + 16 * stride, stride); _tile_dpbf16ps(2, 5, 6); }
+    if (lower && T == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, &out[0][0], sizeof out[0]);
+  if (T == 2) _tile_stored(1, &out[0][T - 1], sizeof out[0]);
+  if (lower) _tile_stored(2, &out[16][0], sizeof out[0]);
+  if (lower && T == 2) _tile_stored(3, &out[16][T - 1], sizeof out[0]);
+  _tile_release();
+  for (int unit = cols / 32 * 16; unit < cols / 2; unit++)  // for heads of 16 or 80 channels
+    for (int t = 0; t < T; t++)
+      for (int b = 0; b < rows; b++)
+        out[b][t] = dot2(out[b][t], load<U>(tiles[t].weight + unit * sizeof(U)), x.row(first + b) + unit);
+}
+
+// Like `product`, and equal to it, for bytes and up to PANEL rows. Two groups at once: a register has ROWS rows
+// of activations twice, once with zeros for the second group and once with zeros for the first.
+template <int K, int T>
+__attribute__((noinline)) static void bytes_by_amx(const Tile* tiles, int cols, const Inputs& x, int first, int rows, F (*out)[T]) {
+  constexpr int MOST = 16;  // groups that are unpacked at once, and stay in the core's first cache
+  Bytes w[T][MOST][8];
+  I sums[2][T][2 * ROWS];  // of two groups each; two, so that AMX can go on while one is read
+  const size_t half = size_t(x.stride) * 2;
+  use_amx(16, 16);
+  for (int from = 0, groups; (groups = std::min(MOST, cols / GROUP - from)) > 0; from += MOST) {
+    for (int t = 0; t < T; t++)
+      for (int g = 0; g < groups; g++) {
+        unpack<K>(tiles[t].weight + size_t(from + g) * group_bytes(K), w[t][g]);
+        for (int j = 0; K == INT8 && j < 8; j++) w[t][g][j] = (Bytes)((U)w[t][g][j] ^ FLIP);
+      }
+    written(w);
+    for (int block = 0; block < rows; block += ROWS) {
+      const uint8_t* in = (const uint8_t*)x.row(first + block) + x.place(from);
+      auto multiply = [&](int g) {
+        I (*to)[2 * ROWS] = sums[g / 2 % 2];
+        _tile_loadd(4, in + g * GROUP, half);
+        _tile_zero(0);
+        _tile_loadd(6, w[0][g], 64);
+        _tile_dpbssd(0, 4, 6);
+        if (T == 2) { _tile_zero(1); _tile_loadd(7, w[T - 1][g], 64); _tile_dpbssd(1, 4, 7); }
+        _tile_stored(0, to[0], 64);
+        if (T == 2) _tile_stored(1, to[T - 1], 64);
+      };
+      F acc[ROWS][T];
+      memcpy(acc, out[block], sizeof acc);
+      const float *scales = &x.scale[size_t(first + block) * x.groups + from], *more = &x.scaled_sum[size_t(first + block) * x.groups + from];
+      multiply(0);
+      for (int g = 0; g < groups; g += 2) {
+        if (g + 2 < groups) multiply(g + 2);
+#pragma GCC unroll 2
+        for (int t = 0; t < T; t++)
+#pragma GCC unroll 2
+          for (int i = 0; i < 2; i++) {
+            if (g + i == groups) continue;
+            const F scale = from_half(load<Halves>(tiles[t].scale + (from + g + i) * LANES));
+            const F min = tiles[t].min ? from_half(load<Halves>(tiles[t].min + (from + g + i) * LANES)) : scale * -middle(K);
+#pragma GCC unroll 8
+            for (int b = 0; b < ROWS; b++) {
+              const int at = b * x.groups + g + i;
+              const F sum = to_float(sums[g / 2 % 2][t][2 * b + i]);
+              acc[b][t] = fma(sum, scale * scales[at], acc[b][t]);
+              if (K != INT8) acc[b][t] = fma(min, splat(more[at]), acc[b][t]);
+            }
+          }
+      }
+      memcpy(out[block], acc, sizeof acc);
+    }
+  }
+  _tile_release();
+}
+#endif
+
+// Calls use(row, products of T tiles) for n rows of x.
+template <int T, int B = ROWS, class Use>
+static void for_rows(int kind, const Tile (&tiles)[T], int cols, const Inputs& x, int first, int n, Use& use) {
+#ifdef AMX
+  if (kind == BF16 && has_amx()) {
+    F out[BLOCK][T];
+    for (int rows; (rows = std::min(n, BLOCK)) > 0; first += rows, n -= rows) {
+      bf16_by_amx<T>(tiles, cols, x, first, rows, out);
+      for (int b = 0; b < rows; b++) use(first + b, out[b]);
+    }
+    return;
+  }
+  if (grouped(kind) && n >= FEWEST && has_amx()) {  // fewer are as fast by vectors
+    for (int rows; (rows = std::min(n, PANEL)) > 0; first += rows, n -= rows) {
+      F out[PANEL][T] = {};
+      if (kind == INT8) bytes_by_amx<INT8, T>(tiles, cols, x, first, rows, out);
+      else if (kind == INT5) bytes_by_amx<INT5, T>(tiles, cols, x, first, rows, out);
+      else bytes_by_amx<INT4, T>(tiles, cols, x, first, rows, out);
+      for (int b = 0; b < rows; b++) use(first + b, out[b]);
+    }
+    return;
+  }
+#endif
+  if constexpr (B > 0) {
+    for (; n >= B; first += B, n -= B) {
+      F out[B][T];
+      if (kind == FP32) product<FP32, T, B>(tiles, cols, x, first, out);
+      else if (kind == BF16) product<BF16, T, B>(tiles, cols, x, first, out);
+      else if (kind == INT8) product<INT8, T, B>(tiles, cols, x, first, out);
+      else if (kind == INT5) product<INT5, T, B>(tiles, cols, x, first, out);
+      else product<INT4, T, B>(tiles, cols, x, first, out);
+      for (int b = 0; b < B; b++) use(first + b, out[b]);
+    }
+    if (n) for_rows<T, B - 1>(kind, tiles, cols, x, first, n, use);
+  }
+}
+
+// ---- products of attention weights with cached values, which are stored by position
+
+constexpr int CHUNK = 256;  // cache positions that are processed together
+
+static inline F from_cache(const uint16_t* at) { return from_bf16(load<Halves>(at)); }
+static inline F from_cache(const float* at) { return load<F>(at); }
+
+// For Q queries: their sums of values, weighted by scores (Q, CHUNK), over the positions each can see.
+// C vectors of channels; values has hd channels per position.
+template <int Q, int C, class Element>
+static inline void weigh(const Element* values, int hd, const float* scores, const int* visible, float* to, int stride) {
+  F acc[Q][C] = {};
+  int together = visible[0];
+  for (int q = 1; q < Q; q++) together = std::min(together, visible[q]);
+  for (int p = 0; p < together; p++)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) {
+      const F v = from_cache(values + size_t(p) * hd + c * LANES);
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; q++) acc[q][c] = fma(splat(scores[q * CHUNK + p]), v, acc[q][c]);
+    }
+#pragma GCC unroll 4
+  for (int q = 0; q < Q; q++) {
+    for (int p = together; p < visible[q]; p++)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++)
+        acc[q][c] = fma(splat(scores[q * CHUNK + p]), from_cache(values + size_t(p) * hd + c * LANES), acc[q][c]);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) store(to + q * stride + c * LANES, acc[q][c]);
+  }
+}
+template <int Q = ROWS / 2, class Element>
+static void weigh_all(int n, const Element* values, int hd, const float* scores, const int* visible, float* to, int stride) {
+  if constexpr (Q > 0) {
+    for (; n >= Q; n -= Q, scores += Q * CHUNK, visible += Q, to += Q * stride) {
+      int d = 0;
+      for (; d + 4 * LANES <= hd; d += 4 * LANES) weigh<Q, 4>(values + d, hd, scores, visible, to + d, stride);
+      for (; d < hd; d += LANES) weigh<Q, 1>(values + d, hd, scores, visible, to + d, stride);
+    }
+    if (n) weigh_all<Q - 1>(n, values, hd, scores, visible, to, stride);
+  }
+}

@@ -141,6 +141,17 @@ def test_groups_are_multiplied_by_their_definition(target: str | None, kind: str
 
 
 @pytest.mark.parametrize("kind", KINDS[2:])
+def test_products_have_the_bits_of_single_rows(target: str | None, kind: str) -> None:
+    pick = torch.Generator().manual_seed(0)
+    # An odd number of groups, and more than are unpacked at once; several panels of rows.
+    weight, x = torch.randn(40, 51 * 32, generator=pick), torch.randn(300, 51 * 32, generator=pick)
+    packed = pack_quantized(weight_of(weight, kind), target=target)
+    single = torch.cat([packed(row[None]) for row in x])
+    for n in (2, 5, 6, 7, 8, 9, 16, 23, 129, 300):
+        assert torch.equal(packed(x[:n]), single[:n]), n
+
+
+@pytest.mark.parametrize("kind", KINDS[2:])
 def test_quantized_models_are_those_of_their_weights(target: str | None, kind: str) -> None:
     model, tokens, rows = random_model(), ids(70), [Row(0, 0, 70)]
     step = step_of(model, kind, target)

@@ -29,7 +29,7 @@
 #define AMX
 #endif
 
-// acc + 4 products of bytes per lane. If it takes the weights w as unsigned, int8 is stored as value + 128.
+// acc + 4 products of bytes per lane.
 #if LANES == 16
 #define DOT4(acc, w, x) (I)_mm512_dpbusd_epi32((__m512i)(acc), (__m512i)(w), (__m512i)(x))
 #elif LANES == 8 && defined(__AVXVNNI__)
@@ -37,10 +37,16 @@
 #elif defined(__ARM_FEATURE_DOTPROD)
 #define DOT4(acc, w, x) (I)vdotq_s32((int32x4_t)(acc), (int8x16_t)(w), (int8x16_t)(x))
 #endif
+// On x86, DOT4 takes weights as unsigned: int8 as value + 128. It is stored so, unless AMX reads it too.
 #if defined(DOT4) && defined(__x86_64__)
 constexpr uint32_t FLIP = 0x80808080;
 #else
 constexpr uint32_t FLIP = 0;
+#endif
+#ifdef AMX
+constexpr uint32_t STORED_FLIP = 0;
+#else
+constexpr uint32_t STORED_FLIP = FLIP;
 #endif
 #if LANES == 16 && defined(__AVX512BF16__)
 constexpr bool BF16_PRODUCTS = true;
@@ -181,11 +187,11 @@ static void tile_units(const uint8_t* from, size_t stride, int rows, int units, 
     for (int r = 0; r < LANES; r++) to[r] = r < rows ? load<uint32_t>(from + r * stride + 4 * size_t(k)) : 0;
 }
 
-// The 8 vectors of a group: inputs 4 j … 4 j + 3 in vector j. A byte's low nibble is an input of the
+// The 8 vectors of a group, int8 with FLIP: inputs 4 j … 4 j + 3 in vector j. A byte's low nibble is an input of the
 // group's first half, its high nibble one of the second.
 template <int K> static inline void unpack(const uint8_t* group, Bytes w[8]) {
   if (K == INT8) {
-    for (int j = 0; j < 8; j++) w[j] = load<Bytes>(group + j * sizeof(U));
+    for (int j = 0; j < 8; j++) w[j] = (Bytes)(load<U>(group + j * sizeof(U)) ^ (FLIP ^ STORED_FLIP));
     return;
   }
   for (int j = 0; j < 4; j++) {
@@ -203,7 +209,7 @@ static void pack_group(int kind, const uint8_t* from, size_t stride, int rows, u
   U* w = (U*)to;
   tile_units(from, stride, rows, group_bytes(kind) / int(sizeof(U)), (uint32_t*)to);
   if (kind == INT8)
-    for (int j = 0; j < 8; j++) store(w + j, load<U>(w + j) ^ FLIP);
+    for (int j = 0; j < 8; j++) store(w + j, load<U>(w + j) ^ STORED_FLIP);
   if (kind == INT5) {
     U fifth = {};
     for (int i = 0; i < 32; i++) fifth |= ((load<U>(w) >> i) & 1) << (i % 4 * 8 + i / 4);
@@ -223,7 +229,7 @@ static void read_row(const Matrix& m, int row, float* out) {
       const size_t at = (size_t(row / LANES) * (m.cols / GROUP) + k / GROUP) * LANES + lane;
       const uint8_t* group = tile + k / GROUP * group_bytes(m.kind);
       const int i = k % GROUP, byte = lane * 4 + i % 4, first = m.kind == INT5;
-      int q = m.kind == INT8 ? int8_t(group[i / 4 * sizeof(U) + byte] ^ uint8_t(FLIP))
+      int q = m.kind == INT8 ? int8_t(group[i / 4 * sizeof(U) + byte] ^ uint8_t(STORED_FLIP))
                              : group[(first + i / 4 % 4) * sizeof(U) + byte] >> (i < 16 ? 0 : 4) & 15;
       if (m.kind == INT5) q |= (group[byte] >> (i / 4) & 1) << 4;
       const float scale = from_half(m.scale[at]);
@@ -242,8 +248,8 @@ static void read_row(const Matrix& m, int row, float* out) {
 struct Inputs {
   struct alignas(64) Line { uint32_t units[16]; };  // of the processor's cache
   std::vector<Line> lines;
-  std::vector<float> scale, scaled_sum;  // per group
-  std::vector<int32_t> offset;           // start of its sum, if int8 weights have 128 added
+  std::vector<float> scale, scaled_sum;  // per group: (rows / ROWS, groups, ROWS)
+  std::vector<int32_t> offset;           // where its sum starts, if FLIP
   int stride = 0, groups = 0;
 
   void resize(int rows, int cols) {
@@ -296,7 +302,7 @@ struct Inputs {
       }
       int whole = 0;
       for (int k = 0; k < LANES; k++) whole += total[k];
-      const size_t at = size_t(i) * groups + g;
+      const size_t at = (size_t(i / ROWS) * groups + g) * ROWS + i % ROWS;
       scale[at] = most / 127, scaled_sum[at] = scale[at] * whole, offset[at] = FLIP ? -128 * whole : 0;
     }
   }

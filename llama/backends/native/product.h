@@ -55,7 +55,7 @@ template <bool SMALL> static inline F dot32(const Bytes w[8], const uint8_t* x, 
 #endif
 }
 
-// out[b][t] = products of tile t with row first + b of x.
+// out[b][t] = products of tile t with row first + b of x; `first` is a multiple of ROWS if the kind is grouped.
 template <int K, int T, int B>
 __attribute__((noinline)) static void product(const Tile* tiles, int cols, const Inputs& x, int first, F (*out)[T]) {
   F acc[B][T] = {};
@@ -75,7 +75,7 @@ __attribute__((noinline)) static void product(const Tile* tiles, int cols, const
           const F min = tiles[t].min ? from_half(load<Halves>(tiles[t].min + g * LANES)) : scale * -middle(K);
 #pragma GCC unroll 8
           for (int b = 0; b < B; b++) {
-            const int at = b * x.groups + g;
+            const int at = g * ROWS + b;
             const F sum = dot32<K != INT8>(w, (const uint8_t*)(from + b * stride) + x.place(g), K == INT8 ? offsets[at] : 0);
             acc[b][t] = fma(sum, scale * scales[at], acc[b][t]);
             if (K != INT8) acc[b][t] = fma(min, splat(sums[at]), acc[b][t]);
@@ -120,7 +120,7 @@ static void use_amx(int upper, int lower) {
   _tile_loadconfig(&shape);
 }
 constexpr int BLOCK = 32;  // rows of bf16 that are multiplied at once, in two halves
-constexpr int FEWEST = 4;
+constexpr int FEWEST = 6;  // rows of bytes; fewer are faster by vectors
 
 
 // Like `product`, for bf16 and up to BLOCK rows. A tile is the transposed matrix that AMX needs, 32 inputs in
@@ -154,53 +154,54 @@ __attribute__((noinline)) static void bf16_by_amx(const Tile* tiles, int cols, c
 // of activations twice, once with zeros for the second group and once with zeros for the first.
 template <int K, int T>
 __attribute__((noinline)) static void bytes_by_amx(const Tile* tiles, int cols, const Inputs& x, int first, int rows, F (*out)[T]) {
-  constexpr int MOST = 16;  // groups that are unpacked at once, and stay in the core's first cache
-  Bytes w[T][MOST][8];
-  I sums[2][T][2 * ROWS];  // of two groups each; two, so that AMX can go on while one is read
-  const size_t half = size_t(x.stride) * 2;
+  constexpr int MOST = K == INT8 ? 1024 : 24;  // groups that are unpacked at once, and stay in the core's first cache
+  Bytes unpacked[T][K == INT8 ? 1 : MOST][8];
+  I buffers[2][T][2 * ROWS];  // for sums of two groups: AMX fills one while the other is read
   use_amx(16, 16);
   for (int from = 0, groups; (groups = std::min(MOST, cols / GROUP - from)) > 0; from += MOST) {
-    for (int t = 0; t < T; t++)
-      for (int g = 0; g < groups; g++) {
-        unpack<K>(tiles[t].weight + size_t(from + g) * group_bytes(K), w[t][g]);
-        for (int j = 0; K == INT8 && j < 8; j++) w[t][g][j] = (Bytes)((U)w[t][g][j] ^ FLIP);
-      }
-    written(w);
-    for (int block = 0; block < rows; block += ROWS) {
-      const uint8_t* in = (const uint8_t*)x.row(first + block) + x.place(from);
-      auto multiply = [&](int g) {
-        I (*to)[2 * ROWS] = sums[g / 2 % 2];
+    const uint8_t* weights[T];
+    for (int t = 0; t < T; t++) {
+      weights[t] = tiles[t].weight + size_t(from) * group_bytes(K);
+      if (K == INT8) continue;  // AMX reads it where it is
+      for (int g = 0; g < groups; g++) unpack<K>(weights[t] + g * group_bytes(K), unpacked[t][g]);
+      weights[t] = (const uint8_t*)unpacked[t];
+    }
+    written(unpacked);
+    for (int row = 0; row < rows; row += ROWS) {
+      const uint8_t* in = (const uint8_t*)x.row(first + row) + x.place(from);
+      const size_t at = (size_t(first + row) / ROWS * x.groups + from) * ROWS, half = size_t(x.stride) * 2;
+      const float *scales = &x.scale[at], *more = &x.scaled_sum[at];
+      I (*sums)[2 * ROWS] = buffers[0], (*next)[2 * ROWS] = buffers[1];
+      auto multiply = [&](int g, I (*to)[2 * ROWS]) {
         _tile_loadd(4, in + g * GROUP, half);
         _tile_zero(0);
-        _tile_loadd(6, w[0][g], 64);
+        _tile_loadd(6, weights[0] + g * sizeof unpacked[0][0], 64);
         _tile_dpbssd(0, 4, 6);
-        if (T == 2) { _tile_zero(1); _tile_loadd(7, w[T - 1][g], 64); _tile_dpbssd(1, 4, 7); }
+        if (T == 2) { _tile_zero(1); _tile_loadd(7, weights[T - 1] + g * sizeof unpacked[0][0], 64); _tile_dpbssd(1, 4, 7); }
         _tile_stored(0, to[0], 64);
         if (T == 2) _tile_stored(1, to[T - 1], 64);
       };
-      F acc[ROWS][T];
-      memcpy(acc, out[block], sizeof acc);
-      const float *scales = &x.scale[size_t(first + block) * x.groups + from], *more = &x.scaled_sum[size_t(first + block) * x.groups + from];
-      multiply(0);
-      for (int g = 0; g < groups; g += 2) {
-        if (g + 2 < groups) multiply(g + 2);
+      F acc[ROWS][T] = {};
+      if (from) memcpy(acc, out[row], sizeof acc);
+      multiply(0, sums);
+      for (int g = 0; g < groups; g += 2, scales += 2 * ROWS, more += 2 * ROWS, std::swap(sums, next)) {
+        if (g + 2 < groups) multiply(g + 2, next);
 #pragma GCC unroll 2
         for (int t = 0; t < T; t++)
 #pragma GCC unroll 2
           for (int i = 0; i < 2; i++) {
-            if (g + i == groups) continue;
-            const F scale = from_half(load<Halves>(tiles[t].scale + (from + g + i) * LANES));
-            const F min = tiles[t].min ? from_half(load<Halves>(tiles[t].min + (from + g + i) * LANES)) : scale * -middle(K);
+            if (g + i == groups) break;
+            const size_t place = size_t(from + g + i) * LANES;
+            const F scale = from_half(load<Halves>(tiles[t].scale + place));
+            const F min = K == INT8 ? F{} : tiles[t].min ? from_half(load<Halves>(tiles[t].min + place)) : scale * -middle(K);
 #pragma GCC unroll 8
             for (int b = 0; b < ROWS; b++) {
-              const int at = b * x.groups + g + i;
-              const F sum = to_float(sums[g / 2 % 2][t][2 * b + i]);
-              acc[b][t] = fma(sum, scale * scales[at], acc[b][t]);
-              if (K != INT8) acc[b][t] = fma(min, splat(more[at]), acc[b][t]);
+              acc[b][t] = fma(to_float(sums[t][2 * b + i]), scale * scales[i * ROWS + b], acc[b][t]);
+              if (K != INT8) acc[b][t] = fma(min, splat(more[i * ROWS + b]), acc[b][t]);
             }
           }
       }
-      memcpy(out[block], acc, sizeof acc);
+      memcpy(out[row], acc, sizeof acc);
     }
   }
   _tile_release();
@@ -219,9 +220,9 @@ static void for_rows(int kind, const Tile (&tiles)[T], int cols, const Inputs& x
     }
     return;
   }
-  if (grouped(kind) && n >= FEWEST && has_amx()) {  // fewer are as fast by vectors
+  if (grouped(kind) && n >= FEWEST && has_amx()) {
     for (int rows; (rows = std::min(n, PANEL)) > 0; first += rows, n -= rows) {
-      F out[PANEL][T] = {};
+      F out[PANEL][T];
       if (kind == INT8) bytes_by_amx<INT8, T>(tiles, cols, x, first, rows, out);
       else if (kind == INT5) bytes_by_amx<INT5, T>(tiles, cols, x, first, rows, out);
       else bytes_by_amx<INT4, T>(tiles, cols, x, first, rows, out);

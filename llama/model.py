@@ -346,13 +346,18 @@ class Transformer(nn.Module):
                     f"max_batch_size={slots}, max_seq_len={length}"
                 )
         if self.step_backend:
-            return self.step_backend.hidden(tokens, rows, self.cache.data, self.rotations)
+            return self.whole_step(tokens, rows)
         n = len(tokens)
         tokens = F.pad(tokens, (0, max(0, self.least_rows - n)))
         padding = len(tokens) - sum(row.length for row in rows)
         rotation = torch.cat([self.rotations[row.start : row.stop] for row in rows])
         step = RaggedStep(rows, F.pad(rotation, (0, 0, 0, 0, 0, 0, 0, padding)))
         return self.run(tokens, step)[:n]
+
+    def whole_step(self, tokens: Tensor, rows: Sequence[Row]) -> Tensor:
+        """`hidden` by the step backend."""
+        assert self.step_backend
+        return self.step_backend.hidden(tokens, rows, self.cache.data, self.rotations)
 
     def run(self, tokens: Tensor, step: Step) -> Tensor:
         """The last layer's normed output (N, dim) for int64 (N) tokens."""

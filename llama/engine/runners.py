@@ -71,8 +71,16 @@ class RaggedRunner:
         return True
 
     def start(self, work: Sequence[Work], after: Pending | None = None) -> Pending:
+        self.place(work)
         with one_thread if self.model.step_backend else contextlib.nullcontext():
             return Done(work, self.run(work, draw=self.draw))
+
+    def place(self, work: Sequence[Work]) -> None:
+        """Encode images that are new, with all of PyTorch's threads."""
+        if isinstance(self.model, VisionTransformer):
+            with lost_rank_as_error(self.model.parallel):
+                for item in work:
+                    self.model.place(item.row.slot, item.request.images)
 
     def run(self, work: Sequence[Work], width: int = 0, draw: int = 0) -> list[Outcome]:
         """Run the model over some work.
@@ -84,9 +92,6 @@ class RaggedRunner:
         with lost_rank_as_error(model.parallel):
             new = [token for item in work for token in item.tokens]
             tokens = torch.tensor(new + [0] * (width - len(new)), device=model.device)
-            if isinstance(model, VisionTransformer):
-                for item in work:
-                    model.place(item.row.slot, item.request.images)
             hidden = model.hidden(tokens, [item.row for item in work])  # (N, dim)
             ends = list(accumulate(item.row.length for item in work))
             scores = [

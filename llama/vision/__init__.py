@@ -8,11 +8,12 @@ from llama.model import ModelArgs, Transformer
 from llama.parallel import ModelParallel
 from llama.vision.encoder import VisionArgs, VisionModel
 from llama.vision.images import ImageSource, TiledImage, image_bytes, open_image, tile_image
-from llama.vision.transformer import PlacedImage, VisionTransformer, sighted
+from llama.vision.transformer import PlacedImage, Sight, VisionTransformer, reads_images, sighted
 
 __all__ = [
     "ImageSource",
     "PlacedImage",
+    "Sight",
     "TiledImage",
     "VisionArgs",
     "VisionModel",
@@ -21,6 +22,7 @@ __all__ = [
     "make_args",
     "make_model",
     "open_image",
+    "reads_images",
     "sighted",
     "text_params",
     "tile_image",

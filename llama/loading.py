@@ -35,7 +35,7 @@ from llama.quantization import (
 )
 from llama.ranks import together
 from llama.sampling import SamplingParams
-from llama.vision import VisionModel, VisionTransformer, make_model
+from llama.vision import ImageAttention, VisionModel, VisionTransformer, make_model
 
 Applied = Linear | Joined | VocabParallelEmbedding
 
@@ -283,4 +283,7 @@ def load_weights(
         text.least_rows = plan.least_rows
         if plan.step:
             text.step_backend = plan.step(text)
+    for attention in model.modules():
+        if isinstance(attention, ImageAttention):
+            attention.backend = plan.attend
     source.release()

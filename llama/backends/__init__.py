@@ -17,7 +17,7 @@ from llama.device import default_dtype
 from llama.model import StepBackend, Transformer
 from llama.parallel import Product
 from llama.quantization import QuantizedMatrix, Weight, joined
-from llama.vision import VisionTransformer, reads_images
+from llama.vision import Padding, VisionTransformer, reads_images
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Plan:
     least_rows: the minimum number of rows worth passing to a product.
     step: makes the backend for whole steps of a model that has its weights.
     missing: why there is no such step.
+    attend: replaces attention among the tokens of an image; see `ImageAttention`.
     images: for matrices that are applied to whole images, thousands of rows at once. None: the same plan.
     """
 
@@ -41,6 +42,7 @@ class Plan:
     least_rows: int = 1
     step: Callable[[Transformer], StepBackend] | None = None
     missing: str = ""
+    attend: Callable[[Tensor, Padding], Tensor] | None = None
     images: "Plan | None" = None
 
     def of(self, name: str) -> "Plan":
@@ -102,6 +104,7 @@ def plan(
                 quantized=native.pack_quantized,
                 embeddings=True,
                 step=partial(native.NativeStep, threads=threads),
+                attend=native.attend_image,
                 images=images if isinstance(model, VisionTransformer) else None,
             )
         except native.UnavailableError as error:

@@ -4,6 +4,7 @@
 // Every output element is summed in a fixed order, whatever else is computed: along its inputs, or its
 // positions, sequentially. So a sequence gets the same bits alone or in a batch, in one prefill or token by
 // token, with any number of threads.
+#include "image.h"
 #include "threads.h"
 
 #include <mutex>
@@ -415,6 +416,24 @@ void llama_multiply(const Matrix* matrix, const float* x, int32_t n, float* out,
 // Rows of a matrix as fp32 (n, cols).
 void llama_rows(const Matrix* matrix, const int32_t* rows, int32_t n, float* out) {
   for (int i = 0; i < n; i++) read_row(*matrix, rows[i], out + size_t(i) * matrix->cols);
+}
+
+// Whether there is `llama_attend_image`.
+int32_t llama_sees() {
+#ifdef AMX
+  return has_amx();
+#else
+  return 0;
+#endif
+}
+// See `ImageAttention`.
+void llama_attend_image(const uint16_t* qkv, int32_t n, int32_t heads, int32_t head_dim, int32_t valid,
+                        const float* bias, uint16_t* out, int32_t threads) {
+#ifdef AMX
+  ImageAttention attention(qkv, out, n, heads, head_dim, valid, bias);
+  in_parallel(attention.blocks(), threads, [&](int block) { attention.pack(block); });
+  in_parallel(attention.units(), threads, [&](int unit) { attention.attend(unit); });
+#endif
 }
 
 Runtime* llama_new(const Model* model, int32_t threads) { return new Runtime(*model, threads); }

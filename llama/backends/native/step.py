@@ -14,7 +14,7 @@ from llama.backends.native.compiler import Layer, Matrix, Model, Row, Unavailabl
 from llama.model import Row as ModelRow
 from llama.model import Transformer
 from llama.quantization import GROUP, QuantizedMatrix
-from llama.vision import Sight, VisionTransformer
+from llama.vision import Padding, Sight, VisionTransformer, attend
 
 PLAIN_KINDS = {torch.float32: 0, torch.bfloat16: 1}
 GROUPED_KINDS = {8: 2, 5: 3, 4: 4}  # by bits
@@ -85,6 +85,19 @@ def pack_quantized(weight: QuantizedMatrix, *, target: str | None = None) -> Pac
     scales, mins = (None if x is None else _tiled_scales(x, target) for x in (weight.scales, weight.mins))
     packed = _tiles(kind, weight.values, cols, target)
     return PackedMatrix(kind, rows, cols, packed, scales, mins, target=target)
+
+
+def attend_image(qkv: Tensor, padding: Padding) -> Tensor:
+    """Like `vision.attend`, and faster in bf16 on a CPU with AMX. Raises UnavailableError like `library`."""
+    n, _, heads, head_dim = qkv.shape
+    if qkv.dtype != torch.bfloat16 or head_dim % 16 or not heads or not library().llama_sees():
+        return attend(qkv, padding)
+    out, threads = qkv.new_empty(n, heads * head_dim), torch.get_num_threads()
+    bias = None if padding.bias is None else padding.bias.float()
+    pointers = qkv.contiguous(), bias, out
+    qkv_at, bias_at, out_at = (None if tensor is None else tensor.data_ptr() for tensor in pointers)
+    library().llama_attend_image(qkv_at, n, heads, head_dim, padding.valid, bias_at, out_at, threads)
+    return out
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:

@@ -101,7 +101,8 @@ class RaggedRunner:
             chosen = {}
             if last:
                 rows = [*last.values(), *[0] * (width - len(last))]
-                chosen = choose_next(model, list(last), model.logits(hidden[rows])[: len(last)], draw)
+                ends_only = hidden if rows == list(range(len(hidden))) else hidden[rows]
+                chosen = choose_next(model, list(last), model.logits(ends_only)[: len(last)], draw)
         return [
             chosen.get(item.request, Outcome())._replace(prompt_logprobs=logprobs, prompt_top_logprobs=top)
             for item, (logprobs, top) in zip(work, scores, strict=True)

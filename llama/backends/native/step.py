@@ -172,7 +172,8 @@ class NativeStep:
 
     def _versions(self) -> list[tuple[int, int]]:
         """Numbers that change when a norm is edited."""
-        weights = [module.weight for module, _ in self._norms]
+        # Looking up `module.weight` for every step of a small model would take 1 % of its time.
+        weights = [vars(module)["_parameters"]["weight"] for module, _ in self._norms]
         return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
 
     def hidden(self, tokens: Tensor, rows: Sequence[ModelRow], cache: Tensor, rotations: Tensor) -> Tensor:
@@ -187,7 +188,8 @@ class NativeStep:
         if used > len(tokens):
             raise ValueError(f"the rows need {used} tokens, but there are {len(tokens)}")
         out = torch.empty(len(tokens), self.params.dim)
-        out[used:] = 0  # padding
+        if used < len(tokens):
+            out[used:] = 0  # padding
         self.library.llama_hidden(
             self._runtime,
             tokens.data_ptr(),

@@ -251,10 +251,7 @@ class TransformerBlock(nn.Module):
 
 
 class StepBackend(Protocol):
-    """Computes whole steps instead of the layers; the methods mirror those of `Transformer`.
-
-    cache and rotations: the model's.
-    """
+    """Computes whole steps instead of the layers, as `Transformer` does, with its cache and rotations."""
 
     def hidden(self, tokens: Tensor, rows: Sequence[Row], cache: Tensor, rotations: Tensor) -> Tensor: ...
 
@@ -355,7 +352,6 @@ class Transformer(nn.Module):
         return self.run(tokens, step)[:n]
 
     def whole_step(self, tokens: Tensor, rows: Sequence[Row]) -> Tensor:
-        """`hidden` by the step backend."""
         assert self.step_backend
         return self.step_backend.hidden(tokens, rows, self.cache.data, self.rotations)
 

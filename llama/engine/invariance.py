@@ -31,7 +31,6 @@ class InvariantRunner(RaggedRunner):
         return n - n % self.chunk
 
     def start(self, work: Sequence[Work], after: Pending | None = None) -> Pending:
-        self.place(work)
         decoding = [item for item in work if not item.reads_prompt]
         outcomes = (
             dict(zip(decoding, self.run(decoding, self.width, draw=1), strict=True)) if decoding else {}

@@ -71,16 +71,7 @@ class RaggedRunner:
         return True
 
     def start(self, work: Sequence[Work], after: Pending | None = None) -> Pending:
-        self.place(work)
-        with one_thread if self.model.step_backend else contextlib.nullcontext():
-            return Done(work, self.run(work, draw=self.draw))
-
-    def place(self, work: Sequence[Work]) -> None:
-        """Encode images that are new, with all of PyTorch's threads."""
-        if isinstance(self.model, VisionTransformer):
-            with lost_rank_as_error(self.model.parallel):
-                for item in work:
-                    self.model.place(item.row.slot, item.request.images)
+        return Done(work, self.run(work, draw=self.draw))
 
     def run(self, work: Sequence[Work], width: int = 0, draw: int = 0) -> list[Outcome]:
         """Run the model over some work.
@@ -89,7 +80,12 @@ class RaggedRunner:
         draw: rows to draw at a time; 0: all.
         """
         model = self.model
-        with lost_rank_as_error(model.parallel):
+        if isinstance(model, VisionTransformer):
+            with lost_rank_as_error(model.parallel):
+                for item in work:
+                    model.place(item.row.slot, item.request.images)
+        threads = one_thread if model.step_backend else contextlib.nullcontext()
+        with threads, lost_rank_as_error(model.parallel):
             new = [token for item in work for token in item.tokens]
             tokens = torch.tensor(new + [0] * (width - len(new)), device=model.device)
             hidden = model.hidden(tokens, [item.row for item in work])  # (N, dim)
@@ -106,7 +102,8 @@ class RaggedRunner:
             chosen = {}
             if last:
                 rows = [*last.values(), *[0] * (width - len(last))]
-                chosen = choose_next(model, list(last), model.logits(hidden[rows])[: len(last)], draw)
+                ends_only = hidden if rows == list(range(len(hidden))) else hidden[rows]
+                chosen = choose_next(model, list(last), model.logits(ends_only)[: len(last)], draw)
         return [
             chosen.get(item.request, Outcome())._replace(prompt_logprobs=logprobs, prompt_top_logprobs=top)
             for item, (logprobs, top) in zip(work, scores, strict=True)

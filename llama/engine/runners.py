@@ -1,7 +1,7 @@
 """How a step is computed: the interface of a runner, and the one for rows of any length."""
 
-import contextlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
@@ -84,8 +84,7 @@ class RaggedRunner:
             with lost_rank_as_error(model.parallel):
                 for item in work:
                     model.place(item.row.slot, item.request.images)
-        threads = one_thread if model.step_backend else contextlib.nullcontext()
-        with threads, lost_rank_as_error(model.parallel):
+        with one_thread if model.step_backend else nullcontext(), lost_rank_as_error(model.parallel):
             new = [token for item in work for token in item.tokens]
             tokens = torch.tensor(new + [0] * (width - len(new)), device=model.device)
             hidden = model.hidden(tokens, [item.row for item in work])  # (N, dim)

@@ -117,7 +117,7 @@ def test_bf16_is_as_close_to_fp32_as_the_model_is() -> None:
 def test_only_tokens_that_see_an_image_are_changed_by_it(name: str) -> None:
     model = random_vision()
     before = whole(compiled(model), 2)
-    model.get_parameter(f"cross_attention_layers.0.{name}.weight").mul_(2)
+    model.get_parameter(f"cross_attention_layers.0.{name}.weight").view(-1)[::3] *= 2
     found = whole(compiled(model), 2)
     assert torch.equal(found[:1], before[:1])
     assert ((found[1:] - before[1:]).abs().amax(1) > 0.01).all()

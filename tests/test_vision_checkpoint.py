@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama import Llama
 from llama.backends.grouped import Grouped
-from llama.backends.native import PackedMatrix
+from llama.backends.native import PackedMatrix, Widened
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.convert import convert
 from llama.checkpoint.mllama import canvases
@@ -223,9 +223,9 @@ def test_few_bits_are_kept_in_every_part(native, model, capsys, tmp_path):
     with Llama.build(folder, max_seq_len=32, max_batch_size=2, max_images=3, dtype="float32") as llama:
         assert "dequantized" not in capsys.readouterr().err
         found = llama.model(TOKENS, 0, [IMAGES])
-        step, image = [PackedMatrix, PackedMatrix], [Grouped, Grouped]
+        step, image = [PackedMatrix, PackedMatrix], [Widened, Widened]
         assert [*products(llama.model).values()] == step + image
-        assert type(llama.model.cross_attention_layers[0].attention.wv.backend) is Grouped
+        assert type(llama.model.cross_attention_layers[0].attention.wv.backend) is Widened
         resident = resident_bytes(llama.model)
         text = memory(llama.model.params, 1, open_checkpoint(folder).weights, torch.float32, "int8")[0]
         assert 0.95 < resident / text <= 1
@@ -314,7 +314,7 @@ import sys
 import torch
 from llama import Llama
 from llama.backends.grouped import Grouped
-from llama.backends.native import PackedMatrix
+from llama.backends.native import PackedMatrix, Widened
 
 torch.set_num_threads(1)
 tokens, images = torch.load(sys.argv[1], weights_only=False)

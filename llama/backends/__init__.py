@@ -96,7 +96,7 @@ def plan(
         return Plan(quantized=Grouped, joins=True, missing="it is for CPUs, but this model is on cuda")
     missing, packs = "a compiler needs to see each layer", can_pack(device, dtype) and not mapped
     if whole_steps:
-        images = Plan(plain=Packed, quantized=Grouped, joins=True) if packs else Plan(quantized=Grouped)
+        images = Plan(Packed if packs else None, native.Widened, joins=packs)
         try:
             native.check(model, device, dtype)
             return Plan(

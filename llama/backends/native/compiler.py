@@ -77,6 +77,7 @@ SIGNATURES: dict[str, list[Any]] = {  # each function's result and arguments
     "llama_pack_scales": [None, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int32],
     "llama_multiply": [None, POINTER(Matrix), c_void_p, c_int32, c_void_p, c_int32],
     "llama_rows": [None, POINTER(Matrix), c_void_p, c_int32, c_void_p],
+    "llama_widen": [None, POINTER(Matrix), c_void_p, c_int32],
     "llama_sees": [c_int32],
     "llama_attend_image": [None, c_void_p, *(c_int32,) * 4, c_void_p, c_void_p, c_int32],
     "llama_new": [c_void_p, POINTER(Model), c_int32],

@@ -371,6 +371,25 @@ template <class Work> static void in_parallel(int count, int threads, Work work)
   });
 }
 
+template <int K> static void widen_tile(const Matrix& m, int tile, float* out) {
+  const Tile from = tile_of(m, tile, nullptr);
+  for (int g = 0; g < m.cols / GROUP; g++, out += GROUP) {
+    Bytes w[8];
+    unpack<K>(from.weight + size_t(g) * group_bytes(K), w);
+    const F scale = from_half(load<Halves>(from.scale + g * LANES));
+    const F min = from.min ? from_half(load<Halves>(from.min + g * LANES)) : scale * -middle(K);
+    for (int k = 0; k < GROUP; k += LANES) {
+      U rows[LANES];  // before they are transposed, of one input each
+      for (int j = 0; j < LANES; j++) {
+        const I q = (I)(((U)w[(k + j) / 4] ^ (K == INT8 ? FLIP : 0)) << (24 - (k + j) % 4 * 8)) >> 24;
+        rows[j] = (U)(K == INT8 ? to_float(q) * scale : to_float(q) * scale + min);
+      }
+      transpose(rows);
+      for (int r = 0; r < std::min(LANES, m.rows - tile * LANES); r++) store(out + size_t(r) * m.cols + k, rows[r]);
+    }
+  }
+}
+
 extern "C" {
 int32_t llama_lanes() { return LANES; }
 int64_t llama_tile_bytes(int32_t kind, int32_t cols) { return tile_bytes(kind, cols); }
@@ -416,6 +435,11 @@ void llama_multiply(const Matrix* matrix, const float* x, int32_t n, float* out,
 // Rows of a matrix as fp32 (n, cols).
 void llama_rows(const Matrix* matrix, const int32_t* rows, int32_t n, float* out) {
   for (int i = 0; i < n; i++) read_row(*matrix, rows[i], out + size_t(i) * matrix->cols);
+}
+// All of a quantized matrix as fp32 (rows, cols).
+void llama_widen(const Matrix* matrix, float* out, int32_t threads) {
+  const auto widen = matrix->kind == INT8 ? widen_tile<INT8> : matrix->kind == INT5 ? widen_tile<INT5> : widen_tile<INT4>;
+  in_parallel(tiles_of(matrix->rows), threads, [&](int i) { widen(*matrix, i, out + size_t(i) * LANES * matrix->cols); });
 }
 
 // Whether there is `llama_attend_image`.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.backends.native import compiler
@@ -66,6 +67,23 @@ class PackedMatrix:
         matrix = ctypes.byref(self.structure())
         library(self.target).llama_rows(matrix, tokens.data_ptr(), tokens.numel(), out.data_ptr())
         return out
+
+    def widen(self) -> Tensor:
+        """All of a quantized matrix, in fp32."""
+        out, threads = torch.empty(self.rows, self.cols), torch.get_num_threads()
+        library(self.target).llama_widen(ctypes.byref(self.structure()), out.data_ptr(), threads)
+        return out
+
+
+class Widened:
+    """x Wᵀ for a quantized weight, (…, in) to (…, out), for thousands of rows: it is widened each time."""
+
+    def __init__(self, weight: QuantizedMatrix) -> None:
+        self.packed = pack_quantized(weight)
+        self.nbytes = self.packed.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.packed.widen().to(x.dtype))
 
 
 def pack(weight: Tensor, *, in_place: bool = False, target: str | None = None) -> PackedMatrix:

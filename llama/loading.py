@@ -285,5 +285,5 @@ def load_weights(
             text.step_backend = plan.step(text)
     for attention in model.modules():
         if isinstance(attention, ImageAttention):
-            attention.backend = plan.attend
+            attention.kernel = plan.attend
     source.release()

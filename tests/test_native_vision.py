@@ -120,7 +120,7 @@ def test_only_tokens_that_see_an_image_are_changed_by_it(name: str) -> None:
     model.get_parameter(f"cross_attention_layers.0.{name}.weight").view(-1)[::3] *= 2
     found = whole(compiled(model), 2)
     assert torch.equal(found[:1], before[:1])
-    assert ((found[1:] - before[1:]).abs().amax(1) > 0.01).all()
+    assert ((found[1:] - before[1:]).abs().amax(1) > 1e-3).all()
 
 
 @pytest.mark.parametrize("name", ["gate_attn", "gate_ffwd", "attention.q_norm.weight", "ffn_norm.weight"])

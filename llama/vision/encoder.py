@@ -179,7 +179,7 @@ def attend(qkv: Tensor, padding: Padding) -> Tensor:
 class ImageAttention(nn.Module):
     """Self-attention among the tokens of one image, for this rank's heads."""
 
-    backend: Callable[[Tensor, Padding], Tensor] | None = None  # replaces `attend`
+    kernel: Callable[[Tensor, Padding], Tensor] | None = None  # replaces `attend`
 
     def __init__(self, args: VisionArgs, parallel: ModelParallel) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class ImageAttention(nn.Module):
     def forward(self, x: Tensor, padding: Padding) -> Tensor:
         """x (tokens, dim) to (tokens, dim)."""
         qkv = self.wqkv(x).view(len(x), 3, self.heads, self.head_dim)
-        return self.wo((self.backend or attend)(qkv, padding))
+        return self.wo((self.kernel or attend)(qkv, padding))
 
 
 class ImageFeedForward(nn.Module):

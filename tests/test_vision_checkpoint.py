@@ -228,7 +228,7 @@ def test_few_bits_are_kept_in_every_part(native, model, capsys, tmp_path):
         assert type(llama.model.cross_attention_layers[0].attention.wv.backend) is Widened
         resident = resident_bytes(llama.model)
         text = memory(llama.model.params, 1, open_checkpoint(folder).weights, torch.float32, "int8")[0]
-        assert 0.95 < resident / text <= 1
+        assert 0.95 < resident / text < 1.01  # tiles are padded to whole ones
     with torch.device("meta"):
         kept = VisionTransformer(VisionArgs(**vars(model.params)))
     load_weights(kept, open_checkpoint(folder).weights, KEPT, model.device, torch.float32, "int8")

@@ -75,8 +75,9 @@ def sample(logits: Tensor, requests: Sequence[Sampled]) -> Tensor:
         for row, request in zip(logits, requests, strict=True):
             adjust(row, request)
     draws = [(request.params, len(request.tokens)) for request in requests]
-    tokens, again = choose(logits, columns(draws, vocab_size, logits.device))
-    for i in again.nonzero()[:, 0].tolist():
+    groups = columns(draws, vocab_size, logits.device)
+    tokens, again = choose(logits, groups)
+    for i in again.nonzero()[:, 0].tolist() if groups else ():
         everything = columns(draws[i : i + 1], vocab_size, logits.device, everything=True)
         tokens[i] = choose(logits[i : i + 1], everything)[0]
     return tokens.to(device)
@@ -154,10 +155,8 @@ def choose(logits: Tensor, columns: Sequence[Columns]) -> tuple[Tensor, Tensor]:
     Returns the tokens, int64 (N), BROKEN or FORBIDDEN if there is none; and bool (N), True if a row
     keeps more tokens than were considered and must be looked at again.
     """
-    best = logits.amax(-1)
-    again = torch.zeros_like(best, dtype=torch.bool)
-    all_draw = sum(len(group.rows) for group in columns) == len(logits)
-    tokens = again.long() if all_draw else logits.argmax(-1)
+    best, tokens = logits.max(-1)
+    again = torch.zeros_like(tokens, dtype=torch.bool)
     for group in columns:
         rows = logits if len(group.rows) == len(logits) else logits[group.rows]
         tokens[group.rows], again[group.rows] = _draw(rows, group)

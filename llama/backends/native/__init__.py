@@ -1,6 +1,24 @@
 """A whole step of the model in one call of compiled code, on a CPU: step.cpp mirrors model.py."""
 
 from llama.backends.native.compiler import UnavailableError, library
-from llama.backends.native.step import NativeStep, PackedMatrix, check, pack, pack_quantized
+from llama.backends.native.step import (
+    NativeStep,
+    PackedMatrix,
+    Widened,
+    attend_image,
+    check,
+    pack,
+    pack_quantized,
+)
 
-__all__ = ["NativeStep", "PackedMatrix", "UnavailableError", "check", "library", "pack", "pack_quantized"]
+__all__ = [
+    "NativeStep",
+    "PackedMatrix",
+    "UnavailableError",
+    "Widened",
+    "attend_image",
+    "check",
+    "library",
+    "pack",
+    "pack_quantized",
+]

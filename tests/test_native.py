@@ -13,14 +13,15 @@ from torch import Tensor
 
 from llama import backends
 from llama.backends import native
-from llama.backends.native import NativeStep, PackedMatrix, UnavailableError, pack, pack_quantized
+from llama.backends.native import NativeStep, PackedMatrix, UnavailableError, pack, pack_quantized, search
 from llama.backends.native.compiler import SOURCES
 from llama.device import one_thread
 from llama.engine import Engine, runners
 from llama.errors import ArgumentError
 from llama.model import ModelArgs, Row, Transformer
 from llama.parallel import Linear, ModelParallel, VocabParallelEmbedding
-from llama.quantization import QuantizedMatrix, Weight, quantize
+from llama.quantization import QuantizedMatrix, Weight
+from llama.quantizer import SEARCHES, quantize
 from llama.sampling import SamplingParams
 from tests.support import ROOT, tiny
 from tests.support.quantized import distance, reloaded
@@ -388,3 +389,30 @@ def test_a_thread_that_first_uses_pytorch_beside_a_step_does_not_keep_one_thread
         assert (seen, torch.get_num_threads()) == ([1, 3], 3)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("important", [False, True])
+@pytest.mark.parametrize("bits", [8, 5, 4])
+def test_few_bits_are_those_that_pytorch_finds(
+    target: str | None, bits: int, important: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(37, 32 * 19) * torch.rand(37, 1)
+    weight[0, :32], weight[1], weight[2, 5] = 0.5, 0, 100  # one value, none, and an outlier
+    weight[3] *= 1e-6  # scales below fp16's normal numbers
+    importance = torch.rand(weight.shape[1]) ** 2 if important else None
+    monkeypatch.delitem(SEARCHES, "cpu")
+    for form in (weight, weight.bfloat16(), weight.half(), weight.T.contiguous().T):
+        expected = quantize(form, bits, importance)
+        assert isinstance(expected, QuantizedMatrix)
+        found = QuantizedMatrix(*map(torch.empty_like, expected.tensors))
+        search(form, found, importance, target)
+        errors = [
+            ((matrix.dequantize() - form.float()).square() * (1 if importance is None else importance)).sum(1)
+            for matrix in (found, expected)
+        ]
+        torch.testing.assert_close(*errors, rtol=0.02, atol=1e-12)
+        torch.testing.assert_close(errors[0].sum(), errors[1].sum(), rtol=1e-3, atol=0)
+        for ours, theirs in zip(found.tensors, expected.tensors, strict=True):
+            assert (ours != theirs).float().mean() < 0.01
+        if bits == 8 and not important:
+            assert torch.equal(found.values, expected.values) and torch.equal(found.scales, expected.scales)

@@ -16,7 +16,8 @@ from llama.device import resident_bytes
 from llama.loading import check_quantize, weight_bytes
 from llama.model import ModelArgs, Transformer
 from llama.parallel import Joined, Linear, ModelParallel
-from llama.quantization import QuantizedMatrix, alike, joined, quantize
+from llama.quantization import QuantizedMatrix, alike, joined
+from llama.quantizer import quantize
 from tests.support import tiny
 from tests.support.quantized import KEPT, TOKENS, build, distance
 

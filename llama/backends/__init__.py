@@ -17,6 +17,9 @@ from llama.device import default_dtype
 from llama.model import StepBackend, Transformer
 from llama.parallel import Product
 from llama.quantization import QuantizedMatrix, Weight, joined
+from llama.quantizer import SEARCHES
+
+SEARCHES["cpu"] = native.search
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 // positions, sequentially. So a sequence gets the same bits alone or in a batch, in one prefill or token by
 // token, with any number of threads.
 #include "matrix.h"
+#include "quantize.h"
 
 #include <atomic>
 #include <chrono>
@@ -421,6 +422,16 @@ void llama_pack_scales(const uint8_t* from, int64_t stride, int64_t group_stride
       for (int r = i * LANES; r < i * LANES + LANES; r++)
         to[(size_t(i) * groups + g) * LANES + r % LANES] =
             r < rows ? load<uint16_t>(from + r * stride + g * group_stride) : 0;
+  });
+}
+
+// A matrix (rows, cols), fp32 or bf16, in groups. counts: (cols), or null; mins: null for 8 bits.
+void llama_quantize(int32_t bits, int32_t kind, const uint8_t* from, int64_t stride, int32_t rows, int32_t cols,
+                    const float* counts, uint8_t* values, uint16_t* scales, uint16_t* mins, int32_t threads) {
+  const size_t groups = cols / GROUP, bytes = groups * (bits == 8 ? 32 : bits == 5 ? 20 : 16);
+  in_parallel(rows, threads, [&](int i) {
+    quantize_row(bits, kind, from + i * stride, cols, counts, values + i * bytes, scales + i * groups,
+                 mins ? mins + i * groups : nullptr);
   });
 }
 

@@ -1,6 +1,5 @@
 """The compiled step against model.py, and against itself in other company."""
 
-import platform
 import shutil
 import subprocess
 import threading
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from llama import backends
 from llama.backends import native
-from llama.backends.native import NativeStep, PackedMatrix, UnavailableError, pack, pack_quantized, search
+from llama.backends.native import NativeStep, PackedMatrix, UnavailableError, pack, pack_quantized
 from llama.backends.native.compiler import SOURCES
 from llama.device import one_thread
 from llama.engine import Engine, runners
@@ -21,7 +20,7 @@ from llama.errors import ArgumentError
 from llama.model import ModelArgs, Row, Transformer
 from llama.parallel import Linear, ModelParallel, VocabParallelEmbedding
 from llama.quantization import QuantizedMatrix, Weight
-from llama.quantizer import SEARCHES, quantize
+from llama.quantizer import quantize
 from llama.sampling import SamplingParams
 from tests.support import ROOT, tiny
 from tests.support.quantized import distance, reloaded
@@ -29,24 +28,8 @@ from tests.support.quantized import distance, reloaded
 if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
-# The processor's own instructions, and on x86 those of AVX512 without AMX, those of AVX2, and plain vectors.
-FLAGS = {
-    "-march=cooperlake": {"avx512_bf16", "avx512_vnni", "avx512vl"},
-    "-march=x86-64-v3": {"avx2", "fma", "f16c"},
-    "": set(),
-}
-TARGETS = [None, *(pytest.param(target, marks=[pytest.mark.slow]) for target in FLAGS)]
 LONG = 600  # positions: more than two chunks of attention
 KINDS = ["fp32", "bf16", "int8", "int5", "int5 symmetric", "int4", "int4 symmetric"]
-
-
-@pytest.fixture(params=TARGETS)
-def target(request: pytest.FixtureRequest) -> str | None:
-    if needed := FLAGS.get(request.param):
-        flags = Path("/proc/cpuinfo").read_text() if platform.machine() == "x86_64" else ""
-        if not needed <= set(flags.split()):
-            pytest.skip(f"this processor lacks {', '.join(needed)}")
-    return request.param
 
 
 def random_model(dtype: torch.dtype = torch.float32, **args: object) -> Transformer:
@@ -389,30 +372,3 @@ def test_a_thread_that_first_uses_pytorch_beside_a_step_does_not_keep_one_thread
         assert (seen, torch.get_num_threads()) == ([1, 3], 3)
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("important", [False, True])
-@pytest.mark.parametrize("bits", [8, 5, 4])
-def test_few_bits_are_those_that_pytorch_finds(
-    target: str | None, bits: int, important: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weight = torch.randn(37, 32 * 19) * torch.rand(37, 1)
-    weight[0, :32], weight[1], weight[2, 5] = 0.5, 0, 100  # one value, none, and an outlier
-    weight[3] *= 1e-6  # scales below fp16's normal numbers
-    importance = torch.rand(weight.shape[1]) ** 2 if important else None
-    monkeypatch.delitem(SEARCHES, "cpu")
-    for form in (weight, weight.bfloat16(), weight.half(), weight.T.contiguous().T):
-        expected = quantize(form, bits, importance)
-        assert isinstance(expected, QuantizedMatrix)
-        found = QuantizedMatrix(*map(torch.empty_like, expected.tensors))
-        search(form, found, importance, target)
-        errors = [
-            ((matrix.dequantize() - form.float()).square() * (1 if importance is None else importance)).sum(1)
-            for matrix in (found, expected)
-        ]
-        torch.testing.assert_close(*errors, rtol=0.02, atol=1e-12)
-        torch.testing.assert_close(errors[0].sum(), errors[1].sum(), rtol=1e-3, atol=0)
-        for ours, theirs in zip(found.tensors, expected.tensors, strict=True):
-            assert (ours != theirs).float().mean() < 0.01
-        if bits == 8 and not important:
-            assert torch.equal(found.values, expected.values) and torch.equal(found.scales, expected.scales)

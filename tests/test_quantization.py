@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llama import Llama, backends
-from llama.backends import Plan
+from llama.backends import Plan, native
 from llama.backends.grouped import Grouped
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.convert import convert
@@ -17,7 +17,7 @@ from llama.loading import check_quantize, weight_bytes
 from llama.model import ModelArgs, Transformer
 from llama.parallel import Joined, Linear, ModelParallel
 from llama.quantization import QuantizedMatrix, alike, joined
-from llama.quantizer import quantize
+from llama.quantizer import SEARCHES, quantize
 from tests.support import tiny
 from tests.support.quantized import KEPT, TOKENS, build, distance
 
@@ -181,3 +181,30 @@ def test_ranks_agree(scheme: str, ranks: int, tmp_path: Path, torchrun) -> None:
     exact = build(folder).model(TOKENS, 0)
     for rank in range(ranks):
         torch.testing.assert_close(torch.load(f"{tmp_path}/seen.{rank}"), exact, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("important", [False, True])
+@pytest.mark.parametrize("bits", [8, 5, 4])
+def test_few_bits_are_those_that_pytorch_finds(
+    target: str | None, bits: int, important: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(37, 32 * 19) * torch.rand(37, 1)
+    weight[0, :32], weight[1], weight[2, 5] = 0.5, 0, 100  # one value, none, and an outlier
+    weight[3] *= 1e-6  # scales below fp16's normal numbers
+    importance = torch.rand(weight.shape[1]) ** 2 if important else None
+    monkeypatch.delitem(SEARCHES, "cpu")
+    for form in (weight, weight.bfloat16(), weight.half(), weight.T.contiguous().T):
+        expected = quantize(form, bits, importance)
+        assert isinstance(expected, QuantizedMatrix)
+        found = QuantizedMatrix(*map(torch.empty_like, expected.tensors))
+        native.search(form, found, importance, target)
+        errors = [
+            ((matrix.dequantize() - form.float()).square() * (1 if importance is None else importance)).sum(1)
+            for matrix in (found, expected)
+        ]
+        torch.testing.assert_close(*errors, rtol=0.02, atol=1e-12)
+        torch.testing.assert_close(errors[0].sum(), errors[1].sum(), rtol=1e-3, atol=0)
+        for ours, theirs in zip(found.tensors, expected.tensors, strict=True):
+            assert (ours != theirs).float().mean() < 0.01
+        if bits == 8 and not important:
+            assert torch.equal(found.values, expected.values) and torch.equal(found.scales, expected.scales)

@@ -100,6 +100,7 @@ def ours(args: VisionArgs, new: int, side: int) -> dict[str, float]:
     load_weights(model, source, plan, device, dtype)
     load_weights(tower, source, plan, device, dtype, prefix="vision_model.")
     model.vision_model = tower
+    model.allocate_cache()
     engine = Engine(model)
     params = SamplingParams(temperature=0, max_tokens=new)
     for _ in engine.run([engine.add(prompt(args)[2:], SamplingParams(temperature=0, max_tokens=2))]):

@@ -35,7 +35,7 @@ from llama.quantization import (
 from llama.quantizer import quantize
 from llama.ranks import together
 from llama.sampling import SamplingParams
-from llama.vision import VisionModel, VisionTransformer, make_model
+from llama.vision import ImageAttention, VisionModel, VisionTransformer, make_model
 
 Applied = Linear | Joined | VocabParallelEmbedding
 
@@ -196,7 +196,7 @@ def weight_bytes(
         if weight.dim() == 1 or weight.shape[1] % GROUP or (name == EMBEDDINGS and not plan.embeddings):
             return plain
         few = min(filter(None, (stored_bits(source, name), few_bits(scheme, name))), default=None)
-        return STORED_BITS[few] if few and plan.quantized else 8 if scheme == "fp8" else plain
+        return STORED_BITS[few] if few and plan.of(name).quantized else 8 if scheme == "fp8" else plain
 
     bits = {name: weight.numel() * held(name, weight) for name, weight in model.named_parameters()}
     product = plan.plain or bits[OUTPUT] < plain * model.output.weight.numel()
@@ -235,24 +235,24 @@ def load_weights(
     with RankReader(model, source, prefix) as reader:
 
         def read(name: str) -> Weight:
-            bits = few_bits(scheme, name)
-            weight = reader.read(name, quantized=bool(plan.quantized or bits))
+            bits, keeps = few_bits(scheme, name), plan.of(prefix + name).quantized
+            weight = reader.read(name, quantized=bool(keeps or bits))
             if bits and 0 not in weight.shape:
                 weight = quantize(weight.to(device), bits)
             if isinstance(weight, QuantizedMatrix):
-                return weight.to(device) if plan.quantized else weight.dequantize(dtype).to(device)
+                return weight.to(device) if keeps else weight.dequantize(dtype).to(device)
             return weight.to(device, dtype)
 
         def fill(module: Applied, parts: Mapping[str, Applied]) -> None:
-            weights = {name: read(name) for name in parts}
-            if plan.step and not alike([*weights.values()]):  # parts with the same input need the same form
+            weights, own = {name: read(name) for name in parts}, plan.of(prefix + next(iter(parts)))
+            if own.step and not alike([*weights.values()]):  # parts with the same input need the same form
                 same = 8 if all(isinstance(weight, QuantizedMatrix) for weight in weights.values()) else None
                 weights = {name: quantize(plain(weight).to(dtype), same) for name, weight in weights.items()}
-            if plan.joins and alike([*weights.values()]):
-                module.backend = plan.product(*weights.values())
+            if own.joins and alike([*weights.values()]):
+                module.backend = own.product(*weights.values())
             for name, part in parts.items():
                 if not module.backend:
-                    part.backend = plan.product(weights[name])
+                    part.backend = own.product(weights[name])
                 if module.backend or part.backend:
                     del part.weight
                 else:
@@ -283,4 +283,7 @@ def load_weights(
         text.least_rows = plan.least_rows
         if plan.step:
             text.step_backend = plan.step(text)
+    for attention in model.modules():
+        if isinstance(attention, ImageAttention):
+            attention.kernel = plan.attend
     source.release()

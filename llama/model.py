@@ -251,10 +251,7 @@ class TransformerBlock(nn.Module):
 
 
 class StepBackend(Protocol):
-    """Computes whole steps instead of the layers; the methods mirror those of `Transformer`.
-
-    cache and rotations: the model's.
-    """
+    """Computes whole steps instead of the layers, as `Transformer` does, with its cache and rotations."""
 
     def hidden(self, tokens: Tensor, rows: Sequence[Row], cache: Tensor, rotations: Tensor) -> Tensor: ...
 
@@ -346,13 +343,17 @@ class Transformer(nn.Module):
                     f"max_batch_size={slots}, max_seq_len={length}"
                 )
         if self.step_backend:
-            return self.step_backend.hidden(tokens, rows, self.cache.data, self.rotations)
+            return self.whole_step(tokens, rows)
         n = len(tokens)
         tokens = F.pad(tokens, (0, max(0, self.least_rows - n)))
         padding = len(tokens) - sum(row.length for row in rows)
         rotation = torch.cat([self.rotations[row.start : row.stop] for row in rows])
         step = RaggedStep(rows, F.pad(rotation, (0, 0, 0, 0, 0, 0, 0, padding)))
         return self.run(tokens, step)[:n]
+
+    def whole_step(self, tokens: Tensor, rows: Sequence[Row]) -> Tensor:
+        assert self.step_backend
+        return self.step_backend.hidden(tokens, rows, self.cache.data, self.rotations)
 
     def run(self, tokens: Tensor, step: Step) -> Tensor:
         """The last layer's normed output (N, dim) for int64 (N) tokens."""

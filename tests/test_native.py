@@ -324,6 +324,8 @@ def test_single_layers_can_be_run_too(target: str | None, kind: str) -> None:
     torch.testing.assert_close(packed.embed(tokens), exact[tokens], rtol=1e-6, atol=1e-6)
     with pytest.raises(IndexError):
         packed.embed(torch.tensor([1001]))
+    if quantized:
+        torch.testing.assert_close(packed.widen(), exact, rtol=1e-6, atol=1e-6)
 
 
 def test_an_edited_norm_is_noticed() -> None:

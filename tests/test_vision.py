@@ -1,16 +1,19 @@
 """Vision against Meta's own code, in fp32."""
 
 import os
+import shutil
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from llama import backends
 from llama.errors import ArgumentError
 from llama.parallel import ModelParallel
 from llama.vision import PlacedImage, VisionArgs, VisionTransformer, tile_image
 from tests.support import meta_vision
 from tests.support.meta_vision import ENCODER, IMAGE, PARAMS, picture
+from tests.support.quantized import reloaded
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +43,16 @@ def ours(meta, **changes) -> VisionTransformer:
     return model
 
 
-@pytest.fixture(scope="module")
-def model(meta):
-    return ours(meta)
+@pytest.fixture(scope="module", params=["PyTorch", "compiled"])
+def model(request, meta):
+    if request.param == "PyTorch":
+        return ours(meta)
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    model = ours(meta)
+    model = reloaded(model, backends.plan(model, model.device, model.dtype))
+    assert model.step_backend
+    return model
 
 
 SIZES = {(1, 1): (40, 50), (1, 2): (112, 50), (1, 3): (168, 56), (1, 4): (230, 40)}

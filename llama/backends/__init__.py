@@ -18,6 +18,7 @@ from llama.model import StepBackend, Transformer
 from llama.parallel import Product
 from llama.quantization import QuantizedMatrix, Weight, joined
 from llama.quantizer import SEARCHES
+from llama.vision import Padding, VisionTransformer, reads_images
 
 SEARCHES["cpu"] = native.search
 
@@ -33,6 +34,8 @@ class Plan:
     least_rows: the minimum number of rows worth passing to a product.
     step: makes the backend for whole steps of a model that has its weights.
     missing: why there is no such step.
+    attend: replaces attention among the tokens of an image; see `ImageAttention`.
+    images: for matrices that are applied to whole images, thousands of rows at once. None: the same plan.
     """
 
     plain: Callable[[Tensor], Product] | None = None
@@ -42,6 +45,12 @@ class Plan:
     least_rows: int = 1
     step: Callable[[Transformer], StepBackend] | None = None
     missing: str = ""
+    attend: Callable[[Tensor, Padding], Tensor] | None = None
+    images: "Plan | None" = None
+
+    def of(self, name: str) -> "Plan":
+        """The plan for a matrix, by its name."""
+        return self.images if self.images and reads_images(name) else self
 
     def product(self, *weights: Weight) -> Product | None:
         """The product for a weight, or for several that are `alike`, joined; None for F.linear.
@@ -57,9 +66,10 @@ class Plan:
 def fastest_dtype(model: Transformer, device: torch.device, *, whole_steps: bool = True) -> torch.dtype:
     """The dtype in which a machine computes a model fastest: the device's own, or bf16 in a whole step.
 
-    On a CPU without bf16 instructions, the step still reads half the bytes, and computes in fp32.
+    On a CPU without bf16 instructions, the step still reads half the bytes, and computes in fp32. Not so the
+    image encoder.
     """
-    if device.type == "cpu" and whole_steps:
+    if device.type == "cpu" and whole_steps and not isinstance(model, VisionTransformer):
         with contextlib.suppress(native.UnavailableError):
             native.check(model, device, torch.bfloat16)
             return torch.bfloat16
@@ -87,8 +97,9 @@ def plan(
         return Plan(plain=Float8, joins=True)
     if device.type == "cuda":
         return Plan(quantized=Grouped, joins=True, missing="it is for CPUs, but this model is on cuda")
-    missing = "a compiler needs to see each layer"
+    missing, packs = "a compiler needs to see each layer", can_pack(device, dtype) and not mapped
     if whole_steps:
+        images = Plan(Packed if packs else None, native.Widened, joins=packs)
         try:
             native.check(model, device, dtype)
             return Plan(
@@ -96,10 +107,12 @@ def plan(
                 quantized=native.pack_quantized,
                 embeddings=True,
                 step=partial(native.NativeStep, threads=threads),
+                attend=native.attend_image,
+                images=images if isinstance(model, VisionTransformer) else None,
             )
         except native.UnavailableError as error:
             missing = str(error)
-    if can_pack(device, dtype) and not mapped:
+    if packs:
         # oneDNN 3.12 takes 1.3 times as long for one to three rows as for four.
         return Plan(plain=Packed, joins=True, least_rows=4, missing=missing)
     return Plan(joins=device.type != "cpu", missing=missing)

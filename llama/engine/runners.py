@@ -1,7 +1,7 @@
 """How a step is computed: the interface of a runner, and the one for rows of any length."""
 
-import contextlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
@@ -71,8 +71,7 @@ class RaggedRunner:
         return True
 
     def start(self, work: Sequence[Work], after: Pending | None = None) -> Pending:
-        with one_thread if self.model.step_backend else contextlib.nullcontext():
-            return Done(work, self.run(work, draw=self.draw))
+        return Done(work, self.run(work, draw=self.draw))
 
     def run(self, work: Sequence[Work], width: int = 0, draw: int = 0) -> list[Outcome]:
         """Run the model over some work.
@@ -81,12 +80,13 @@ class RaggedRunner:
         draw: rows to draw at a time; 0: all.
         """
         model = self.model
-        with lost_rank_as_error(model.parallel):
-            new = [token for item in work for token in item.tokens]
-            tokens = torch.tensor(new + [0] * (width - len(new)), device=model.device)
-            if isinstance(model, VisionTransformer):
+        if isinstance(model, VisionTransformer):
+            with lost_rank_as_error(model.parallel):
                 for item in work:
                     model.place(item.row.slot, item.request.images)
+        with one_thread if model.step_backend else nullcontext(), lost_rank_as_error(model.parallel):
+            new = [token for item in work for token in item.tokens]
+            tokens = torch.tensor(new + [0] * (width - len(new)), device=model.device)
             hidden = model.hidden(tokens, [item.row for item in work])  # (N, dim)
             ends = list(accumulate(item.row.length for item in work))
             scores = [

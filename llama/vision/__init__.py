@@ -6,21 +6,26 @@ from typing import Any
 
 from llama.model import ModelArgs, Transformer
 from llama.parallel import ModelParallel
-from llama.vision.encoder import VisionArgs, VisionModel
+from llama.vision.encoder import ImageAttention, Padding, VisionArgs, VisionModel, attend
 from llama.vision.images import ImageSource, TiledImage, image_bytes, open_image, tile_image
-from llama.vision.transformer import PlacedImage, VisionTransformer, sighted
+from llama.vision.transformer import PlacedImage, Sight, VisionTransformer, reads_images, sighted
 
 __all__ = [
+    "ImageAttention",
     "ImageSource",
+    "Padding",
     "PlacedImage",
+    "Sight",
     "TiledImage",
     "VisionArgs",
     "VisionModel",
     "VisionTransformer",
+    "attend",
     "image_bytes",
     "make_args",
     "make_model",
     "open_image",
+    "reads_images",
     "sighted",
     "text_params",
     "tile_image",

@@ -6,7 +6,7 @@ projection. Linear layers are those of `parallel`, as in the text model.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -107,7 +107,7 @@ class BiasedColumns(ColumnParallelLinear):
         self.bias = nn.Parameter(torch.empty(len(self.weight)), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.bias
+        return super().forward(x).add_(self.bias)
 
 
 class BiasedRows(RowParallelLinear):
@@ -118,7 +118,7 @@ class BiasedRows(RowParallelLinear):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.bias
+        return super().forward(x).add_(self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -166,8 +166,20 @@ class Padding(NamedTuple):
     bias: Tensor | None
 
 
+def attend(qkv: Tensor, padding: Padding) -> Tensor:
+    """Attention among an image's tokens: (tokens, 3, heads, head_dim) to (tokens, heads * head_dim)."""
+    q, k, v = qkv.permute(1, 2, 0, 3).contiguous()[:, None]  # each (1, heads, tokens, head_dim)
+    valid, bias = padding
+    bias = None if bias is None else bias.expand(valid, -1)
+    seen = F.scaled_dot_product_attention(q[:, :, :valid], k, v, attn_mask=bias)
+    blind = F.scaled_dot_product_attention(q[:, :, valid:], k[:, :, :valid], v[:, :, :valid])
+    return torch.cat((seen, blind), 2)[0].transpose(0, 1).flatten(1)
+
+
 class ImageAttention(nn.Module):
     """Self-attention among the tokens of one image, for this rank's heads."""
+
+    kernel: Callable[[Tensor, Padding], Tensor] | None = None  # replaces `attend`
 
     def __init__(self, args: VisionArgs, parallel: ModelParallel) -> None:
         super().__init__()
@@ -182,12 +194,7 @@ class ImageAttention(nn.Module):
     def forward(self, x: Tensor, padding: Padding) -> Tensor:
         """x (tokens, dim) to (tokens, dim)."""
         qkv = self.wqkv(x).view(len(x), 3, self.heads, self.head_dim)
-        q, k, v = qkv.permute(1, 2, 0, 3).contiguous()[:, None]  # each (1, heads, tokens, head_dim)
-        valid, bias = padding
-        bias = None if bias is None else bias.expand(valid, -1)
-        seen = F.scaled_dot_product_attention(q[:, :, :valid], k, v, attn_mask=bias)
-        blind = F.scaled_dot_product_attention(q[:, :, valid:], k[:, :, :valid], v[:, :, :valid])
-        return self.wo(torch.cat((seen, blind), 2)[0].transpose(0, 1).flatten(1))
+        return self.wo((self.kernel or attend)(qkv, padding))
 
 
 class ImageFeedForward(nn.Module):
@@ -217,10 +224,11 @@ class ImageBlock(nn.Module):
             self.gate_ffn = nn.Parameter(torch.empty(1), requires_grad=False)
 
     def forward(self, x: Tensor, padding: Padding) -> Tensor:
+        # The input may be a tap, so only what the branches return is overwritten.
         attention = self.attn(self.ln_1(x), padding)
-        x = x + (self.gate_attn.tanh() * attention if self.gated else attention)
+        x = (attention.mul_(self.gate_attn.tanh()) if self.gated else attention).add_(x)
         feed_forward = self.mlp(self.ln_2(x))
-        return x + (self.gate_ffn.tanh() * feed_forward if self.gated else feed_forward)
+        return (feed_forward.mul_(self.gate_ffn.tanh()) if self.gated else feed_forward).add_(x)
 
 
 class ImageTransformer(nn.Module):

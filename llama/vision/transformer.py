@@ -8,7 +8,7 @@ generated after two or more images see none; here they see what the prompt's las
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from llama.model import (
     RMSNorm,
     Row,
     Step,
+    StepBackend,
     Transformer,
     local_kv_heads,
 )
@@ -115,6 +116,23 @@ def sights(images: Sequence[HeldImage], row: Row, first: int) -> Iterator[Sight]
             yield Sight(tokens, row.slot, slice(begin, image.stop))
 
 
+class VisionStepBackend(StepBackend, Protocol):
+    """A `StepBackend` that also attends to images.
+
+    sights: what some of the tokens see. images: the model's cache.
+    """
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        rows: Sequence[Row],
+        cache: Tensor,
+        rotations: Tensor,
+        sights: Sequence[Sight] = (),
+        images: Tensor | None = None,
+    ) -> Tensor: ...
+
+
 class VisionTransformer(Transformer):
     """A Llama 3.2 Vision model, or one rank's part of it. The image token's id is `vocab_size`.
 
@@ -122,6 +140,7 @@ class VisionTransformer(Transformer):
     """
 
     params: VisionArgs
+    step_backend: VisionStepBackend | None = None
     _images: Tensor | None = None
     load_tower: Callable[[], None] | None = None
 
@@ -242,13 +261,22 @@ class VisionTransformer(Transformer):
                 self.place(slot, images[slot] if images else ())
         return super().forward(tokens, start_pos)
 
-    def run(self, tokens: Tensor, step: Step) -> Tensor:
-        """Like `Transformer.run`; a step at fixed shapes sees no images."""
-        seen: list[Sight] = []
-        first = 0
-        for row in step.rows if isinstance(step, RaggedStep) else ():
+    def sights(self, rows: Sequence[Row]) -> list[Sight]:
+        """What the tokens of a step's rows see."""
+        seen, first = list[Sight](), 0
+        for row in rows:
             seen += sights(self.held[row.slot], row, first)
             first += row.length
+        return seen
+
+    def whole_step(self, tokens: Tensor, rows: Sequence[Row]) -> Tensor:
+        assert self.step_backend
+        seen = self.sights(rows)
+        return self.step_backend.hidden(tokens, rows, self.cache.data, self.rotations, seen, self.images)
+
+    def run(self, tokens: Tensor, step: Step) -> Tensor:
+        """Like `Transformer.run`; a step at fixed shapes sees no images."""
+        seen = self.sights(step.rows) if isinstance(step, RaggedStep) else []
         if not seen:
             return super().run(tokens, step)
         blind = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)
@@ -270,6 +298,12 @@ class VisionTransformer(Transformer):
         x = self.tok_embeddings(tokens.masked_fill(images, 0))
         added = self.learnable_embedding((tokens - self.params.vocab_size).clamp_(min=0))
         return torch.where(images[:, None], added, x)
+
+
+def reads_images(name: str) -> bool:
+    """Whether a matrix of a `VisionTransformer` is applied to whole images, not to a step's tokens."""
+    cross = name.startswith("cross_attention_layers.") and name.endswith((".wk.weight", ".wv.weight"))
+    return cross or name.startswith("vision_model.")
 
 
 def sighted(model: Transformer) -> VisionTransformer:

@@ -59,10 +59,10 @@ int main(int, char** arguments) {
   std::vector<float> hidden(n * m.dim), alone(m.dim), logits(size_t(n) * m.vocab_size);
   Runtime* runtime = llama_new(&m, 2);
   const Row whole{0, 0, n};
-  llama_hidden(runtime, tokens, &whole, 1, rotations, cache, hidden.data());
+  llama_hidden(runtime, tokens, &whole, 1, rotations, cache, nullptr, 0, nullptr, hidden.data());
   for (int i = 0; i < n; i++) {
     const Row one{1, i, 1};
-    llama_hidden(runtime, tokens + i, &one, 1, rotations, cache, alone.data());
+    llama_hidden(runtime, tokens + i, &one, 1, rotations, cache, nullptr, 0, nullptr, alone.data());
     if (memcmp(alone.data(), &hidden[i * m.dim], m.dim * 4)) return 1;
   }
   llama_logits(runtime, hidden.data(), n, logits.data());

@@ -12,6 +12,7 @@ from llama.backends.onednn import Packed
 from llama.loading import load_weights
 from llama.model import Transformer
 from llama.parallel import Span
+from llama.vision import make_model
 
 TOKENS = torch.arange(3 * 16).view(3, 16)
 PACKED = Plan(plain=Packed, joins=True, least_rows=4)
@@ -46,6 +47,6 @@ class Held:
 def reloaded(model: Transformer, plan: Plan, scheme: str | None = None) -> Transformer:
     """The same model, as a plan would load it."""
     with torch.device("meta"):
-        other = Transformer(model.params)
+        other = make_model(model.params)
     load_weights(other, Held(model), plan, model.device, model.dtype, scheme)
     return other

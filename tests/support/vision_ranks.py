@@ -85,9 +85,14 @@ def talking(folder: str, images: str, out: str) -> None:
 
 
 def job(text: str, images: Path) -> torch.Tensor:
-    """`seen` of a model FOLDER[:SCHEME[:DTYPE[:ADAPTER]]]."""
+    """`seen` of a model FOLDER[:SCHEME[:DTYPE[:ADAPTER]]], with PyTorch's operators on one rank too."""
     folder, scheme, dtype, adapter = (*text.split(":"), "", "", "")[:4]
-    options = {"dtype": dtype or "float32", "quantize": scheme or None, "adapter": adapter or None}
+    options = {
+        "dtype": dtype or "float32",
+        "quantize": scheme or None,
+        "adapter": adapter or None,
+        "whole_steps": False,
+    }
     with Llama.build(folder, **{**BUILD, **options}) as llama:
         return seen(llama, images)
 

@@ -2,12 +2,22 @@
 
 from llama.backends.native.compiler import UnavailableError, library
 from llama.backends.native.quantize import search
-from llama.backends.native.step import NativeStep, PackedMatrix, check, pack, pack_quantized
+from llama.backends.native.step import (
+    NativeStep,
+    PackedMatrix,
+    Widened,
+    attend_image,
+    check,
+    pack,
+    pack_quantized,
+)
 
 __all__ = [
     "NativeStep",
     "PackedMatrix",
     "UnavailableError",
+    "Widened",
+    "attend_image",
     "check",
     "library",
     "pack",

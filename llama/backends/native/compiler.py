@@ -16,7 +16,9 @@ from typing import Any
 
 from llama.device import cache_folder
 
-SOURCES = [Path(__file__).with_name(name) for name in ("step.cpp", "matrix.h", "quantize.h")]
+SOURCES = [
+    Path(__file__).with_name(name) for name in ("step.cpp", "image.h", "threads.h", "matrix.h", "quantize.h")
+]
 NATIVE = {"x86_64": "-march=native", "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
 
 
@@ -36,7 +38,7 @@ class Matrix(ctypes.Structure):
 class Layer(ctypes.Structure):
     _fields_ = [
         *((name, Matrix) for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3")),
-        *((name, c_void_p) for name in ("attention_norm", "ffn_norm")),
+        *((name, c_void_p) for name in ("attention_norm", "ffn_norm", "q_norm", "gate_attn", "gate_ffwd")),
     ]
 
 
@@ -54,6 +56,11 @@ class Model(ctypes.Structure):
         ("tok_embeddings", Matrix),
         ("output", Matrix),
         ("norm", c_void_p),
+        ("n_cross", c_int32),
+        ("image_positions", c_int32),
+        ("cross", POINTER(Layer)),
+        ("fusion", POINTER(c_int32)),
+        ("added_embeddings", c_void_p),
     ]  # fmt: skip
 
 
@@ -61,30 +68,27 @@ class Row(ctypes.Structure):
     _fields_ = [(name, c_int32) for name in ("slot", "start", "length")]
 
 
+class Sight(ctypes.Structure):
+    _fields_ = [(name, c_int32) for name in ("first", "count", "slot", "begin", "end")]
+
+
 SIGNATURES: dict[str, list[Any]] = {  # each function's result and arguments
     "llama_lanes": [c_int32],
     "llama_tile_bytes": [c_int64, c_int32, c_int32],
     "llama_pack": [None, c_int32, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int32],
     "llama_pack_scales": [None, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int32],
-    "llama_quantize": [
-        None,
-        c_int32,
-        c_int32,
-        c_void_p,
-        c_int64,
-        c_int32,
-        c_int32,
-        c_void_p,
-        c_void_p,
-        c_void_p,
-        c_void_p,
-        c_int32,
-    ],
+    "llama_quantize": [None, *(c_int32,) * 2, c_void_p, c_int64, *(c_int32,) * 2, *(c_void_p,) * 4, c_int32],
     "llama_multiply": [None, POINTER(Matrix), c_void_p, c_int32, c_void_p, c_int32],
     "llama_rows": [None, POINTER(Matrix), c_void_p, c_int32, c_void_p],
+    "llama_widen": [None, POINTER(Matrix), c_void_p, c_int32],
+    "llama_sees": [c_int32],
+    "llama_attend_image": [None, c_void_p, *(c_int32,) * 4, c_void_p, c_void_p, c_int32],
     "llama_new": [c_void_p, POINTER(Model), c_int32],
     "llama_free": [None, c_void_p],
-    "llama_hidden": [None, c_void_p, c_void_p, POINTER(Row), c_int32, c_void_p, c_void_p, c_void_p],
+    "llama_hidden": [
+        *(None, c_void_p, c_void_p, POINTER(Row), c_int32, c_void_p, c_void_p),
+        *(POINTER(Sight), c_int32, c_void_p, c_void_p),
+    ],
     "llama_logits": [None, c_void_p, c_void_p, c_int32, c_void_p],
 }
 

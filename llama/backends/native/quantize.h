@@ -1,6 +1,7 @@
 // The search for a matrix's scales and values in 8, 5 or 4 bits: quantization.py's `fit`, for LANES groups at once.
 #pragma once
 #include "matrix.h"
+#include "threads.h"
 
 #include <array>
 
@@ -144,4 +145,14 @@ static void quantize_row(int bits, int kind, const uint8_t* from, int cols, cons
       if (mins) mins[g + i] = to_half(found.low[i]);
     }
   }
+}
+
+// A matrix (rows, cols), fp32 or bf16, in groups. counts: (cols), or null; mins: null for 8 bits.
+extern "C" void llama_quantize(int32_t bits, int32_t kind, const uint8_t* from, int64_t stride, int32_t rows, int32_t cols,
+                               const float* counts, uint8_t* values, uint16_t* scales, uint16_t* mins, int32_t threads) {
+  const size_t groups = cols / GROUP, bytes = groups * (bits == 8 ? 32 : bits == 5 ? 20 : 16);
+  in_parallel(rows, threads, [&](int i) {
+    quantize_row(bits, kind, from + i * stride, cols, counts, values + i * bytes, scales + i * groups,
+                 mins ? mins + i * groups : nullptr);
+  });
 }

@@ -1,19 +1,14 @@
-// One step of a Llama model on a CPU, all layers in one call: model.py's forward pass for any rows.
+// One step of a Llama model on a CPU, all layers in one call: model.py's forward pass for any rows, with the
+// cross-attention layers of vision/transformer.py if some of the tokens see images.
 //
 // Every output element is summed in a fixed order, whatever else is computed: along its inputs, or its
 // positions, sequentially. So a sequence gets the same bits alone or in a batch, in one prefill or token by
 // token, with any number of threads.
-#include "matrix.h"
+#include "image.h"
 #include "quantize.h"
+#include "threads.h"
 
-#include <atomic>
-#include <chrono>
-#include <cstdlib>
 #include <mutex>
-#include <thread>
-#if defined(__linux__)
-#include <sched.h>
-#endif
 
 constexpr int QUERY_TOKENS = 8;  // tokens of one sequence that attend together
 constexpr int PANEL = 128;  // rows that some tiles are multiplied with in turn, so that both stay in the core's cache
@@ -21,6 +16,7 @@ constexpr int PANEL = 128;  // rows that some tiles are multiplied with in turn,
 struct Layer {
   Matrix wq, wk, wv, wo, w1, w2, w3;
   const float *attention_norm, *ffn_norm;
+  const float *q_norm, *gate_attn, *gate_ffwd;  // of cross-attention layers, whose keys and values are given
 };
 struct Model {
   int32_t dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size, max_batch_size, max_seq_len;
@@ -29,99 +25,15 @@ struct Model {
   const Layer* layers;
   Matrix tok_embeddings, output;
   const float* norm;
+  // For images: the cross-attention layers, the layer that follows each, the embeddings of tokens from
+  // vocab_size on, and how many positions a slot has.
+  int32_t n_cross, image_positions;
+  const Layer* cross;
+  const int32_t* fusion;
+  const float* added_embeddings;
 };
 struct Row { int32_t slot, start, length; };
-
-// ---- threads
-
-static inline void relax() {
-#if defined(__x86_64__)
-  _mm_pause();
-#elif defined(__aarch64__)
-  asm volatile("isb");
-#endif
-}
-
-// A team of threads that runs one function at a time; the caller is its first member. Waiting threads spin
-// for a moment, then sleep, so that other processes can use the core.
-class Pool {
- public:
-  const int threads;
-
-  explicit Pool(int n) : threads(n) {
-    for (int t = 1; t < n; t++) workers.emplace_back([this, t] { work(t); });
-  }
-  ~Pool() {
-    call = nullptr;
-    job.fetch_add(1);
-    job.notify_all();
-    for (auto& worker : workers) worker.join();
-  }
-  // Calls function(t) on every thread t.
-  template <class Function> void run(Function function) {
-    call = [](void* f, int t) { (*(Function*)f)(t); };
-    argument = &function;
-    job.fetch_add(1, std::memory_order_release);
-    job.notify_all();
-    function(0);
-    barrier();
-  }
-  // Waits for every thread, then resets `take`.
-  void barrier() {
-    const uint32_t now = phase.load(std::memory_order_relaxed);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < uint32_t(threads)) return wait(phase, now);
-    arrived.store(0, std::memory_order_relaxed);
-    taken.store(0, std::memory_order_relaxed);
-    phase.store(now + 1, std::memory_order_release);
-    phase.notify_all();
-  }
-  // Takes the next few of `total` pieces of work, from … to - 1; false when none are left. The fewer remain,
-  // the fewer are taken at once, so that all threads finish together, even if one was interrupted.
-  bool take(int total, int& from, int& to) {
-    uint32_t first = taken.load(std::memory_order_relaxed);
-    do {
-      from = to = int(first);
-      if (from >= total) return false;
-      to += std::max(std::min((total - from) / (2 * threads), 8) & ~1, 1);
-    } while (!taken.compare_exchange_weak(first, uint32_t(to), std::memory_order_relaxed));
-    return true;
-  }
-
- private:
-  std::vector<std::thread> workers;
-  alignas(64) std::atomic<uint32_t> job{0};
-  alignas(64) std::atomic<uint32_t> arrived{0};
-  alignas(64) std::atomic<uint32_t> phase{0};
-  alignas(64) std::atomic<uint32_t> taken{0};
-  void (*call)(void*, int) = nullptr;
-  void* argument = nullptr;
-
-  static void wait(std::atomic<uint32_t>& value, uint32_t old) {
-    using clock = std::chrono::steady_clock;
-    const auto end = clock::now() + std::chrono::microseconds(50);
-    do {
-      for (int i = 0; i < 16; i++, relax())
-        if (value.load(std::memory_order_acquire) != old) return;
-    } while (clock::now() < end);
-    while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
-  }
-  void work(int t) {
-#if defined(__linux__)
-    // OpenMP pins the creating thread, and its children would inherit that one core.
-    if (getenv("OMP_PROC_BIND") || getenv("GOMP_CPU_AFFINITY") || getenv("KMP_AFFINITY")) {
-      cpu_set_t all;
-      memset(&all, 0xff, sizeof all);
-      sched_setaffinity(0, sizeof all, &all);
-    }
-#endif
-    for (uint32_t seen = 0;; seen++) {
-      wait(job, seen);
-      if (!call) return;
-      call(argument, t);
-      barrier();
-    }
-  }
-};
+struct Sight { int32_t first, count, slot, begin, end; };  // tokens of a step, and the positions they see
 
 // ---- attention
 
@@ -148,7 +60,29 @@ static void softmax(int n, float* scores, const int* visible, float* partial, in
   }
 }
 
-struct Span { int first, count, slot, position; };  // some consecutive tokens of one sequence
+struct Span {  // some consecutive tokens of one sequence
+  int first, count, slot;
+  int begin, seen, growth;  // they see `seen` cache positions from `begin` on, each token `growth` more
+
+  int sees(int token) const { return seen + token * growth; }
+  int chunks() const { return (sees(count - 1) + CHUNK - 1) / CHUNK; }
+};
+struct Context {                 // what tokens attend to: the text before them, or images
+  uint8_t* cache;                // (layers, 2, max_batch_size, n_kv_heads, positions, head_dim)
+  int positions;
+  std::vector<Span> spans;
+  int chunks;                    // of the longest
+  bool split;                    // work is split over positions too
+
+  void clear() { spans.clear(), chunks = 0; }
+  // Tokens that see `seen` positions, each `growth` more, in spans.
+  void add(int first, int count, int slot, int begin, int seen, int growth) {
+    for (int i = 0; i < count; i += QUERY_TOKENS) {
+      spans.push_back({first + i, std::min(QUERY_TOKENS, count - i), slot, begin, seen + i * growth, growth});
+      chunks = std::max(chunks, spans.back().chunks());
+    }
+  }
+};
 
 // ---- the step
 
@@ -170,12 +104,11 @@ struct Runtime {
   std::vector<Scratch> scratch;
   // For the current step:
   const int32_t* tokens;
-  std::vector<Span> spans;
+  Context text, images;
   std::vector<int> slots, positions;  // of each token
+  std::vector<bool> sighted;          // whether it sees an image; otherwise cross-attention layers leave it as it is
   const float* rotations;             // (max_seq_len, head_dim / 2, 2): cosine and sine
-  uint8_t* cache;                     // (n_layers, 2, max_batch_size, n_kv_heads, max_seq_len, head_dim)
-  int n, chunks;                      // chunks: of the longest sequence
-  bool split;                         // split attention over positions too
+  int n;
 
   Runtime(const Model& model, int threads)
       : m(model), pool(threads), q_dim(m.n_heads * m.head_dim), share(m.n_heads / m.n_kv_heads),
@@ -211,11 +144,14 @@ struct Runtime {
     return inputs;
   }
   const float* rms_norm(const float* from, const float* weight, float* to) const {
-    F squares = {};
-    for (int k = 0; k < m.dim; k += LANES) squares = fma(load<F>(from + k), load<F>(from + k), squares);
-    const float scale = 1 / std::sqrt(sum(squares) / m.dim + m.norm_eps);
+    const float scale = rms_scale(from, m.dim);
     for (int k = 0; k < m.dim; k += LANES) store(to + k, load<F>(from + k) * scale * load<F>(weight + k));
     return to;
+  }
+  float rms_scale(const float* from, int size) const {
+    F squares = {};
+    for (int k = 0; k < size; k += LANES) squares = fma(load<F>(from + k), load<F>(from + k), squares);
+    return 1 / std::sqrt(sum(squares) / size + m.norm_eps);
   }
   Tile tile(const Matrix& w, int i, int t, int which) {  // which: of a thread's two buffers
     return tile_of(w, i, scratch[t].tiles.data() + which * LANES * size_t(widest));
@@ -238,9 +174,9 @@ struct Runtime {
 
   int width() const { return m.cache_kind == FP32 ? 4 : 2; }
   // Keys (side 0) or values (1) of a layer, slot and head.
-  uint8_t* cached(int layer, int side, int slot, int head) const {
+  uint8_t* cached(const Context& context, int layer, int side, int slot, int head) const {
     const size_t at = ((size_t(layer) * 2 + side) * m.max_batch_size + slot) * m.n_kv_heads + head;
-    return cache + at * m.max_seq_len * m.head_dim * width();
+    return context.cache + at * context.positions * m.head_dim * width();
   }
 
   void attention(int t, int layer) {
@@ -250,22 +186,42 @@ struct Runtime {
     const int hd = m.head_dim, q = tiles_of(q_dim), kv = tiles_of(m.n_kv_heads * hd);
     for (int from, to; pool.take(q + 2 * kv, from, to);) {
       multiply(l.wq, from, std::min(to, q), t, in, n, [&](int i, int col, F v) {
-        const int head = col / hd, row = (head / share * n + i) * share + head % share;
-        queries.put(m.cache_kind, row, col % hd, rotate(v, positions[i], col % hd) * scale);
+        queries.put(m.cache_kind, query(i, col / hd), col % hd, rotate(v, positions[i], col % hd) * scale);
       });
       for (int side = 0; side < 2; side++) {
         const int first = q + side * kv;
         multiply(side ? l.wv : l.wk, std::max(from - first, 0), std::min(to - first, kv), t, in, n, [&](int i, int col, F v) {
           if (!side) v = rotate(v, positions[i], col % hd);
-          uint8_t* at = cached(layer, side, slots[i], col / hd) + (size_t(positions[i]) * hd + col % hd) * width();
+          uint8_t* at = cached(text, layer, side, slots[i], col / hd) + (size_t(positions[i]) * hd + col % hd) * width();
           m.cache_kind == FP32 ? store(at, v) : store(at, to_bf16(v));
         });
       }
     }
     pool.barrier();
-    m.cache_kind == FP32 ? attend<float>(t, layer) : attend<uint16_t>(t, layer);
+    attend(t, l, text, layer);
+  }
+  // The same to images, without positions.
+  void cross_attention(int t, int layer) {
+    const Layer& l = m.cross[layer];
+    const int hd = m.head_dim;
+    const Inputs& in = read(l.wq, t, n, [&](int i, float* to) { return rms_norm(&x[size_t(i) * m.dim], l.attention_norm, to); });
+    multiply(l.wq, t, in, n, [&](int i, int col, F v) { store(&attended[size_t(i) * q_dim + col], v); });
+    for (int from, to; pool.take(n * m.n_heads, from, to);)
+      for (; from < to; from++) {
+        const int i = from / m.n_heads, head = from % m.n_heads;
+        const float *q = &attended[size_t(from) * hd], scale = rms_scale(q, hd) / std::sqrt(float(hd));
+        for (int d = 0; d < hd; d += LANES)
+          queries.put(m.cache_kind, query(i, head), d, load<F>(q + d) * scale * load<F>(l.q_norm + d));
+      }
+    pool.barrier();
+    attend(t, l, images, layer);
+  }
+  // Where a token's query is: those that share a key head follow one another.
+  int query(int i, int head) const { return (head / share * n + i) * share + head % share; }
+  void attend(int t, const Layer& l, const Context& context, int layer) {
+    m.cache_kind == FP32 ? attend<float>(t, context, layer) : attend<uint16_t>(t, context, layer);
     const Inputs& out = read(l.wo, t, n, [&](int i, float*) { return &attended[size_t(i) * q_dim]; });
-    multiply(l.wo, t, out, n, [&](int i, int col, F v) { add(i, col, v); });
+    multiply(l.wo, t, out, n, [&](int i, int col, F v) { add(l.gate_attn, i, col, v); });
   }
   // Rotates adjacent channels of a head, from `channel` on, by their position's angles. One function for all
   // callers: GCC fuses alternating sums and differences of products even if told not to.
@@ -278,18 +234,20 @@ struct Runtime {
     }
     return out;
   }
-  void add(int i, int col, F v) {
+  void add(const float* gate, int i, int col, F v) {  // gate: null for none
+    if (gate && !sighted[i]) return;
     float* to = &x[size_t(i) * m.dim + col];
-    store(to, load<F>(to) + v);
+    store(to, load<F>(to) + (gate ? v * std::tanh(*gate) : v));
   }
 
   // A span's queries for one key head over one chunk of positions: scores, then their partial results.
-  template <class Element> void attend_chunk(int t, int layer, const Span& span, int head, int chunk, float* partial) {
+  template <class Element>
+  void attend_chunk(int t, const Context& context, int layer, const Span& span, int head, int chunk, float* partial) {
     Scratch& s = scratch[t];
-    const int hd = m.head_dim, from = chunk * CHUNK, to = std::min(from + CHUNK, span.position + span.count);
+    const int hd = m.head_dim, from = chunk * CHUNK, to = std::min(from + CHUNK, span.sees(span.count - 1));
     const int first = (head * n + span.first) * share, count = span.count * share, bytes = hd * sizeof(Element);
-    const uint8_t* keys = cached(layer, 0, span.slot, head);
-    for (int i = 0; i < count; i++) s.visible[i] = std::min(std::max(span.position + i / share + 1 - from, 0), CHUNK);
+    const uint8_t* keys = cached(context, layer, 0, span.slot, head) + size_t(span.begin) * bytes;
+    for (int i = 0; i < count; i++) s.visible[i] = std::min(std::max(span.sees(i / share) - from, 0), CHUNK);
     for (int p = from; p < to; p += 2 * LANES) {
       Tile both[2];
       for (int i = 0; i < 2; i++) {  // keys are stored by position, and multiplied as tiles
@@ -305,14 +263,13 @@ struct Runtime {
       for_rows<2>(m.cache_kind, both, hd, queries, first, count, use);
     }
     softmax(count, s.scores.data(), s.visible.data(), partial, partial_size(), hd);
-    const Element* values = (const Element*)cached(layer, 1, span.slot, head) + size_t(from) * hd;
+    const Element* values = (const Element*)cached(context, layer, 1, span.slot, head) + size_t(span.begin + from) * hd;
     weigh_all(count, values, hd, s.scores.data(), s.visible.data(), partial, partial_size());
   }
-  int chunks_of(const Span& span) const { return (span.position + span.count + CHUNK - 1) / CHUNK; }
   // Adds the partial results of a chunk other than the first.
   void merge_chunk(const Span& span, int chunk, float* into, const float* more) const {
     for (int i = 0; i < span.count * share; i++)  // queries that see none of it stay unchanged
-      if (span.position + i / share >= chunk * CHUNK) merge(into + i * partial_size(), more + i * partial_size(), m.head_dim);
+      if (span.sees(i / share) > chunk * CHUNK) merge(into + i * partial_size(), more + i * partial_size(), m.head_dim);
   }
   void finish(const Span& span, int head, const float* partial) {
     for (int i = 0; i < span.count * share; i++, partial += partial_size()) {
@@ -320,17 +277,18 @@ struct Runtime {
       for (int d = 0; d < m.head_dim; d += LANES) store(to + d, load<F>(partial + d) / splat(partial[m.head_dim + 1]));
     }
   }
-  template <class Element> void attend(int t, int layer) {
-    const int units = int(spans.size()) * m.n_kv_heads, size = QUERY_TOKENS * share * partial_size();
-    if (!split) {
+  template <class Element> void attend(int t, const Context& context, int layer) {
+    const std::vector<Span>& spans = context.spans;
+    const int chunks = context.chunks, units = int(spans.size()) * m.n_kv_heads, size = QUERY_TOKENS * share * partial_size();
+    if (!context.split) {
       float *partial = scratch[t].partial.data(), *more = scratch[t].more.data();
       for (int from, to; pool.take(units, from, to);)
         for (int u = from; u < to; u++) {
           const Span& span = spans[u / m.n_kv_heads];
           const int head = u % m.n_kv_heads;
-          attend_chunk<Element>(t, layer, span, head, 0, partial);
-          for (int c = 1; c < chunks_of(span); c++) {
-            attend_chunk<Element>(t, layer, span, head, c, more);
+          attend_chunk<Element>(t, context, layer, span, head, 0, partial);
+          for (int c = 1; c < span.chunks(); c++) {
+            attend_chunk<Element>(t, context, layer, span, head, c, more);
             merge_chunk(span, c, partial, more);
           }
           finish(span, head, partial);
@@ -340,15 +298,15 @@ struct Runtime {
     for (int from, to; pool.take(units * chunks, from, to);)
       for (int w = from; w < to; w++) {
         const Span& span = spans[w / chunks / m.n_kv_heads];
-        if (w % chunks < chunks_of(span))
-          attend_chunk<Element>(t, layer, span, w / chunks % m.n_kv_heads, w % chunks, &partials[size_t(w) * size]);
+        if (w % chunks < span.chunks())
+          attend_chunk<Element>(t, context, layer, span, w / chunks % m.n_kv_heads, w % chunks, &partials[size_t(w) * size]);
       }
     pool.barrier();
     for (int from, to; pool.take(units, from, to);)
       for (int u = from; u < to; u++) {
         const Span& span = spans[u / m.n_kv_heads];
         float* partial = &partials[size_t(u) * chunks * size];
-        for (int c = 1; c < chunks_of(span); c++) merge_chunk(span, c, partial, partial + size_t(c) * size);
+        for (int c = 1; c < span.chunks(); c++) merge_chunk(span, c, partial, partial + size_t(c) * size);
         finish(span, u % m.n_kv_heads, partial);
       }
     pool.barrier();
@@ -367,14 +325,30 @@ struct Runtime {
         }
     pool.barrier();
     const Inputs& out = read(l.w2, t, n, [&](int i, float*) { return &hidden[size_t(i) * m.hidden_dim]; });
-    multiply(l.w2, t, out, n, [&](int i, int col, F v) { add(i, col, v); });
+    multiply(l.w2, t, out, n, [&](int i, int col, F v) { add(l.gate_ffwd, i, col, v); });
   }
 
+  void embed(int token, float* to) const {
+    if (token < m.vocab_size) return read_row(m.tok_embeddings, token, to);
+    memcpy(to, m.added_embeddings + size_t(token - m.vocab_size) * m.dim, m.dim * sizeof(float));
+  }
+  // Prepares attention to a context whose spans are known.
+  void plan(Context& context, void* cache, int positions) {
+    const size_t units = context.spans.size() * m.n_kv_heads;
+    context.cache = (uint8_t*)cache, context.positions = positions;
+    context.split = context.chunks > 1 && units < size_t(4 * pool.threads);
+    const size_t size = context.split ? units * context.chunks * QUERY_TOKENS * share * partial_size() : 0;
+    if (size > partials.size()) partials.resize(size);
+  }
   void step(int t, float* out) {
     for (int from, to; pool.take(n, from, to);)
-      for (; from < to; from++) read_row(m.tok_embeddings, tokens[from], &x[size_t(from) * m.dim]);
+      for (; from < to; from++) embed(tokens[from], &x[size_t(from) * m.dim]);
     pool.barrier();
-    for (int layer = 0; layer < m.n_layers; layer++) {
+    for (int layer = 0, cross = 0; layer < m.n_layers; layer++) {
+      if (!images.spans.empty() && cross < m.n_cross && m.fusion[cross] == layer) {
+        cross_attention(t, cross);
+        feed_forward(t, m.cross[cross++]);
+      }
       attention(t, layer);
       feed_forward(t, m.layers[layer]);
     }
@@ -389,13 +363,23 @@ struct Runtime {
   }
 };
 
-// Gives every thread a part of `count` pieces of work.
-template <class Work> static void in_parallel(int count, int threads, Work work) {
-  Pool pool(threads);
-  pool.run([&](int) {
-    for (int from, to; pool.take(count, from, to);)
-      for (; from < to; from++) work(from);
-  });
+template <int K> static void widen_tile(const Matrix& m, int tile, float* out) {
+  const Tile from = tile_of(m, tile, nullptr);
+  for (int g = 0; g < m.cols / GROUP; g++, out += GROUP) {
+    Bytes w[8];
+    unpack<K>(from.weight + size_t(g) * group_bytes(K), w);
+    const F scale = from_half(load<Halves>(from.scale + g * LANES));
+    const F min = from.min ? from_half(load<Halves>(from.min + g * LANES)) : scale * -middle(K);
+    for (int k = 0; k < GROUP; k += LANES) {
+      U rows[LANES];  // before they are transposed, of one input each
+      for (int j = 0; j < LANES; j++) {
+        const I q = (I)(((U)w[(k + j) / 4] ^ (K == INT8 ? FLIP : 0)) << (24 - (k + j) % 4 * 8)) >> 24;
+        rows[j] = (U)(K == INT8 ? to_float(q) * scale : to_float(q) * scale + min);
+      }
+      transpose(rows);
+      for (int r = 0; r < std::min(LANES, m.rows - tile * LANES); r++) store(out + size_t(r) * m.cols + k, rows[r]);
+    }
+  }
 }
 
 extern "C" {
@@ -425,16 +409,6 @@ void llama_pack_scales(const uint8_t* from, int64_t stride, int64_t group_stride
   });
 }
 
-// A matrix (rows, cols), fp32 or bf16, in groups. counts: (cols), or null; mins: null for 8 bits.
-void llama_quantize(int32_t bits, int32_t kind, const uint8_t* from, int64_t stride, int32_t rows, int32_t cols,
-                    const float* counts, uint8_t* values, uint16_t* scales, uint16_t* mins, int32_t threads) {
-  const size_t groups = cols / GROUP, bytes = groups * (bits == 8 ? 32 : bits == 5 ? 20 : 16);
-  in_parallel(rows, threads, [&](int i) {
-    quantize_row(bits, kind, from + i * stride, cols, counts, values + i * bytes, scales + i * groups,
-                 mins ? mins + i * groups : nullptr);
-  });
-}
-
 // fp32 x (n, cols) times one matrix, (n, rows), for running single layers.
 void llama_multiply(const Matrix* matrix, const float* x, int32_t n, float* out, int32_t threads) {
   const Matrix& m = *matrix;
@@ -454,28 +428,51 @@ void llama_multiply(const Matrix* matrix, const float* x, int32_t n, float* out,
 void llama_rows(const Matrix* matrix, const int32_t* rows, int32_t n, float* out) {
   for (int i = 0; i < n; i++) read_row(*matrix, rows[i], out + size_t(i) * matrix->cols);
 }
+// All of a quantized matrix as fp32 (rows, cols).
+void llama_widen(const Matrix* matrix, float* out, int32_t threads) {
+  const auto widen = matrix->kind == INT8 ? widen_tile<INT8> : matrix->kind == INT5 ? widen_tile<INT5> : widen_tile<INT4>;
+  in_parallel(tiles_of(matrix->rows), threads, [&](int i) { widen(*matrix, i, out + size_t(i) * LANES * matrix->cols); });
+}
+
+// Whether there is `llama_attend_image`.
+int32_t llama_sees() {
+#ifdef AMX
+  return has_amx();
+#else
+  return 0;
+#endif
+}
+// See `ImageAttention`.
+void llama_attend_image(const uint16_t* qkv, int32_t n, int32_t heads, int32_t head_dim, int32_t valid,
+                        const float* bias, uint16_t* out, int32_t threads) {
+#ifdef AMX
+  ImageAttention attention(qkv, out, n, heads, head_dim, valid, bias);
+  in_parallel(attention.blocks(), threads, [&](int block) { attention.pack(block); });
+  in_parallel(attention.units(), threads, [&](int unit) { attention.attend(unit); });
+#endif
+}
 
 Runtime* llama_new(const Model* model, int32_t threads) { return new Runtime(*model, threads); }
 void llama_free(Runtime* runtime) { delete runtime; }
 
 // Normed output (n, dim) for the concatenated rows' tokens; keys and values are written to the cache.
 void llama_hidden(Runtime* runtime, const int32_t* tokens, const Row* rows, int32_t n_rows, const float* rotations,
-                  void* cache, float* out) {
+                  void* cache, const Sight* sights, int32_t n_sights, void* images, float* out) {
   Runtime& r = *runtime;
   std::lock_guard<std::mutex> lock(r.mutex);
-  r.tokens = tokens, r.rotations = rotations, r.cache = (uint8_t*)cache, r.n = 0, r.chunks = 0;
-  r.spans.clear(), r.slots.clear(), r.positions.clear();
-  for (int i = 0; i < n_rows; i++) {
-    for (int p = 0; p < rows[i].length; p += QUERY_TOKENS) {
-      r.spans.push_back({r.n + p, std::min(QUERY_TOKENS, rows[i].length - p), rows[i].slot, rows[i].start + p});
-      r.chunks = std::max(r.chunks, r.chunks_of(r.spans.back()));
-    }
-    for (int p = 0; p < rows[i].length; p++) r.slots.push_back(rows[i].slot), r.positions.push_back(rows[i].start + p);
-    r.n += rows[i].length;
+  r.tokens = tokens, r.rotations = rotations, r.n = 0;
+  r.text.clear(), r.images.clear(), r.slots.clear(), r.positions.clear();
+  for (const Row* row = rows; row < rows + n_rows; row++) {
+    r.text.add(r.n, row->length, row->slot, 0, row->start + 1, 1);
+    for (int p = 0; p < row->length; p++) r.slots.push_back(row->slot), r.positions.push_back(row->start + p);
+    r.n += row->length;
   }
-  const size_t units = r.spans.size() * r.m.n_kv_heads;
-  r.split = r.chunks > 1 && units < size_t(4 * r.pool.threads);
-  if (r.split) r.partials.resize(units * r.chunks * QUERY_TOKENS * r.share * r.partial_size());
+  r.sighted.assign(r.n, false);
+  for (const Sight* s = sights; s < sights + n_sights; s++) {
+    r.images.add(s->first, s->count, s->slot, s->begin, s->end - s->begin, 0);
+    std::fill_n(r.sighted.begin() + s->first, s->count, true);
+  }
+  r.plan(r.text, cache, r.m.max_seq_len), r.plan(r.images, images, r.m.image_positions);
   r.make_room(r.n);
   r.pool.run([&](int t) { r.step(t, out); });
 }

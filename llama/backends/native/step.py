@@ -2,21 +2,34 @@
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from llama.backends.native import compiler
 from llama.backends.native.compiler import Layer, Matrix, Model, Row, UnavailableError, library
-from llama.model import RMSNorm, Transformer
 from llama.model import Row as ModelRow
+from llama.model import Transformer
 from llama.quantization import GROUP, QuantizedMatrix
+from llama.vision import Padding, Sight, VisionTransformer, attend
 
 PLAIN_KINDS = {torch.float32: 0, torch.bfloat16: 1}
 GROUPED_KINDS = {8: 2, 5: 3, 4: 4}  # by bits
-LINEARS = {"attention": ("wq", "wk", "wv", "wo"), "feed_forward": ("w1", "w2", "w3")}
+# A layer's fields, and the names of their weights.
+FEED_FORWARD = {name: f"feed_forward.{name}" for name in ("w1", "w2", "w3")}
+LINEARS = {name: f"attention.{name}" for name in ("wq", "wk", "wv", "wo")} | FEED_FORWARD
+CROSS_LINEARS = {name: f"attention.{name}" for name in ("wq", "wo")} | FEED_FORWARD
+NORMS = {name: f"{name}.weight" for name in ("attention_norm", "ffn_norm")}
+CROSS_SMALL = {
+    **NORMS,
+    "q_norm": "attention.q_norm.weight",
+    "gate_attn": "gate_attn",
+    "gate_ffwd": "gate_ffwd",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +68,23 @@ class PackedMatrix:
         library(self.target).llama_rows(matrix, tokens.data_ptr(), tokens.numel(), out.data_ptr())
         return out
 
+    def widen(self) -> Tensor:
+        """All of a quantized matrix, in fp32."""
+        out, threads = torch.empty(self.rows, self.cols), torch.get_num_threads()
+        library(self.target).llama_widen(ctypes.byref(self.structure()), out.data_ptr(), threads)
+        return out
+
+
+class Widened:
+    """x Wᵀ for a quantized weight, (…, in) to (…, out), for thousands of rows: it is widened each time."""
+
+    def __init__(self, weight: QuantizedMatrix) -> None:
+        self.packed = pack_quantized(weight)
+        self.nbytes = self.packed.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.packed.widen().to(x.dtype))
+
 
 def pack(weight: Tensor, *, in_place: bool = False, target: str | None = None) -> PackedMatrix:
     """A plain matrix, bf16 or fp32 (out, in), in tiles; in_place: unchanged, which is slower to read.
@@ -73,6 +103,19 @@ def pack_quantized(weight: QuantizedMatrix, *, target: str | None = None) -> Pac
     scales, mins = (None if x is None else _tiled_scales(x, target) for x in (weight.scales, weight.mins))
     packed = _tiles(kind, weight.values, cols, target)
     return PackedMatrix(kind, rows, cols, packed, scales, mins, target=target)
+
+
+def attend_image(qkv: Tensor, padding: Padding) -> Tensor:
+    """Like `vision.attend`, and faster in bf16 on a CPU with AMX. Raises UnavailableError like `library`."""
+    n, _, heads, head_dim = qkv.shape
+    if qkv.dtype != torch.bfloat16 or head_dim % 16 or not heads or not library().llama_sees():
+        return attend(qkv, padding)
+    out, threads = qkv.new_empty(n, heads * head_dim), torch.get_num_threads()
+    bias = None if padding.bias is None else padding.bias.float()
+    pointers = qkv.contiguous(), bias, out
+    qkv_at, bias_at, out_at = (None if tensor is None else tensor.data_ptr() for tensor in pointers)
+    library().llama_attend_image(qkv_at, n, heads, head_dim, padding.valid, bias_at, out_at, threads)
+    return out
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
@@ -107,8 +150,6 @@ def check(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
         raise UnavailableError(f"it is for CPUs, but this model is on {device.type}")
     if model.parallel.size > 1:
         raise UnavailableError(f"it runs on one rank, but this model has {model.parallel.size}")
-    if type(model) is not Transformer:
-        raise UnavailableError("it has no cross-attention, which a vision model needs")
     if dtype not in PLAIN_KINDS:
         raise UnavailableError(f"it computes in bfloat16 and float32, not {str(dtype)[6:]}")
     args, lanes = model.params, library().llama_lanes()
@@ -143,53 +184,88 @@ class NativeStep:
             self._kept.append(packed)
             return packed.structure()
 
-        self._norms: list[tuple[RMSNorm, Tensor]] = []  # the norms, which may be edited, and fp32 copies
+        # Modules with a small weight that may be edited, its name, and an fp32 copy.
+        self._small: list[tuple[nn.Module, str, Tensor]] = []
 
-        def norm(name: str) -> int:
-            module = cast(RMSNorm, model.get_submodule(name))
-            copy = module.weight.detach().to(torch.float32, copy=True).contiguous()
-            self._norms.append((module, copy))
+        def small(name: str) -> int:
+            parent, _, last = name.rpartition(".")
+            module = model.get_submodule(parent)
+            copy = getattr(module, last).detach().to(torch.float32, copy=True).contiguous()
+            self._small.append((module, last, copy))
             return copy.data_ptr()
 
-        layers = (Layer * args.n_layers)()
-        self._kept.append(layers)
-        for i, layer in enumerate(layers):
-            for part, names in LINEARS.items():
-                for name in names:
-                    setattr(layer, name, matrix(f"layers.{i}.{part}.{name}"))
-            for name in ("attention_norm", "ffn_norm"):
-                setattr(layer, name, norm(f"layers.{i}.{name}"))
+        def layers(folder: str, count: int, linears: Mapping[str, str], smalls: Mapping[str, str]) -> Any:
+            """The structures of some layers; by field, the names of matrices and of small weights."""
+            found = (Layer * count)()
+            self._kept.append(found)
+            for i, layer in enumerate(found):
+                for field, name in linears.items():
+                    setattr(layer, field, matrix(f"{folder}.{i}.{name}"))
+                for field, name in smalls.items():
+                    setattr(layer, field, small(f"{folder}.{i}.{name}"))
+            return found
+
         sizes = (
             args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.head_dim, args.hidden_dim,
             args.vocab_size, args.max_batch_size, args.max_seq_len, PLAIN_KINDS[model.dtype],
         )  # fmt: skip
-        structure = Model(
-            *sizes, args.norm_eps, layers, matrix("tok_embeddings"), matrix("output"), norm("norm")
-        )
+        own = layers("layers", args.n_layers, LINEARS, NORMS)
+        ends = matrix("tok_embeddings"), matrix("output"), small("norm.weight")
+        structure = Model(*sizes, args.norm_eps, own, *ends)
+        self.tokens = args.vocab_size  # how many ids there are
+        if isinstance(model, VisionTransformer):
+            fusion = model.params.fusion
+            structure.n_cross, structure.image_positions = len(fusion), model.image_cache_shape()[-2]
+            structure.cross = layers("cross_attention_layers", len(fusion), CROSS_LINEARS, CROSS_SMALL)
+            structure.fusion = (ctypes.c_int32 * len(fusion))(*fusion)
+            structure.added_embeddings = small("learnable_embedding.weight")
+            self.tokens += len(model.learnable_embedding.weight)
+            self._kept.append(structure.fusion)
         self._runtime = self.library.llama_new(ctypes.byref(structure), threads or torch.get_num_threads())
         weakref.finalize(self, self.library.llama_free, self._runtime)
         self._copied = self._versions()
 
     def _versions(self) -> list[tuple[int, int]]:
-        """Numbers that change when a norm is edited."""
+        """Numbers that change when a small weight is edited."""
         # Looking up `module.weight` for every step of a small model would take 1 % of its time.
-        weights = [vars(module)["_parameters"]["weight"] for module, _ in self._norms]
+        weights = [vars(module)["_parameters"][name] for module, name, _ in self._small]
         return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
 
-    def hidden(self, tokens: Tensor, rows: Sequence[ModelRow], cache: Tensor, rotations: Tensor) -> Tensor:
-        """Like `Transformer.hidden`, in fp32. Raises IndexError for a token outside the vocabulary."""
+    def hidden(
+        self,
+        tokens: Tensor,
+        rows: Sequence[ModelRow],
+        cache: Tensor,
+        rotations: Tensor,
+        sights: Sequence[Sight] = (),
+        images: Tensor | None = None,
+    ) -> Tensor:
+        """Like `Transformer.hidden`, in fp32. Raises IndexError for a token outside the vocabulary.
+
+        sights: what tokens see of images, the cache in `VisionTransformer`; by default, nothing.
+        """
         if (versions := self._versions()) != self._copied:
-            for module, copy in self._norms:
-                copy.copy_(module.weight)
+            for module, name, copy in self._small:
+                copy.copy_(getattr(module, name))
             self._copied = versions
         tokens = tokens.to(torch.int32).contiguous()
-        check_tokens(tokens, self.params.vocab_size)
+        check_tokens(tokens, self.tokens)
         used = sum(row.length for row in rows)
         if used > len(tokens):
             raise ValueError(f"the rows need {used} tokens, but there are {len(tokens)}")
         out = torch.empty(len(tokens), self.params.dim)
         if used < len(tokens):
             out[used:] = 0  # padding
+        seen = [
+            compiler.Sight(
+                sight.tokens.start,
+                sight.tokens.stop - sight.tokens.start,
+                sight.slot,
+                sight.seen.start,
+                sight.seen.stop,
+            )
+            for sight in sights
+        ]
         self.library.llama_hidden(
             self._runtime,
             tokens.data_ptr(),
@@ -197,6 +273,9 @@ class NativeStep:
             len(rows),
             rotations.data_ptr(),
             cache.data_ptr(),
+            (compiler.Sight * len(seen))(*seen),
+            len(seen),
+            None if images is None else images.data_ptr(),
             out.data_ptr(),
         )
         return out

@@ -17,7 +17,8 @@ from llama.device import resident_bytes
 from llama.loading import check_quantize, weight_bytes
 from llama.model import ModelArgs, Transformer
 from llama.parallel import Joined, Linear, ModelParallel
-from llama.quantization import QuantizedMatrix, alike, joined, quantize
+from llama.quantization import QuantizedMatrix, alike, joined
+from llama.quantizer import SEARCHES, quantize
 from tests.support import tiny
 from tests.support.quantized import KEPT, TOKENS, build, distance
 
@@ -197,3 +198,30 @@ def test_without_a_compiled_step_few_bits_are_kept_if_there_is_a_compiler(monkey
 
     monkeypatch.setattr(native, "library", missing)
     assert backends.plan(model, cpu, torch.bfloat16, "int8").quantized is None
+
+
+@pytest.mark.parametrize("important", [False, True])
+@pytest.mark.parametrize("bits", [8, 5, 4])
+def test_few_bits_are_those_that_pytorch_finds(
+    target: str | None, bits: int, important: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(37, 32 * 19) * torch.rand(37, 1)
+    weight[0, :32], weight[1], weight[2, 5] = 0.5, 0, 100  # one value, none, and an outlier
+    weight[3] *= 1e-6  # scales below fp16's normal numbers
+    importance = torch.rand(weight.shape[1]) ** 2 if important else None
+    monkeypatch.delitem(SEARCHES, "cpu")
+    for form in (weight, weight.bfloat16(), weight.half(), weight.T.contiguous().T):
+        expected = quantize(form, bits, importance)
+        assert isinstance(expected, QuantizedMatrix)
+        found = QuantizedMatrix(*map(torch.empty_like, expected.tensors))
+        native.search(form, found, importance, target)
+        errors = [
+            ((matrix.dequantize() - form.float()).square() * (1 if importance is None else importance)).sum(1)
+            for matrix in (found, expected)
+        ]
+        torch.testing.assert_close(*errors, rtol=0.02, atol=1e-12)
+        torch.testing.assert_close(errors[0].sum(), errors[1].sum(), rtol=1e-3, atol=0)
+        for ours, theirs in zip(found.tensors, expected.tensors, strict=True):
+            assert (ours != theirs).float().mean() < 0.01
+        if bits == 8 and not important:
+            assert torch.equal(found.values, expected.values) and torch.equal(found.scales, expected.scales)

@@ -17,7 +17,10 @@ from llama.device import default_dtype
 from llama.model import StepBackend, Transformer
 from llama.parallel import Product
 from llama.quantization import QuantizedMatrix, Weight, joined
+from llama.quantizer import SEARCHES
 from llama.vision import Padding, VisionTransformer, reads_images
+
+SEARCHES["cpu"] = native.search
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def mean_squares(checkpoint: Checkpoint, text: str) -> dict[str, Tensor]:
     """The mean squares of each matrix's inputs over a text's tokens, fp32 (in), by the matrix's name.
 
     An error in a weight reaches the product multiplied by the weight's input. So these are the factors for
-    the squared errors of weights, the `importance` of `quantization.quantize`. Embeddings, and a vision
+    the squared errors of weights, the `importance` of `quantizer.quantize`. Embeddings, and a vision
     model's matrices for images, have none.
     On a CPU, weights are read from their files in every step, so the model needs little memory.
     Raises what loading raises, and CheckpointError if a square is not finite.

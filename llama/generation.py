@@ -102,7 +102,7 @@ class Llama(Embeddings, ToolLoop):
         batch_invariant: make a request's logprobs bit-identical whatever runs alongside it, at some cost in
             speed; an error if this machine's kernels cannot guarantee it.
         quantize: "int8", "int5" or "int4" weights, or "fp8" on CUDA; by default as stored in the files.
-            A CPU dequantizes them as they load on several ranks or without a compiler.
+            A CPU without a compiler dequantizes them as they load.
         compile: compile the model and decode at fixed shapes, on CUDA as a captured graph; slow to
             build, and incompatible with batch_invariant. "auto": on CUDA.
         vision: load a vision model with image support; its image encoder loads with the first image.

@@ -31,8 +31,8 @@ from llama.quantization import (
     alike,
     few_bits,
     plain,
-    quantize,
 )
+from llama.quantizer import quantize
 from llama.ranks import together
 from llama.sampling import SamplingParams
 from llama.vision import ImageAttention, VisionModel, VisionTransformer, make_model

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import os
+import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,3 +114,24 @@ def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+# The processor's own instructions, and on x86 those of AVX512 without AMX, those of AVX2, and plain vectors.
+FLAGS = {
+    "-march=cooperlake": {"avx512_bf16", "avx512_vnni", "avx512vl"},
+    "-march=x86-64-v3": {"avx2", "fma", "f16c"},
+    "": set(),
+}
+TARGETS = [None, *(pytest.param(target, marks=[pytest.mark.slow]) for target in FLAGS)]
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest) -> str | None:
+    """For which processor the kernels are compiled; see `native.library`."""
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    if needed := FLAGS.get(request.param):
+        flags = Path("/proc/cpuinfo").read_text() if platform.machine() == "x86_64" else ""
+        if not needed <= set(flags.split()):
+            pytest.skip(f"this processor lacks {', '.join(needed)}")
+    return request.param

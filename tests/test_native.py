@@ -1,6 +1,5 @@
 """The compiled step against model.py, and against itself in other company."""
 
-import platform
 import shutil
 import subprocess
 import threading
@@ -20,7 +19,8 @@ from llama.engine import Engine, runners
 from llama.errors import ArgumentError
 from llama.model import ModelArgs, Row, Transformer
 from llama.parallel import Linear, ModelParallel, VocabParallelEmbedding
-from llama.quantization import QuantizedMatrix, Weight, quantize
+from llama.quantization import QuantizedMatrix, Weight
+from llama.quantizer import quantize
 from llama.sampling import SamplingParams
 from tests.support import ROOT, tiny
 from tests.support.quantized import distance, reloaded
@@ -28,24 +28,8 @@ from tests.support.quantized import distance, reloaded
 if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
-# The processor's own instructions, and on x86 those of AVX512 without AMX, those of AVX2, and plain vectors.
-FLAGS = {
-    "-march=cooperlake": {"avx512_bf16", "avx512_vnni", "avx512vl"},
-    "-march=x86-64-v3": {"avx2", "fma", "f16c"},
-    "": set(),
-}
-TARGETS = [None, *(pytest.param(target, marks=[pytest.mark.slow]) for target in FLAGS)]
 LONG = 600  # positions: more than two chunks of attention
 KINDS = ["fp32", "bf16", "int8", "int5", "int5 symmetric", "int4", "int4 symmetric"]
-
-
-@pytest.fixture(params=TARGETS)
-def target(request: pytest.FixtureRequest) -> str | None:
-    if needed := FLAGS.get(request.param):
-        flags = Path("/proc/cpuinfo").read_text() if platform.machine() == "x86_64" else ""
-        if not needed <= set(flags.split()):
-            pytest.skip(f"this processor lacks {', '.join(needed)}")
-    return request.param
 
 
 def random_model(dtype: torch.dtype = torch.float32, **args: object) -> Transformer:

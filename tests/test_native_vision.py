@@ -17,7 +17,6 @@ from llama.sampling import SamplingParams
 from llama.vision import Padding, PlacedImage, VisionTransformer, attend, tile_image
 from tests.support.meta_vision import IMAGE, picture, random_vision
 from tests.support.quantized import distance, reloaded
-from tests.test_native import TARGETS
 
 if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
@@ -67,7 +66,6 @@ def whole(model: VisionTransformer, index: int, slot: int = 0) -> Tensor:
     return run(model, Row(slot, 0, len(PROMPTS[index][0])), of=[index])[0]
 
 
-@pytest.mark.parametrize("target", TARGETS)
 def test_fp32_is_that_of_the_model(target: str | None) -> None:
     model = random_vision(max_batch_size=4)
     step = compiled(model, target=target)

@@ -28,6 +28,21 @@ def test_a_packed_product_is_the_product(rows: int) -> None:
     assert (packed - exact).abs().max() <= 1.5 * (plain - exact).abs().max()
 
 
+@packable
+@pytest.mark.parametrize("gelu", [False, True])
+def test_a_fused_product_adds_a_bias_and_applies_gelu(gelu: bool) -> None:
+    weight, bias, x = (
+        torch.randn(96, 200).bfloat16(),
+        torch.randn(96).bfloat16(),
+        torch.randn(70, 200).bfloat16(),
+    )
+    exact, plain = x.double() @ weight.double().T + bias.double(), F.linear(x, weight, bias)
+    if gelu:
+        exact, plain = F.gelu(exact), F.gelu(plain)
+    found = Packed(weight).fused(x, bias, gelu).double()
+    assert (found - exact).abs().mean() <= 1.1 * (plain.double() - exact).abs().mean()
+
+
 def load(folder: Path, dtype: str) -> Transformer:
     return Llama.build(folder, max_seq_len=32, max_batch_size=2, dtype=dtype, device="cpu").model
 

@@ -22,6 +22,7 @@ from tests.support.meta_vision import (
     reference_logits,
     write_checkpoint,
 )
+from tests.support.quantized import distance
 
 PICTURE = tile_image(picture(100, 50), 56)
 TOKENS = [9, IMAGE, 30, 400, 519]
@@ -134,4 +135,5 @@ def test_ranks_read_their_parts(adapter, native, torchrun, tmp_path):
     done = torchrun(2, *vision_ranks.MODULE, "seeing", tmp_path, tmp_path / "out", ",".join(jobs))
     assert done.returncode == 0, done.stderr
     for job, found in zip(jobs, torch.load(f"{tmp_path}/out.0"), strict=True):
-        torch.testing.assert_close(found, vision_ranks.job(job, tmp_path), atol=1e-4, rtol=1e-4)
+        # Activations have 8 bits too where weights do.
+        assert distance(found, vision_ranks.job(job, tmp_path)) < (0.01 if "int8" in job else 1e-5)

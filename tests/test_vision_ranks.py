@@ -61,7 +61,7 @@ def test_fewer_bits_are_the_same_on_two_ranks(native, images, torchrun, tmp_path
         exact, *found = torch.load(f"{tmp_path}/out.{rank}")
         assert distance(found[0], exact) > 0.005  # they are quantized
         for ours, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+            assert distance(ours, theirs) < 0.01  # of activations in 8 bits
 
 
 def test_ranks_without_a_head_of_the_encoder(images, torchrun, tmp_path):

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,10 @@ from llama.device import default_dtype
 from llama.model import StepBackend, Transformer
 from llama.parallel import Product
 from llama.quantization import QuantizedMatrix, Weight, joined
+from llama.quantizer import SEARCHES
 from llama.vision import Padding, VisionTransformer, reads_images
+
+SEARCHES["cpu"] = native.search
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,6 @@ def plan(
         return Plan(quantized=Grouped, joins=True, missing="it is for CPUs, but this model is on cuda")
     missing, packs = "a compiler needs to see each layer", can_pack(device, dtype) and not mapped
     if whole_steps:
-        images = Plan(Packed if packs else None, native.Widened, joins=packs)
         try:
             native.check(model, device, dtype)
             return Plan(
@@ -105,11 +107,17 @@ def plan(
                 embeddings=True,
                 step=partial(native.NativeStep, threads=threads),
                 attend=native.attend_image,
-                images=images if isinstance(model, VisionTransformer) else None,
+                images=Plan(Packed if packs else None, native.Widened, joins=packs),
             )
         except native.UnavailableError as error:
             missing = str(error)
+    others = Plan(joins=device.type != "cpu", missing=missing)
     if packs:
         # oneDNN 3.12 takes 1.3 times as long for one to three rows as for four.
-        return Plan(plain=Packed, joins=True, least_rows=4, missing=missing)
-    return Plan(joins=device.type != "cpu", missing=missing)
+        others = Plan(plain=Packed, joins=True, least_rows=4 if scheme is None else 1, missing=missing)
+    if whole_steps and device.type == "cpu":
+        with contextlib.suppress(native.UnavailableError):
+            native.library()
+            images = replace(others, quantized=native.Widened)
+            return replace(others, quantized=native.pack_quantized, attend=native.attend_image, images=images)
+    return others

@@ -20,6 +20,12 @@ class Packed:
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def fused(self, x: Tensor, bias: Tensor, gelu: bool) -> Tensor:
+        """x Wᵀ + bias, then GELU if wanted, rounded to bf16 once."""
+        after = "gelu" if gelu else "none"
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, after, [], "none")
+
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a device, a dtype and this build of PyTorch offer the packed layout."""

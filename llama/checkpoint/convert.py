@@ -30,7 +30,8 @@ from llama.checkpoint.source import Checkpoint, Pages, check_finite, stored_weig
 from llama.device import parse_dtype
 from llama.errors import ArgumentError
 from llama.files import write_json
-from llama.quantization import LAYOUT, QUANTIZATIONS, QuantizedMatrix, few_bits, quantize
+from llama.quantization import LAYOUT, QUANTIZATIONS, QuantizedMatrix, few_bits
+from llama.quantizer import quantize
 from llama.tokenizer import Layout, SentencePieceTokenizer, TextTokenizer, Tokenizer
 from llama.tokenizer.chat_format import chat_format
 from llama.tokenizer.huggingface import TOKENIZER_FILES, HFTokenizer

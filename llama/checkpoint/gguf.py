@@ -23,7 +23,8 @@ from llama.errors import MissingPackageError, shown
 from llama.files import check_kinds
 from llama.model import ModelArgs, rope_frequencies
 from llama.parallel import Span
-from llama.quantization import GROUP, QuantizedMatrix, pack, quantize, spread
+from llama.quantization import GROUP, QuantizedMatrix, pack, spread
+from llama.quantizer import quantize
 from llama.tokenizer import load_tokenizer
 
 NAMES = {

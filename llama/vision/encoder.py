@@ -8,7 +8,7 @@ projection. Linear layers are those of `parallel`, as in the text model.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +99,13 @@ class VisionArgs(ModelArgs):
         return [self.n_layers - 1 - math.ceil(self.n_layers / count) * i for i in reversed(range(count))]
 
 
+@runtime_checkable
+class FusedProduct(Protocol):
+    """A `Product` that can also add a bias (out) and apply GELU, without another pass over the result."""
+
+    def fused(self, x: Tensor, bias: Tensor, gelu: bool) -> Tensor: ...
+
+
 class BiasedColumns(ColumnParallelLinear):
     """A `ColumnParallelLinear` that adds this rank's part of a bias (out)."""
 
@@ -106,8 +113,11 @@ class BiasedColumns(ColumnParallelLinear):
         super().__init__(in_features, out_features, parallel)
         self.bias = nn.Parameter(torch.empty(len(self.weight)), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).add_(self.bias)
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        if isinstance(self.backend, FusedProduct):
+            return self.backend.fused(x, self.bias, gelu)
+        x = super().forward(x).add_(self.bias)
+        return F.gelu(x) if gelu else x
 
 
 class BiasedRows(RowParallelLinear):
@@ -118,6 +128,8 @@ class BiasedRows(RowParallelLinear):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.parallel.size == 1 and isinstance(self.backend, FusedProduct):
+            return self.backend.fused(x, self.bias, False)
         return super().forward(x).add_(self.bias)
 
 
@@ -206,7 +218,7 @@ class ImageFeedForward(nn.Module):
         self.c_proj = BiasedRows(4 * args.vision_dim, args.vision_dim, parallel)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        return self.c_proj(self.c_fc(x, gelu=True))
 
 
 class ImageBlock(nn.Module):

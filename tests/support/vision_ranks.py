@@ -85,14 +85,9 @@ def talking(folder: str, images: str, out: str) -> None:
 
 
 def job(text: str, images: Path) -> torch.Tensor:
-    """`seen` of a model FOLDER[:SCHEME[:DTYPE[:ADAPTER]]], with PyTorch's operators on one rank too."""
+    """`seen` of a model FOLDER[:SCHEME[:DTYPE[:ADAPTER]]]."""
     folder, scheme, dtype, adapter = (*text.split(":"), "", "", "")[:4]
-    options = {
-        "dtype": dtype or "float32",
-        "quantize": scheme or None,
-        "adapter": adapter or None,
-        "whole_steps": False,
-    }
+    options = {"dtype": dtype or "float32", "quantize": scheme or None, "adapter": adapter or None}
     with Llama.build(folder, **{**BUILD, **options}) as llama:
         return seen(llama, images)
 

@@ -1,6 +1,7 @@
 """A whole step of the model in one call of compiled code, on a CPU: step.cpp mirrors model.py."""
 
 from llama.backends.native.compiler import UnavailableError, library
+from llama.backends.native.quantize import search
 from llama.backends.native.step import (
     NativeStep,
     PackedMatrix,
@@ -21,4 +22,5 @@ __all__ = [
     "library",
     "pack",
     "pack_quantized",
+    "search",
 ]

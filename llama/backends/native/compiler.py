@@ -17,7 +17,8 @@ from typing import Any
 from llama.device import cache_folder
 
 SOURCES = [
-    Path(__file__).with_name(name) for name in ("step.cpp", "image.h", "product.h", "threads.h", "matrix.h")
+    Path(__file__).with_name(name)
+    for name in ("step.cpp", "image.h", "product.h", "quantize.h", "threads.h", "matrix.h")
 ]
 NATIVE = {"x86_64": "-march=native", "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
 
@@ -77,6 +78,7 @@ SIGNATURES: dict[str, list[Any]] = {  # each function's result and arguments
     "llama_tile_bytes": [c_int64, c_int32, c_int32],
     "llama_pack": [None, c_int32, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int32],
     "llama_pack_scales": [None, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int32],
+    "llama_quantize": [None, *(c_int32,) * 2, c_void_p, c_int64, *(c_int32,) * 2, *(c_void_p,) * 4, c_int32],
     "llama_multiply": [None, POINTER(Matrix), c_void_p, c_int32, c_void_p, c_int32],
     "llama_rows": [None, POINTER(Matrix), c_void_p, c_int32, c_void_p],
     "llama_widen": [None, POINTER(Matrix), c_void_p, c_int32],

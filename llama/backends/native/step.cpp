@@ -6,6 +6,7 @@
 // token, with any number of threads.
 #include "image.h"
 #include "product.h"
+#include "quantize.h"
 #include "threads.h"
 
 #include <mutex>
@@ -361,15 +362,6 @@ struct Runtime {
     });
   }
 };
-
-// Gives every thread a part of `count` pieces of work.
-template <class Work> static void in_parallel(int count, int threads, Work work) {
-  Pool pool(threads);
-  pool.run([&](int) {
-    for (int from, to; pool.take(count, from, to);)
-      for (; from < to; from++) work(from);
-  });
-}
 
 template <int K> static void widen_tile(const Matrix& m, int tile, float* out) {
   const Tile from = tile_of(m, tile, nullptr);

@@ -99,3 +99,12 @@ class Pool {
     }
   }
 };
+
+// Gives every thread a part of `count` pieces of work.
+template <class Work> static void in_parallel(int count, int threads, Work work) {
+  Pool pool(threads);
+  pool.run([&](int) {
+    for (int from, to; pool.take(count, from, to);)
+      for (; from < to; from++) work(from);
+  });
+}

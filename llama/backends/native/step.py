@@ -62,10 +62,8 @@ class PackedMatrix:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Rows of the matrix, fp32 (…, cols). Raises IndexError for a row that does not exist."""
-        check_tokens(tokens, self.rows)
-        tokens, out = tokens.to(torch.int32).contiguous(), torch.empty(*tokens.shape, self.cols)
-        matrix = ctypes.byref(self.structure())
-        library(self.target).llama_rows(matrix, tokens.data_ptr(), tokens.numel(), out.data_ptr())
+        ids, out = checked(tokens, self.rows), torch.empty(*tokens.shape, self.cols)
+        library(self.target).llama_rows(ctypes.byref(self.structure()), ids, len(ids), out.data_ptr())
         return out
 
     def widen(self) -> Tensor:
@@ -118,9 +116,12 @@ def attend_image(qkv: Tensor, padding: Padding) -> Tensor:
     return out
 
 
-def check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+def checked(tokens: Tensor, vocab_size: int) -> ctypes.Array[ctypes.c_int32]:
+    """Token ids for the library; converted at once, since every operator delays a step of few tokens."""
+    ids = tokens.flatten().tolist()
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         raise IndexError(f"token ids must be from 0 to {vocab_size - 1}")
+    return (ctypes.c_int32 * len(ids))(*ids)
 
 
 def _tiles(kind: int, values: Tensor, cols: int, target: str | None) -> Tensor:
@@ -226,9 +227,8 @@ class NativeStep:
         self._copied = self._versions()
 
     def _versions(self) -> list[tuple[int, int]]:
-        """Numbers that change when a small weight is edited."""
-        # Looking up `module.weight` for every step of a small model would take 1 % of its time.
-        weights = [vars(module)["_parameters"][name] for module, name, _ in self._small]
+        """Numbers that change when a small weight is edited; looked at when a prompt is read."""
+        weights = [getattr(module, name) for module, name, _ in self._small]
         return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
 
     def hidden(
@@ -244,12 +244,12 @@ class NativeStep:
 
         sights: what tokens see of images, the cache in `VisionTransformer`; by default, nothing.
         """
-        if (versions := self._versions()) != self._copied:
+        reads = any(row.length > 1 or row.start == 0 for row in rows)  # the others go on with known weights
+        if reads and (versions := self._versions()) != self._copied:
             for module, name, copy in self._small:
                 copy.copy_(getattr(module, name))
             self._copied = versions
-        tokens = tokens.to(torch.int32).contiguous()
-        check_tokens(tokens, self.tokens)
+        ids = checked(tokens, self.tokens)
         used = sum(row.length for row in rows)
         if used > len(tokens):
             raise ValueError(f"the rows need {used} tokens, but there are {len(tokens)}")
@@ -268,7 +268,7 @@ class NativeStep:
         ]
         self.library.llama_hidden(
             self._runtime,
-            tokens.data_ptr(),
+            ids,
             (Row * len(rows))(*(Row(*row) for row in rows)),
             len(rows),
             rotations.data_ptr(),

@@ -187,9 +187,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = size = args.head_dim
         start, stop = parallel.span(args.n_heads)
-        self.n_heads = stop - start
         kv_heads = local_kv_heads(args, parallel)
-        self.n_kv_heads = len(kv_heads)
+        self.n_heads, self.n_kv_heads = stop - start, len(kv_heads)
         kv_spans = merged([(head * size, (head + 1) * size) for head in kv_heads])
         kv_dim = args.n_kv_heads * size
 
@@ -274,8 +273,7 @@ class Transformer(nn.Module):
         super().__init__()
         if params.vocab_size < 1:
             raise ArgumentError(f"vocab_size must be 1 or more, not {params.vocab_size}")
-        self.params = params
-        self.parallel = parallel or current()
+        self.params, self.parallel = params, parallel or current()
         if params.n_heads % self.parallel.size:
             raise ArgumentError(
                 f"{params.n_heads} attention heads do not divide evenly among {self.parallel.size} ranks; "

@@ -167,7 +167,6 @@ class RaggedStep:
         self.rows, self.rotation = rows, rotation
         self.masks = [causal_mask(row, rotation.device) for row in rows]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # lengths differ in every step
     def attend(self, queries: Tensor, kv: Tensor, cache: Tensor) -> Tensor:
         kv = kv.permute(1, 2, 0, 3)  # (2, n_kv_heads, N, head_dim)
         outputs, first = [], 0  # (length, n_heads, head_dim) of each row

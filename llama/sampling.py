@@ -160,8 +160,6 @@ def choose(logits: Tensor, columns: Sequence[Columns]) -> tuple[Tensor, Tensor]:
     for group in columns:
         rows = logits if len(group.rows) == len(logits) else logits[group.rows]
         tokens[group.rows], again[group.rows] = _draw(rows, group)
-    if logits.device.type == "cpu" and all(map(math.isfinite, best.tolist())):
-        return tokens, again  # of operators, the device's caches hold little after a step: each one counts
     finite = best.isfinite()
     return torch.where(finite, tokens, torch.where(best == -math.inf, FORBIDDEN, BROKEN)), again & finite
 

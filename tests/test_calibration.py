@@ -46,6 +46,7 @@ def test_the_inputs_of_every_matrix_are_measured(source: Path) -> None:
     torch.testing.assert_close(found["output.weight"], hidden.float().square().mean(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8", "int5", "int4"])
 @pytest.mark.parametrize("to", ["native", "hf"])
 def test_errors_land_where_they_count_least(

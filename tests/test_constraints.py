@@ -120,6 +120,7 @@ def test_answers_fit_their_schema_for_every_keyword(llama):
     assert sum(answer.finish_reason == "stop" for answer in found) > 0.8 * len(found)
 
 
+@pytest.mark.slow
 def test_answers_fit_random_schemas(llama):
     rng = random.Random(0)
     schemas = [random_schema(rng) for _ in range(300)]
@@ -140,6 +141,7 @@ def test_an_answer_is_the_same_alone_and_together_with_penalties_and_prefix_reus
         assert alone["generation"] == together[i]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hugging_face", "sentencepiece"])
 def test_with_other_tokenizers_whatever_runs_beside(kind, tmp_path):
     """Batch-invariant too: the same bits alone and together."""

@@ -163,6 +163,7 @@ def test_damaged_weights_are_named_and_nothing_is_written(options: dict[str, Any
     assert not [*(tmp_path / "out").iterdir()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 @pytest.mark.parametrize("kind", ["native", "hf", "gguf"])
 def test_quantized_from_any_format(kind: str, scheme: str, tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ def test_a_seed_gives_the_same_tokens_alone_in_any_batch_and_in_any_order(llama:
     assert llama.generate(PROMPTS, 20, 1.0, 0.95, seed=8)[0] != alone
 
 
+@pytest.mark.slow
 def test_builds_seed_makes_a_program_repeat_itself(ckpt: Path) -> None:
     def run(seed: int) -> list[list[list[int]]]:
         with Llama.build(ckpt, None, 32, 2, seed=seed) as llama:

@@ -138,6 +138,7 @@ def test_a_stream_is_checked_in_chunks(llama):
     assert len(guard.seen) == 1 + -(-len(events) // 5)
 
 
+@pytest.mark.slow
 def test_a_guard_holds_up_no_other_task(llama):
     class Slow(Words):
         def check(self, dialogs):

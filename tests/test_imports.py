@@ -63,6 +63,11 @@ import llama.checkpoint.convert, llama.checkpoint.remote
     )
 
 
+def test_importing_takes_no_compiler() -> None:
+    """It would take longer than a chat's first answer."""
+    run("import sys; from llama import Llama; assert 'torch._dynamo' not in sys.modules")
+
+
 def test_help_needs_no_torch() -> None:
     run("import sys; sys.modules['torch'] = None; sys.argv = ['llama']; from llama.cli import main; main()")
 

@@ -117,6 +117,7 @@ def test_missing_files(hf: Path, tmp_path: Path) -> None:
         open_checkpoint(hf, adapter=tmp_path / "adapter")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pissa", "olora", "OLoRA", "eva", "orthogonal", "gaussian", True, False])
 def test_initialisations_that_the_files_tell(kind: Any, hf: Path, tmp_path: Path) -> None:
     """As PEFT itself loads such an adapter onto the base."""

@@ -12,6 +12,7 @@ WORDS = [" ".join(f"w{block}.{n}" for n in range(60)) for block in range(3)]
 ANSWER = f"{WORDS[0]}\n\n- one\n- two\n\n```python\nprint(1)\n\nprint(2)\n```\n\n{WORDS[1]}\n\n**{WORDS[2]}**"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 7, 10_000], ids=["letters", "pieces", "whole"])
 def test_nothing_is_lost_in_a_small_terminal(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = pyte.HistoryScreen(60, 10, history=1000)

@@ -150,7 +150,9 @@ def run(model: Transformer, step: NativeStep, tokens: Tensor, rows: Sequence[Row
     return step.hidden(tokens, rows, model.cache.data, model.rotations)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["bf16", "int4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS)]
+)
 def test_bits_do_not_depend_on_company_chunks_slots_or_threads(target: str | None, kind: str) -> None:
     model = random_model(dtype_of(kind), max_batch_size=8)
     steps = steps_of(model, kind, target, (2, 1, 3))

@@ -86,7 +86,9 @@ def test_long_images_of_several_chunks() -> None:
     torch.testing.assert_close(step(more, 22), model(more, 22), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+@pytest.mark.parametrize(
+    "scheme", [None, *(pytest.param(scheme, marks=pytest.mark.slow) for scheme in ("int8", "int4"))]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_do_not_depend_on_company_chunks_or_slots(dtype: torch.dtype, scheme: str | None) -> None:
     model = compiled(random_vision(max_batch_size=4).to(dtype), scheme)
@@ -108,6 +110,7 @@ def test_bf16_is_as_close_to_fp32_as_the_model_is() -> None:
     assert 0 < distance(ours, exact) < 1.1 * distance(theirs, exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["attention.wq", "attention.wo", "feed_forward.w2", "attention_norm", "attention.q_norm", "ffn_norm"],
@@ -121,6 +124,7 @@ def test_only_tokens_that_see_an_image_are_changed_by_it(name: str) -> None:
     assert ((found[1:] - before[1:]).abs().amax(1) > 1e-3).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gate_attn", "gate_ffwd", "attention.q_norm.weight", "ffn_norm.weight"])
 def test_edited_small_weights_are_noticed(name: str) -> None:
     model = random_vision()

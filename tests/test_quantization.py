@@ -68,6 +68,7 @@ def test_parts_and_their_union(bits: int) -> None:
     assert not alike([cut, whole]) and not alike([quantize(exact, 8), quantize(exact, 5)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", BYTES)
 @pytest.mark.parametrize("rows", [1, 3, 20])
 @pytest.mark.parametrize("backend", [None, "aot_eager"])

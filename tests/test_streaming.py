@@ -138,6 +138,7 @@ def joined(events, n):
     return texts, [ends[i] for i in range(n)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"echo": True}, {"stop": ["q", "\n"]}, {"frequency_penalty": 2.0}], ids=str
 )

@@ -195,6 +195,7 @@ def test_eight_threads_with_cancels_and_exceptions(static: bool) -> None:
     assert outcomes["cancelled"] > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("static", [False, True], ids=["ragged", "static"])
 def test_keyboard_interrupts_anywhere_break_nothing(static: bool) -> None:
     """A step that is interrupted is made again, and no request shows it."""

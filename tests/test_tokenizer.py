@@ -80,6 +80,7 @@ def strings(count: int, special: list[str]) -> list[str]:
     return ["".join(some() for _ in range(pick.randint(1, 4))) for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_agrees_with_metas_on_ten_thousand_strings(tokenizer: Tokenizer, metas) -> None:
     for text in strings(10_000, list(tokenizer.special_tokens)):
         ids = tokenizer.encode(text, bos=False, eos=False)

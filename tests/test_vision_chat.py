@@ -203,6 +203,7 @@ def test_changed_weights_forget_images(llama, count, part):
     assert count.encoded == 2
 
 
+@pytest.mark.slow
 def test_an_image_outlives_the_one_before_it(tokenizer):
     """As when a chat has no room for more images, and drops its first turn."""
     one, other = (Llama(random_vision(max_seq_len=160, max_batch_size=1), tokenizer) for _ in range(2))

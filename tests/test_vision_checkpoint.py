@@ -97,6 +97,7 @@ def test_a_file_that_lost_its_part_of_a_tensor_is_refused(tmp_path):
         open_checkpoint(folder)
 
 
+@pytest.mark.slow
 def test_hugging_face_and_back(hugging_face, native, model, tmp_path):
     close(logits(hugging_face), model)
     back = convert(hugging_face, tmp_path / "back")
@@ -217,6 +218,7 @@ def products(model: torch.nn.Module) -> dict[str, type | None]:
     }
 
 
+@pytest.mark.slow
 def test_few_bits_are_kept_in_every_part(native, model, capsys, tmp_path):
     """On a CPU in a form for the compiled step, and for the encoder as on a GPU."""
     folder = convert(native, tmp_path / "int8", quantize="int8")

@@ -65,6 +65,7 @@ def test_a_vision_model_is_taken_for_it_and_sees_the_last_image(guard, asked):
     assert asked["images"] == [[images[1]["image"]], []]
 
 
+@pytest.mark.slow
 def test_a_chat_shows_it_the_images(guard, asked):
     """Even of a question without text. What a random model says is not "safe"."""
     picture_of = [{"type": "image", "image": picture(40, 40, seed=i)} for i in range(2)]
@@ -78,6 +79,7 @@ def test_a_chat_shows_it_the_images(guard, asked):
         assert asked["images"] == [[picture_of[1]["image"]]]
 
 
+@pytest.mark.slow
 def test_a_chat_shows_its_answer_with_the_image(guard, asked, monkeypatch):
     check, judged = guard.check, []
 

@@ -73,6 +73,7 @@ def adapter(hugging_face, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_weights_are_those_merged_by_hand(adapter, native):
     """W + alpha / √r · B A; layer 3 of transformers is the first block of cross-attention."""
     factors = load_file(adapter / "adapter_model.safetensors")
@@ -93,6 +94,7 @@ def test_weights_are_those_merged_by_hand(adapter, native):
     )
 
 
+@pytest.mark.slow
 def test_names_of_older_versions(adapter, native, tmp_path):
     """Before 4.52, transformers had the names of its files in memory too."""
     factors = load_file(adapter / "adapter_model.safetensors")
@@ -114,6 +116,7 @@ def test_without_images_the_text_layers_are_adapted(adapter, native):
         torch.testing.assert_close(blind.model(text, 0), llama.model(text, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [

@@ -16,11 +16,9 @@ class Packed:
         self.nbytes = weight.nbytes
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the compiler does not know packed tensors
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def fused(self, x: Tensor, bias: Tensor, gelu: bool) -> Tensor:
         """x Wᵀ + bias, then GELU if wanted, rounded to bf16 once."""
         after = "gelu" if gelu else "none"

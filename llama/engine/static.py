@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from llama.backends.onednn import Packed
 from llama.device import to_device
 from llama.engine.cuda_graph import Graphs
 from llama.engine.outcomes import Outcome, choose_next
 from llama.engine.request import Request, Work
 from llama.engine.runners import Done, Pending
 from llama.errors import ArgumentError
-from llama.model import Transformer
+from llama.model import RaggedStep, Transformer
 from llama.ranks import lost_rank_as_error
 from llama.sampling import SamplingParams, choose, columns, token_logprobs
 
@@ -259,6 +260,10 @@ def compile_blocks(model: Transformer) -> None:
     """
     # Each kind of step needs a variant, on CUDA per number of slots, and all models share the limit.
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    # Not compiled: lengths differ in every ragged step, and packed tensors are unknown to the compiler. As
+    # decorators, these would import it with every model, which takes more than a second.
+    for owner, name in ((RaggedStep, "attend"), (Packed, "__call__"), (Packed, "fused")):
+        setattr(owner, name, torch.compiler.disable(getattr(owner, name)))
     for module in (*model.layers, model.output):
         module.compile(dynamic=True)
 

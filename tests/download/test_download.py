@@ -92,6 +92,7 @@ def test_the_line_it_prints_runs_what_was_downloaded(
     assert "Assistant:" in result.stdout
 
 
+@pytest.mark.slow
 def test_more_than_ten_shards(script: Script, server: FakeLlamaServer) -> None:
     name = "Meta-Llama-3.1-405B-Instruct-MP16"
     server.publish(name, 16, size=10)
@@ -148,6 +149,7 @@ def test_resumes_by_byte(both: Script, server: FakeLlamaServer, weights: bytes) 
     assert server.ranges(f"{MODEL}/{SHARD}") == ["bytes=5000-"]
 
 
+@pytest.mark.slow
 def test_a_cut_connection_is_continued(both: Script, server: FakeLlamaServer, weights: bytes) -> None:
     # More cuts than a file without progress would be forgiven.
     server.faults[f"{MODEL}/{SHARD}"] = [("cut", 1000)] * 8
@@ -218,6 +220,7 @@ def test_an_unreachable_server_is_one_sentence(both: Script, server: FakeLlamaSe
     assert "the connection keeps failing" in result.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_what_resumes(both: Script, server: FakeLlamaServer, weights: bytes) -> None:
     server.faults[f"{MODEL}/{SHARD}"] = [("slow", 20)]
     part = both.cwd / MODEL / f"{SHARD}.part"
@@ -274,6 +277,7 @@ def test_a_file_damaged_here_is_repaired(script: Script, server: FakeLlamaServer
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["{} *./original/{}\r\n", "{}  /data/models/{}\n", "{} {}\n"])
 def test_checklists_in_other_spellings(
     script: Script, server: FakeLlamaServer, weights: bytes, line: str

@@ -27,6 +27,7 @@ def chunked(body: bytes, *trailers: str) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + chunk + tail.encode() + b"\r\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "trailer", ["Content-Length: {}", "Content-Range: bytes 0-1/{}", "Content-Range: {}", "HTTP/1.1: {}"]
 )
@@ -41,6 +42,7 @@ def test_a_trailer_is_never_arithmetic(
     assert both.got() == weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", ["08", "0x10", "-1", "9" * 30, "SECONDS", "1 + 1", "", "\x1b[31m"])
 def test_a_length_that_is_no_number_is_ignored(
     script: Script, server: FakeLlamaServer, weights: bytes, length: str

@@ -73,6 +73,7 @@ def test_answers_move_on_between_batches_of_embeddings(served: Served, llama: Ll
     assert len(served.server.driver.call("embed", ["a"]).result(5)) == 1
 
 
+@pytest.mark.slow
 def test_embeddings_wait_in_a_bounded_queue(tmp_path) -> None:
     ask = {"model": NAME, "input": 200 * ["x" * 300]}
 
@@ -85,6 +86,7 @@ def test_embeddings_wait_in_a_bounded_queue(tmp_path) -> None:
         assert asyncio.run(flood(served.url)) == [200, 200, 429, 429, 429]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("says", ["safe", "unsafe\nS2,S14"])
 def test_moderations_are_the_guards(llama: Llama, says: str) -> None:
     guard = Guard(scripted(says), version="3-8b")

@@ -77,6 +77,7 @@ def test_requests_beyond_slots_and_queue_are_refused(own: Llama) -> None:
         assert httpx.post(served.url + PATH, json={**ASK, "max_tokens": 1}).status_code == 200
 
 
+@pytest.mark.slow
 def test_time_limits(own: Llama) -> None:
     with serving(own, Limits(timeout=0.5)) as served:
         late = httpx.post(served.url + PATH, json=LONG)
@@ -164,6 +165,7 @@ def test_special_tokens_in_messages_stay_text(served: Served, llama: Llama) -> N
     assert text.count("<|im_end|>") == 2
 
 
+@pytest.mark.slow
 def test_told_to_end_it_finishes_what_it_has(own: Llama) -> None:
     with serving(own) as served:
         client, lines = begin(served.url, max_tokens=400)

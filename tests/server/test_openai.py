@@ -198,6 +198,7 @@ def test_responses(client: openai.OpenAI, llama: Llama) -> None:
         client.responses.create(previous_response_id=reply.id, **given, **options)
 
 
+@pytest.mark.slow
 def test_responses_call_functions(client: openai.OpenAI) -> None:
     options = {"model": NAME, "tools": [{"type": "function", **TOOL}], "max_output_tokens": 200}
     reply = client.responses.create(input="Weather?", tool_choice="required", **options)

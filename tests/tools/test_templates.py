@@ -60,6 +60,7 @@ def test_builtin_tools_equal_the_golden(tokenizer: Tokenizer):
     assert tokenizer.decode(ids) == expected["llama-3.1-instruct/builtin"].replace('{"r": 1}', '"r"')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_random_tools_equal_transformers(name: str, tokenizer: Tokenizer, theirs: PreTrainedTokenizerFast):
     formatter = template(name, tokenizer)

@@ -353,6 +353,7 @@ def test_reading_a_shard_never_executes_it(tmp_path: Path) -> None:
         read_shard(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [tiny.CUT, tiny.CUT | {"tok_embeddings": 1}])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_any_part_can_be_read_across_files(cut: dict[str, int], count: int, tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def check(schema: Any, answer: Any) -> None:
         assert answer.finish_reason == "length" and len(answer.tokens) == 150
 
 
+@pytest.mark.slow
 def test_answers_fit_their_schema_for_every_keyword(llama):
     found = answers(llama, SCHEMAS * 3)
     for schema, answer in zip(SCHEMAS * 3, found, strict=True):

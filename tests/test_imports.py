@@ -63,6 +63,7 @@ import llama.checkpoint.convert, llama.checkpoint.remote
     )
 
 
+@pytest.mark.slow
 def test_importing_takes_no_compiler() -> None:
     """It would take longer than a chat's first answer."""
     run("import sys; from llama import Llama; assert 'torch._dynamo' not in sys.modules")

@@ -88,6 +88,7 @@ def test_eight_files(tmp_path):
     assert torch.equal(logits(convert(folder, tmp_path / "two", shards=2)), logits(folder))
 
 
+@pytest.mark.slow
 def test_a_file_that_lost_its_part_of_a_tensor_is_refused(tmp_path):
     folder = write_checkpoint(tmp_path / "eight", random_vision(n_heads=8, n_kv_heads=8), 8)
     tensors = torch.load(folder / "consolidated.03.pth")

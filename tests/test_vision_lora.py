@@ -109,6 +109,7 @@ def test_names_of_older_versions(adapter, native, tmp_path):
     assert torch.equal(logits(native, tmp_path), logits(native, adapter))
 
 
+@pytest.mark.slow
 def test_without_images_the_text_layers_are_adapted(adapter, native):
     text = torch.tensor([[5, 9, 30, 400, 519]])
     options = {"max_seq_len": 32, "max_batch_size": 1, "dtype": "float32", "adapter": adapter}

@@ -151,7 +151,8 @@ def run(model: Transformer, step: NativeStep, tokens: Tensor, rows: Sequence[Row
 
 
 @pytest.mark.parametrize(
-    "kind", ["bf16", "int4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS)]
+    "kind",
+    [kind if kind in ("bf16", "int4") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
 )
 def test_bits_do_not_depend_on_company_chunks_slots_or_threads(target: str | None, kind: str) -> None:
     model = random_model(dtype_of(kind), max_batch_size=8)

@@ -28,7 +28,7 @@ def native(tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("vision") / "native", random_vision())
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.soak)])
 def test_chats_about_images_are_the_same(native, images, torchrun, tmp_path, size):
     done = torchrun(size, *MODULE, "talking", native, images, tmp_path / "out")
     assert done.returncode == 0, done.stderr
@@ -49,7 +49,7 @@ def test_chats_about_images_are_the_same(native, images, torchrun, tmp_path, siz
         assert found == {kind: expected[kind] for kind in found}
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int4", pytest.param("int8", marks=pytest.mark.soak)])
 def test_fewer_bits_are_the_same_on_two_ranks(native, images, torchrun, tmp_path, scheme):
     """Quantized as they load, and from a folder, of which a rank reads its part."""
     folder = convert(native, tmp_path / scheme, quantize=scheme, shards=3)
@@ -64,6 +64,7 @@ def test_fewer_bits_are_the_same_on_two_ranks(native, images, torchrun, tmp_path
             assert distance(ours, theirs) < 0.01  # of activations in 8 bits
 
 
+@pytest.mark.soak
 def test_ranks_without_a_head_of_the_encoder(images, torchrun, tmp_path):
     """As of 32 ranks half are, since the encoder has 16 heads."""
     model = random_vision(vision_heads=2)

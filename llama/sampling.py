@@ -155,7 +155,10 @@ def choose(logits: Tensor, columns: Sequence[Columns]) -> tuple[Tensor, Tensor]:
     Returns the tokens, int64 (N), BROKEN or FORBIDDEN if there is none; and bool (N), True if a row
     keeps more tokens than were considered and must be looked at again.
     """
-    best, tokens = logits.max(-1)
+    if sum(len(group.rows) for group in columns) == len(logits):  # only a maximum's place is slow to find
+        best, tokens = logits.amax(-1), logits.new_zeros(len(logits), dtype=torch.long)
+    else:
+        best, tokens = logits.max(-1)
     again = torch.zeros_like(tokens, dtype=torch.bool)
     for group in columns:
         rows = logits if len(group.rows) == len(logits) else logits[group.rows]

@@ -5,6 +5,8 @@
 
 #include <array>
 
+constexpr int file_bytes(int bits) { return bits == 8 ? 32 : bits == 5 ? 20 : 16; }  // of a group's values
+
 typedef std::array<F, GROUP> Groups;  // LANES groups: input i of each in vector i
 
 static inline F root(F v) {
@@ -112,7 +114,7 @@ struct Search {
 // The values of LANES groups, packed as in a file, `bytes` per group; `groups` of them are stored.
 static inline void store_values(const Groups& q, int bits, int groups, uint8_t* to) {
   U units[GROUP / 4] = {};
-  const int fifths = bits == 5, bytes = bits == 8 ? 32 : bits == 5 ? 20 : 16;
+  const int fifths = bits == 5, bytes = file_bytes(bits);
   for (int i = 0; i < GROUP; i++) {
     const U v = (U)__builtin_convertvector(q[i], I);
     if (bits == 8) units[i / 4] |= (v & 255) << (i % 4 * 8);
@@ -126,7 +128,7 @@ static inline void store_values(const Groups& q, int bits, int groups, uint8_t* 
 // One row of `cols` weights, fp32 or bf16, into its groups' values, scales and minima.
 static void quantize_row(int bits, int kind, const uint8_t* from, int cols, const float* counts, uint8_t* values,
                          uint16_t* scales, uint16_t* mins) {
-  const int bytes = bits == 8 ? 32 : bits == 5 ? 20 : 16;
+  const int bytes = file_bytes(bits);
   std::vector<float> row(cols);
   if (kind == FP32) memcpy(row.data(), from, cols * sizeof(float));
   else for (int k = 0; k < cols; k++) row[k] = from_bf16(load<uint16_t>(from + 2 * size_t(k)));
@@ -150,7 +152,7 @@ static void quantize_row(int bits, int kind, const uint8_t* from, int cols, cons
 // A matrix (rows, cols), fp32 or bf16, in groups. counts: (cols), or null; mins: null for 8 bits.
 extern "C" void llama_quantize(int32_t bits, int32_t kind, const uint8_t* from, int64_t stride, int32_t rows, int32_t cols,
                                const float* counts, uint8_t* values, uint16_t* scales, uint16_t* mins, int32_t threads) {
-  const size_t groups = cols / GROUP, bytes = groups * (bits == 8 ? 32 : bits == 5 ? 20 : 16);
+  const size_t groups = cols / GROUP, bytes = groups * file_bytes(bits);
   in_parallel(rows, threads, [&](int i) {
     quantize_row(bits, kind, from + i * stride, cols, counts, values + i * bytes, scales + i * groups,
                  mins ? mins + i * groups : nullptr);

@@ -1,6 +1,7 @@
 """Tiny random checkpoints, the real demo model, and real ranks."""
 
 import contextlib
+import gc
 import io
 import os
 import platform
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ import pytest
 import torch
 from filelock import FileLock
 
+from llama.checkpoint.convert import convert
 from llama.cli import main
-from tests.support import DEMO, ROOT, tiny
+from llama.tokenizer import Tokenizer
+from llama.vision import VisionTransformer
+from tests.support import DEMO, ROOT, tiny, vision
 
 # For tiny products, waking a second thread costs what it gains, and far more on a busy machine.
 torch.set_num_threads(1)
@@ -25,6 +30,17 @@ torch.set_num_threads(1)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One worker per core; for a single file or test, starting them would take longer than it saves."""
     return 0 if any(".py" in argument for argument in config.args) else len(os.sched_getaffinity(0))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """What imports leave in memory stays there: no collection of garbage need look at it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -53,17 +69,41 @@ def demo_ckpt(pytestconfig: pytest.Config) -> Path:
 
 
 @pytest.fixture(scope="session")
-def llama3_tokenizer() -> Path:
-    """Llama 3's own tokenizer.model, which Meta's package includes."""
+def metas_tokenizer():
+    """Meta's own, for Llama 3; its package includes the file."""
+    from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
+
+    return MetaTokenizer.get_instance()
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer() -> Tokenizer:
+    """Of the file that Meta's package includes."""
     import llama_models
 
-    return Path(llama_models.__file__).parent / "llama3" / "tokenizer.model"
+    return Tokenizer(Path(llama_models.__file__).parent / "llama3" / "tokenizer.model")
 
 
 @pytest.fixture
 def ckpt(tmp_path: Path) -> Path:
     """A tiny random checkpoint in one shard, with its tokenizer."""
     return tiny.write_checkpoint(tmp_path / "tiny")
+
+
+@pytest.fixture(scope="session")
+def vision_model() -> VisionTransformer:
+    """A tiny model that sees; tests leave it as it is, and its checkpoints too."""
+    return vision.random_vision()
+
+
+@pytest.fixture(scope="session")
+def vision_native(vision_model: VisionTransformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vision.write_checkpoint(tmp_path_factory.mktemp("vision") / "native", vision_model)
+
+
+@pytest.fixture(scope="session")
+def vision_hf(vision_native: Path) -> Path:
+    return convert(vision_native, vision_native.parent / "hf", "hf")
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +153,9 @@ def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():  # otherwise torch would keep each seed, with a stack trace, for later
+        torch.cuda.manual_seed_all(0)
 
 
 # The processor's own instructions, and on x86 those of AVX512 without AMX, those of AVX2, and plain vectors.

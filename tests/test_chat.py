@@ -61,7 +61,7 @@ def said(capsys) -> str:
 
 
 def test_a_turn_is_encoded_as_within_a_dialog(llama, llama3_tokenizer):
-    for tokenizer in (llama.tokenizer, Tokenizer(llama3_tokenizer)):
+    for tokenizer in (llama.tokenizer, llama3_tokenizer):
         formatter = chat_format(tokenizer)
         first = [{"role": "system", "content": "s"}, {"role": "user", "content": "one"}]
         answer = tokenizer.encode("two", bos=False, eos=False)

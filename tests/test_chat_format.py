@@ -21,16 +21,15 @@ DIALOGS: list[Dialog] = [
 
 
 @pytest.fixture(scope="module")
-def llama3(llama3_tokenizer: Path) -> ChatFormat:
-    return ChatFormat(Tokenizer(llama3_tokenizer))
+def llama3(llama3_tokenizer: Tokenizer) -> ChatFormat:
+    return ChatFormat(llama3_tokenizer)
 
 
-def test_llama3_agrees_with_metas(llama3: ChatFormat, llama3_tokenizer: Path) -> None:
+def test_llama3_agrees_with_metas(llama3: ChatFormat, metas_tokenizer) -> None:
     from llama_models.datatypes import RawMessage, StopReason
     from llama_models.llama3.chat_format import ChatFormat as MetaChatFormat
-    from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 
-    oracle = MetaChatFormat(MetaTokenizer(llama3_tokenizer))
+    oracle = MetaChatFormat(metas_tokenizer)
     for dialog in DIALOGS:
         # Meta's newer code leaves the stripping to the caller.
         messages = [

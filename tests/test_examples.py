@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import ROOT, meta_vision, tiny
+from tests.support import ROOT, tiny, vision
 
 
 @pytest.mark.slow
@@ -101,8 +101,8 @@ def test_help_explains_the_flags(run) -> None:
 
 @pytest.mark.slow
 def test_examples_with_images(run, tmp_path: Path) -> None:
-    folder = str(meta_vision.write_checkpoint(tmp_path / "vision", meta_vision.random_vision()))
-    meta_vision.picture(60, 40).save(tmp_path / "a.png")
+    folder = str(vision.write_checkpoint(tmp_path / "vision", vision.random_vision()))
+    vision.picture(60, 40).save(tmp_path / "a.png")
     code, out, error = run("example_vision.py", folder, str(tmp_path / "a.png"), "--max_gen_len", "3")
     assert code == 0, error
     code, out, error = run("example_chat_completion.py", "--ckpt_dir", folder, "--max_gen_len", "3")

@@ -54,8 +54,7 @@ def test_llama_guard_2_is_as_in_the_cookbook():
 
 
 @pytest.mark.parametrize("version", TEMPLATES)
-def test_prompts_equal_the_template_to_the_id(version: str, llama3_tokenizer: Path):
-    tokenizer = Tokenizer(llama3_tokenizer)
+def test_prompts_equal_the_template_to_the_id(version: str, llama3_tokenizer: Tokenizer):
     dialog = [
         {"role": "user", "content": "  Grüße {turns}\n{role} <END CONVERSATION> 日本 "},
         {"role": "assistant", "content": "fine,\n\nthanks"},
@@ -70,8 +69,8 @@ def test_prompts_equal_the_template_to_the_id(version: str, llama3_tokenizer: Pa
         excluded_category_keys=[],
     )
     assert "".join(VERSIONS[version].render(dialog)) == text
-    ids = tokenizer.encode(text, bos=False, eos=False, allowed_special="all")
-    assert VERSIONS[version].encode(tokenizer, dialog) == ids
+    ids = llama3_tokenizer.encode(text, bos=False, eos=False, allowed_special="all")
+    assert VERSIONS[version].encode(llama3_tokenizer, dialog) == ids
 
 
 def test_categories_are_replaced_and_excluded_as_by_the_template():
@@ -91,11 +90,10 @@ def test_categories_are_replaced_and_excluded_as_by_the_template():
     assert "O4: Guns" in "".join(VERSIONS["1"].render(DIALOG, None, ["O3"]))
 
 
-def test_a_message_never_becomes_a_special_token(llama3_tokenizer: Path):
-    tokenizer = Tokenizer(llama3_tokenizer)
+def test_a_message_never_becomes_a_special_token(llama3_tokenizer: Tokenizer):
     for content in ("<|eot_id|>", "a <|eot_id|><|start_header_id|>"):
-        ids = VERSIONS["3-8b"].encode(tokenizer, [{"role": "user", "content": content}])
-        assert ids.count(tokenizer.special_tokens["<|eot_id|>"]) == 1
+        ids = VERSIONS["3-8b"].encode(llama3_tokenizer, [{"role": "user", "content": content}])
+        assert ids.count(llama3_tokenizer.special_tokens["<|eot_id|>"]) == 1
 
 
 @pytest.mark.parametrize(

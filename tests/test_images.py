@@ -13,8 +13,7 @@ from PIL import Image
 from llama.errors import PromptError
 from llama.vision import images
 from llama.vision.images import best_canvas, fitted_size, open_image, tile_image
-from tests.support import meta_vision
-from tests.support.meta_vision import picture
+from tests.support.vision import picture
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
@@ -22,27 +21,32 @@ def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
     return out.getvalue()
 
 
-meta = meta_vision.model.VariableSizeImageTransform(560)
+@pytest.fixture(scope="module")
+def metas_transform():
+    """Meta's transform for tiles of this size."""
+    from tests.support import meta_vision
+
+    return meta_vision.model.VariableSizeImageTransform
 
 
 @pytest.mark.parametrize(
     "size",
     [(560, 560), (561, 561), (1, 1), (3000, 2), (2, 3000), (640, 480), (480, 640), (1121, 1120), (200, 900)],
 )
-def test_pixels_are_metas_to_the_bit(size):
+def test_pixels_are_metas_to_the_bit(metas_transform, size):
     if size in {(3000, 2), (2, 3000)}:  # which Meta's code makes 0 pixels wide, and fails
         assert min(fitted_size(*size, 2240, 560, 560)) == 1
     image = picture(*size)
-    pixels, (rows, columns) = meta(image, 4)
+    pixels, (rows, columns) = metas_transform(560)(image, 4)
     tiled = tile_image(image)
     assert (tiled.rows, tiled.columns) == (rows, columns)
     assert torch.equal(tiled.normalized(), pixels)
 
 
 @pytest.mark.parametrize("tile", [448, 560])
-def test_canvases_and_sizes_are_metas(tile):
+def test_canvases_and_sizes_are_metas(metas_transform, tile):
     draw = random.Random(0)
-    transform = meta_vision.model.VariableSizeImageTransform(tile)
+    transform = metas_transform(tile)
     resolutions = torch.tensor(transform.find_supported_resolutions(4, tile))
     for _ in range(2000):
         size = draw.randint(1, 3000), draw.randint(1, 3000)

@@ -15,8 +15,8 @@ from llama.engine import Engine
 from llama.model import Row
 from llama.sampling import SamplingParams
 from llama.vision import Padding, PlacedImage, VisionTransformer, attend, tile_image
-from tests.support.meta_vision import IMAGE, picture, random_vision
 from tests.support.quantized import distance, reloaded
+from tests.support.vision import IMAGE, picture, random_vision
 
 if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)

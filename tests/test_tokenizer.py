@@ -13,15 +13,8 @@ from tests.support import tiny
 
 
 @pytest.fixture(scope="module")
-def tokenizer(llama3_tokenizer: Path) -> Tokenizer:
-    return Tokenizer(str(llama3_tokenizer))
-
-
-@pytest.fixture(scope="module")
-def metas(llama3_tokenizer: Path):
-    from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
-
-    return MetaTokenizer(llama3_tokenizer)
+def tokenizer(llama3_tokenizer: Tokenizer) -> Tokenizer:
+    return llama3_tokenizer
 
 
 def strings(count: int, special: list[str]) -> list[str]:
@@ -81,10 +74,10 @@ def strings(count: int, special: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_agrees_with_metas_on_ten_thousand_strings(tokenizer: Tokenizer, metas) -> None:
+def test_agrees_with_metas_on_ten_thousand_strings(tokenizer: Tokenizer, metas_tokenizer) -> None:
     for text in strings(10_000, list(tokenizer.special_tokens)):
         ids = tokenizer.encode(text, bos=False, eos=False)
-        assert ids == metas.encode(text, bos=False, eos=False), repr(text)
+        assert ids == metas_tokenizer.encode(text, bos=False, eos=False), repr(text)
         assert tokenizer.decode(ids) == text
 
 
@@ -100,8 +93,8 @@ def test_agrees_with_metas_on_ten_thousand_strings(tokenizer: Tokenizer, metas) 
     ],
     ids=["empty", "letters", "spaces", "runs at the limit", "long", "run across pieces"],
 )
-def test_agrees_with_metas_on_long_texts(tokenizer: Tokenizer, metas, text: str) -> None:
-    assert tokenizer.encode(text, bos=True, eos=True) == metas.encode(text, bos=True, eos=True)
+def test_agrees_with_metas_on_long_texts(tokenizer: Tokenizer, metas_tokenizer, text: str) -> None:
+    assert tokenizer.encode(text, bos=True, eos=True) == metas_tokenizer.encode(text, bos=True, eos=True)
 
 
 def test_known_ids(tokenizer: Tokenizer) -> None:

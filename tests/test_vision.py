@@ -1,5 +1,6 @@
 """Vision against Meta's own code, in fp32."""
 
+import functools
 import os
 import shutil
 
@@ -11,9 +12,8 @@ from llama import backends
 from llama.errors import ArgumentError
 from llama.parallel import ModelParallel
 from llama.vision import PlacedImage, VisionArgs, VisionTransformer, tile_image
-from tests.support import meta_vision
-from tests.support.meta_vision import ENCODER, IMAGE, PARAMS, picture
 from tests.support.quantized import reloaded
+from tests.support.vision import ENCODER, IMAGE, PARAMS, picture
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,16 @@ def group():
 
 @pytest.fixture(scope="module")
 def meta(group):
+    from tests.support import meta_vision
+
     return meta_vision.build()
+
+
+@pytest.fixture(scope="module")
+def metas_logits(meta):
+    from tests.support import meta_vision
+
+    return functools.partial(meta_vision.logits, meta)
 
 
 def ours(meta, **changes) -> VisionTransformer:
@@ -92,19 +101,19 @@ def pictures(sizes):
 
 
 @pytest.mark.parametrize("kind", PROMPTS)
-def test_logits_are_metas(meta, model, kind):
+def test_logits_are_metas(metas_logits, model, kind):
     tokens, sizes = PROMPTS[kind]
     images = pictures(sizes)
-    expected = meta_vision.logits(meta, [tokens], [images], len(tokens))
+    expected = metas_logits([tokens], [images], len(tokens))
     found = model(torch.tensor([tokens]), 0, [placed(tokens, images)])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_batch_may_mix_all(meta, model):
+def test_a_batch_may_mix_all(metas_logits, model):
     kinds = ["text only", "image first", "consecutive", "text, image"]
     prompts = [PROMPTS[kind][0] for kind in kinds]
     images = [pictures(PROMPTS[kind][1]) for kind in kinds]
-    expected = meta_vision.logits(meta, prompts, images, 8)
+    expected = metas_logits(prompts, images, 8)
     found = model(torch.tensor(prompts), 0, [placed(*pair) for pair in zip(prompts, images, strict=True)])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
@@ -122,13 +131,13 @@ def test_chunks_and_single_steps_give_the_same(model, kind, chunk):
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
 
 
-def test_after_two_images_new_tokens_see_what_the_last_of_the_prompt_sees(meta, model):
+def test_after_two_images_new_tokens_see_what_the_last_of_the_prompt_sees(metas_logits, model):
     tokens, sizes = PROMPTS["two images"]
     images, following = pictures(sizes), [7, 7, 7]
     model(torch.tensor([tokens]), 0, [placed(tokens, images)])
     found = model(torch.tensor([following]), 8)
     # In Meta's code the span of the last image has to be told to go on.
-    expected = meta_vision.logits(meta, [tokens + following], [images], 11)[:, 8:]
+    expected = metas_logits([tokens + following], [images], 11)[:, 8:]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     blind = [*tokens[:5], 9, *tokens[6:]]
     model(torch.tensor([blind]), 0, [placed(blind, images[:1])])

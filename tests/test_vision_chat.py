@@ -13,8 +13,8 @@ from llama.errors import ArgumentError, PromptError
 from llama.prompts import encode_texts
 from llama.tokenizer import Tokenizer
 from llama.vision import PlacedImage, TiledImage, VisionTransformer
-from tests.support.meta_vision import IMAGE, picture, random_vision
 from tests.support.tiny import small_model, write_tokenizer
+from tests.support.vision import IMAGE, picture, random_vision
 
 WIDE, TALL, SMALL = picture(112, 50), picture(40, 150, seed=1), picture(40, 40, seed=2)
 

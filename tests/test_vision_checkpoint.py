@@ -24,7 +24,8 @@ from llama.model import Transformer
 from llama.parallel import ModelParallel
 from llama.quantization import few_bits
 from llama.vision import PlacedImage, VisionArgs, VisionModel, VisionTransformer, tile_image
-from tests.support.meta_vision import (
+from tests.support.quantized import KEPT, distance
+from tests.support.vision import (
     IMAGE,
     PARAMS,
     picture,
@@ -33,28 +34,12 @@ from tests.support.meta_vision import (
     reference_logits,
     write_checkpoint,
 )
-from tests.support.quantized import KEPT, distance
 
 TOKENS = torch.tensor([[9, 30, IMAGE, 400, 519, IMAGE, IMAGE, 7, 12, 99]])
 IMAGES = [
     PlacedImage(position, tile_image(picture(*size), 56))
     for position, size in ((2, (100, 110)), (5, (40, 40)), (6, (56, 150)))
 ]
-
-
-@pytest.fixture(scope="module")
-def model() -> VisionTransformer:
-    return random_vision()
-
-
-@pytest.fixture(scope="module")
-def native(model, tmp_path_factory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("vision") / "native", model)
-
-
-@pytest.fixture(scope="module")
-def hugging_face(native) -> Path:
-    return convert(native, native.parent / "hf", "hf")
 
 
 def logits(folder: Path, **options) -> Tensor:
@@ -67,13 +52,13 @@ def close(found: Tensor, model: VisionTransformer) -> None:
     torch.testing.assert_close(found, model(TOKENS, 0, [IMAGES]), atol=1e-4, rtol=1e-4)
 
 
-def test_one_file(native, model, tmp_path):
-    close(logits(native), model)
+def test_one_file(vision_native, vision_model, tmp_path):
+    close(logits(vision_native), vision_model)
     # As in the original/ folder of a Hugging Face repository.
     for name in ("params.json", "tokenizer.model"):
-        (tmp_path / name).write_bytes((native / name).read_bytes())
-    (tmp_path / "consolidated.pth").symlink_to(native / "consolidated.00.pth")
-    close(logits(tmp_path), model)
+        (tmp_path / name).write_bytes((vision_native / name).read_bytes())
+    (tmp_path / "consolidated.pth").symlink_to(vision_native / "consolidated.00.pth")
+    close(logits(tmp_path), vision_model)
 
 
 @pytest.mark.slow
@@ -99,21 +84,21 @@ def test_a_file_that_lost_its_part_of_a_tensor_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_hugging_face_and_back(hugging_face, native, model, tmp_path):
-    close(logits(hugging_face), model)
-    back = convert(hugging_face, tmp_path / "back")
+def test_hugging_face_and_back(vision_hf, vision_native, vision_model, tmp_path):
+    close(logits(vision_hf), vision_model)
+    back = convert(vision_hf, tmp_path / "back")
     assert (
         json.loads((back / "params.json").read_text()).items()
         >= {
             name: value
-            for name, value in json.loads((native / "params.json").read_text()).items()
+            for name, value in json.loads((vision_native / "params.json").read_text()).items()
             if name not in ("multiple_of", "ffn_dim_multiplier")
         }.items()
     )
     seen = torch.zeros(4, 4, dtype=torch.bool)
     for rows, columns in canvases(4):
         seen[:rows, :columns] = True
-    before, after = (torch.load(folder / "consolidated.00.pth") for folder in (native, back))
+    before, after = (torch.load(folder / "consolidated.00.pth") for folder in (vision_native, back))
     assert before.keys() == after.keys()
     for name, weight in before.items():
         table = weight.shape[:2] == (4, 4)
@@ -121,8 +106,8 @@ def test_hugging_face_and_back(hugging_face, native, model, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def hf(hugging_face):
-    return reference(hugging_face)
+def hf(vision_hf):
+    return reference(vision_hf)
 
 
 @pytest.mark.parametrize(
@@ -135,32 +120,34 @@ def hf(hugging_face):
     ],
     ids=["image first", "text, image", "two images", "three"],
 )
-def test_transformers_loads_it_and_agrees(hf, model, prompt):
+def test_transformers_loads_it_and_agrees(hf, vision_model, prompt):
     tokens = [
         IMAGE if i in prompt else token for i, token in enumerate([9, 30, 8, 400, 519, 5, 6, 7, 12, 99])
     ]
     images = [PlacedImage(at, tile_image(picture(*size), 56)) for at, size in prompt.items()]
     expected = reference_logits(hf, tokens, [image for _, image in images])
-    torch.testing.assert_close(model(torch.tensor([tokens]), 0, [images]), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        vision_model(torch.tensor([tokens]), 0, [images]), expected, atol=1e-4, rtol=1e-4
+    )
 
 
-def test_folders_that_transformers_writes_load(hugging_face, model, tmp_path):
-    reference(hugging_face).save_pretrained(tmp_path / "saved")
+def test_folders_that_transformers_writes_load(vision_hf, vision_model, tmp_path):
+    reference(vision_hf).save_pretrained(tmp_path / "saved")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "saved" / name).write_bytes((hugging_face / name).read_bytes())
+        (tmp_path / "saved" / name).write_bytes((vision_hf / name).read_bytes())
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     config["vision_config"]["intermediate_layers_indices"] = [3, 7, 15, 23, 30]
     (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
-    close(logits(tmp_path / "saved"), model)
+    close(logits(tmp_path / "saved"), vision_model)
 
 
-def test_tables_that_differ_between_canvases_are_refused(hugging_face, tmp_path):
+def test_tables_that_differ_between_canvases_are_refused(vision_hf, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    tensors = load_file(hugging_face / "model.safetensors")
+    tensors = load_file(vision_hf / "model.safetensors")
     tensors["vision_model.gated_positional_embedding.tile_embedding.weight"][3] += 1
     save_file(tensors, tmp_path / "model.safetensors")
-    for path in hugging_face.glob("*.json"):
+    for path in vision_hf.glob("*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(CheckpointError, match="differ between canvases"):
         logits(tmp_path)
@@ -169,11 +156,11 @@ def test_tables_that_differ_between_canvases_are_refused(hugging_face, tmp_path)
 @pytest.mark.parametrize(
     ("part", "key", "value"), [("vision_config", "hidden_act", "relu"), ("text_config", "hidden_act", "gelu")]
 )
-def test_a_config_of_another_model_is_refused(hugging_face, tmp_path, part, key, value):
-    for path in hugging_face.iterdir():
+def test_a_config_of_another_model_is_refused(vision_hf, tmp_path, part, key, value):
+    for path in vision_hf.iterdir():
         if path.is_file():
             (tmp_path / path.name).symlink_to(path)
-    config = json.loads((hugging_face / "config.json").read_text())
+    config = json.loads((vision_hf / "config.json").read_text())
     config[part][key] = value
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -181,28 +168,28 @@ def test_a_config_of_another_model_is_refused(hugging_face, tmp_path, part, key,
         open_checkpoint(tmp_path)
 
 
-def test_the_encoder_loads_with_the_first_image(native):
-    with Llama.build(native, max_seq_len=32, max_batch_size=2, max_images=3, dtype="float32") as llama:
+def test_the_encoder_loads_with_the_first_image(vision_native):
+    with Llama.build(vision_native, max_seq_len=32, max_batch_size=2, max_images=3, dtype="float32") as llama:
         llama.generate([[1, 2, 3]], 2)
         assert not hasattr(llama.model, "vision_model")
         llama.model(TOKENS, 0, [IMAGES])
         assert not llama.model.vision_model.vision_projection.weight.is_meta
 
 
-def test_without_vision_it_is_a_text_model(native, model):
-    with Llama.build(native, max_seq_len=32, max_batch_size=2, dtype="float32", vision=False) as llama:
+def test_without_vision_it_is_a_text_model(vision_native, vision_model):
+    with Llama.build(vision_native, max_seq_len=32, max_batch_size=2, dtype="float32", vision=False) as llama:
         assert type(llama.model) is Transformer
         text = TOKENS.masked_fill(TOKENS == IMAGE, 5)
-        torch.testing.assert_close(llama.model(text, 0), model(text, 0))
+        torch.testing.assert_close(llama.model(text, 0), vision_model(text, 0))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "worst"), [("int8", 0.1), ("int4", 0.4)])
-def test_fewer_bits(native, model, scheme, worst, tmp_path):
-    exact = model(TOKENS, 0, [IMAGES])
-    found = logits(native, quantize=scheme)
+def test_fewer_bits(vision_native, vision_model, scheme, worst, tmp_path):
+    exact = vision_model(TOKENS, 0, [IMAGES])
+    found = logits(vision_native, quantize=scheme)
     assert distance(found, exact) < worst
-    folder = convert(native, tmp_path / scheme, quantize=scheme)
+    folder = convert(vision_native, tmp_path / scheme, quantize=scheme)
     torch.testing.assert_close(logits(folder), found, atol=0.02, rtol=0.02)
 
 
@@ -220,9 +207,9 @@ def products(model: torch.nn.Module) -> dict[str, type | None]:
 
 
 @pytest.mark.slow
-def test_few_bits_are_kept_in_every_part(native, model, capsys, tmp_path):
+def test_few_bits_are_kept_in_every_part(vision_native, vision_model, capsys, tmp_path):
     """On a CPU in a form for the compiled step, and for the encoder as on a GPU."""
-    folder = convert(native, tmp_path / "int8", quantize="int8")
+    folder = convert(vision_native, tmp_path / "int8", quantize="int8")
     with Llama.build(folder, max_seq_len=32, max_batch_size=2, max_images=3, dtype="float32") as llama:
         assert "dequantized" not in capsys.readouterr().err
         found = llama.model(TOKENS, 0, [IMAGES])
@@ -233,21 +220,21 @@ def test_few_bits_are_kept_in_every_part(native, model, capsys, tmp_path):
         text = memory(llama.model.params, 1, open_checkpoint(folder).weights, torch.float32, "int8")[0]
         assert 0.95 < resident / text < 1.01  # tiles are padded to whole ones
     with torch.device("meta"):
-        kept = VisionTransformer(VisionArgs(**vars(model.params)))
-    load_weights(kept, open_checkpoint(folder).weights, KEPT, model.device, torch.float32, "int8")
+        kept = VisionTransformer(VisionArgs(**vars(vision_model.params)))
+    load_weights(kept, open_checkpoint(folder).weights, KEPT, vision_model.device, torch.float32, "int8")
     assert set(products(kept).values()) == {Grouped}
     assert resident_bytes(kept) < 1.2 * resident
     assert distance(found, kept(TOKENS, 0, [IMAGES])) < 0.03  # of activations in 8 bits
 
 
-def test_packed_weights(native, model):
-    assert distance(logits(native, dtype="bfloat16"), model(TOKENS, 0, [IMAGES])) < 0.1
+def test_packed_weights(vision_native, vision_model):
+    assert distance(logits(vision_native, dtype="bfloat16"), vision_model(TOKENS, 0, [IMAGES])) < 0.1
 
 
-def test_info_tells_what_images_take(native, model):
-    lines = as_text(inspect(native, max_images=2, dtype="float32"))
+def test_info_tells_what_images_take(vision_native, vision_model):
+    lines = as_text(inspect(vision_native, max_images=2, dtype="float32"))
     assert "Llama 3.2 Vision" in lines
-    assert f"{sum(weight.numel() for weight in model.parameters()):,}" in lines
+    assert f"{sum(weight.numel() for weight in vision_model.parameters()):,}" in lines
     assert "up to 4 tiles of 56 × 56, encoder dim 64, 40 layers" in lines
     assert "max_images 2" in lines
     assert "one image" in lines
@@ -331,11 +318,11 @@ torch.save(found, sys.argv[2])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks(native, hugging_face, model, torchrun, tmp_path, size):
+def test_ranks(vision_native, vision_hf, vision_model, torchrun, tmp_path, size):
     (tmp_path / "script.py").write_text(SCRIPT)
     torch.save((TOKENS, IMAGES), tmp_path / "in")
     files = [tmp_path / name for name in ("script.py", "in", "out")]
-    done = torchrun(size, *files, native, hugging_face, env={"PYTHONPATH": os.getcwd()})
+    done = torchrun(size, *files, vision_native, vision_hf, env={"PYTHONPATH": os.getcwd()})
     assert done.returncode == 0, done.stderr
     for found in torch.load(tmp_path / "out"):
-        close(found, model)
+        close(found, vision_model)

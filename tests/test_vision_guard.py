@@ -8,8 +8,8 @@ from llama import Guard, Llama
 from llama.errors import ArgumentError
 from llama.guard.prompt import VERSIONS
 from llama.tokenizer import Tokenizer
-from tests.support.meta_vision import IMAGE, picture, random_vision
 from tests.support.tiny import write_tokenizer
+from tests.support.vision import IMAGE, picture, random_vision
 
 QUESTION = [{"role": "user", "content": "What is this?"}]
 ANSWERED = [*QUESTION, {"role": "assistant", "content": "A llama."}]

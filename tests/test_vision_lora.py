@@ -9,20 +9,17 @@ from torch import Tensor
 
 from llama import Llama
 from llama.checkpoint import open_checkpoint
-from llama.checkpoint.convert import convert
 from llama.errors import CheckpointError
-from llama.vision import PlacedImage, VisionTransformer, tile_image
+from llama.vision import PlacedImage, tile_image
 from tests.support import vision_ranks
 from tests.support.lora import train
-from tests.support.meta_vision import (
+from tests.support.quantized import distance
+from tests.support.vision import (
     IMAGE,
     picture,
-    random_vision,
     reference,
     reference_logits,
-    write_checkpoint,
 )
-from tests.support.quantized import distance
 
 PICTURE = tile_image(picture(100, 50), 56)
 TOKENS = [9, IMAGE, 30, 400, 519]
@@ -30,21 +27,6 @@ EVERYWHERE = {}  # what these names match: layers of text, cross-attention, and 
 TEXT = {"target_modules": r".*language_model.*\.(self_attn\.[qkvo]_proj|(gate|up|down)_proj|lm_head)"}
 CROSS = {"target_modules": r".*cross_attn\.[qkvo]_proj", "use_rslora": True}
 TOWER = {"target_modules": r".*(vision_model.*(q_proj|o_proj|fc1|fc2)|multi_modal_projector)"}
-
-
-@pytest.fixture(scope="module")
-def model() -> VisionTransformer:
-    return random_vision()
-
-
-@pytest.fixture(scope="module")
-def native(model, tmp_path_factory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("vision") / "native", model)
-
-
-@pytest.fixture(scope="module")
-def hugging_face(native) -> Path:
-    return convert(native, native.parent / "hf", "hf")
 
 
 def logits(folder: Path, adapter: Path | None) -> Tensor:
@@ -57,27 +39,27 @@ def logits(folder: Path, adapter: Path | None) -> Tensor:
 @pytest.mark.parametrize(
     "config", [EVERYWHERE, TEXT, CROSS, TOWER], ids=["everywhere", "text", "cross", "tower"]
 )
-def test_logits_are_those_of_peft(config, native, hugging_face, tmp_path):
-    before = logits(native, None)
-    merged = train(tmp_path / "adapter", reference(hugging_face), **config)
+def test_logits_are_those_of_peft(config, vision_native, vision_hf, tmp_path):
+    before = logits(vision_native, None)
+    merged = train(tmp_path / "adapter", reference(vision_hf), **config)
     expected = reference_logits(merged, TOKENS, [PICTURE])
     assert (expected - before).abs().max() > 0.01
-    for folder in (native, hugging_face):
+    for folder in (vision_native, vision_hf):
         torch.testing.assert_close(logits(folder, tmp_path / "adapter"), expected, atol=2e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
-def adapter(hugging_face, tmp_path_factory) -> Path:
+def adapter(vision_hf, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
-    train(folder, reference(hugging_face), target_modules=r".*(self|cross)_attn\.(q|v)_proj", use_rslora=True)
+    train(folder, reference(vision_hf), target_modules=r".*(self|cross)_attn\.(q|v)_proj", use_rslora=True)
     return folder
 
 
 @pytest.mark.slow
-def test_weights_are_those_merged_by_hand(adapter, native):
+def test_weights_are_those_merged_by_hand(adapter, vision_native):
     """W + alpha / √r · B A; layer 3 of transformers is the first block of cross-attention."""
     factors = load_file(adapter / "adapter_model.safetensors")
-    before, after = (open_checkpoint(native, adapter=path).weights for path in (None, adapter))
+    before, after = (open_checkpoint(vision_native, adapter=path).weights for path in (None, adapter))
     for name, module in {
         "layers.0.attention.wv.weight": "model.language_model.layers.0.self_attn.v_proj",
         "layers.4.attention.wv.weight": "model.language_model.layers.5.self_attn.v_proj",
@@ -95,7 +77,7 @@ def test_weights_are_those_merged_by_hand(adapter, native):
 
 
 @pytest.mark.slow
-def test_names_of_older_versions(adapter, native, tmp_path):
+def test_names_of_older_versions(adapter, vision_native, tmp_path):
     """Before 4.52, transformers had the names of its files in memory too."""
     factors = load_file(adapter / "adapter_model.safetensors")
     old = {"model.model.language_model.": "model.language_model.model.", "model.model.vision": "model.vision"}
@@ -106,14 +88,17 @@ def test_names_of_older_versions(adapter, native, tmp_path):
     assert not renamed.keys() & factors.keys()
     save_file(renamed, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
-    assert torch.equal(logits(native, tmp_path), logits(native, adapter))
+    assert torch.equal(logits(vision_native, tmp_path), logits(vision_native, adapter))
 
 
 @pytest.mark.slow
-def test_without_images_the_text_layers_are_adapted(adapter, native):
+def test_without_images_the_text_layers_are_adapted(adapter, vision_native):
     text = torch.tensor([[5, 9, 30, 400, 519]])
     options = {"max_seq_len": 32, "max_batch_size": 1, "dtype": "float32", "adapter": adapter}
-    with Llama.build(native, **options) as llama, Llama.build(native, vision=False, **options) as blind:
+    with (
+        Llama.build(vision_native, **options) as llama,
+        Llama.build(vision_native, vision=False, **options) as blind,
+    ):
         torch.testing.assert_close(blind.model(text, 0), llama.model(text, 0))
 
 
@@ -125,17 +110,17 @@ def test_without_images_the_text_layers_are_adapted(adapter, native):
         ({"target_modules": ["patch_embedding"]}, "a LoRA factor must be a matrix"),
     ],
 )
-def test_other_layers_are_refused(config, sentence, native, hugging_face, tmp_path):
-    train(tmp_path, reference(hugging_face), **config)
+def test_other_layers_are_refused(config, sentence, vision_native, vision_hf, tmp_path):
+    train(tmp_path, reference(vision_hf), **config)
     with pytest.raises(CheckpointError, match=sentence):
-        open_checkpoint(native, adapter=tmp_path)
+        open_checkpoint(vision_native, adapter=tmp_path)
 
 
 @pytest.mark.slow
-def test_ranks_read_their_parts(adapter, native, torchrun, tmp_path):
+def test_ranks_read_their_parts(adapter, vision_native, torchrun, tmp_path):
     for name, size in vision_ranks.SIZES.items():
         picture(*size).save(tmp_path / f"{name}.png")
-    jobs = [f"{native}:::{adapter}", f"{native}:int8::{adapter}"]
+    jobs = [f"{vision_native}:::{adapter}", f"{vision_native}:int8::{adapter}"]
     done = torchrun(2, *vision_ranks.MODULE, "seeing", tmp_path, tmp_path / "out", ",".join(jobs))
     assert done.returncode == 0, done.stderr
     for job, found in zip(jobs, torch.load(f"{tmp_path}/out.0"), strict=True):

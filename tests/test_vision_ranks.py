@@ -8,8 +8,8 @@ import torch
 from llama import Llama
 from llama.checkpoint.convert import convert
 from tests.support import vision_ranks
-from tests.support.meta_vision import picture, random_vision, write_checkpoint
 from tests.support.quantized import distance
+from tests.support.vision import picture, random_vision, write_checkpoint
 from tests.support.vision_ranks import MODULE, SIZES
 
 pytestmark = pytest.mark.slow

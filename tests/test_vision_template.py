@@ -7,7 +7,6 @@ import llama_models.llama3.chat_format as meta
 import pytest
 import tokenizers
 from llama_models.datatypes import RawMediaItem, RawMessage, RawTextItem
-from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 from PIL import Image
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
@@ -23,10 +22,10 @@ IMAGE_PART = {"type": "image", "image": b"any"}
 
 
 @pytest.fixture(scope="module")
-def template(llama3_tokenizer: Path) -> ChatTemplate:
+def template(llama3_tokenizer: Tokenizer) -> ChatTemplate:
     path = ROOT / "tests/data/prompts/llama-3.2-vision-instruct.jinja"
     source = '{%- set date_string = "26 Jul 2024" %}' + path.read_text("utf-8")
-    return ChatTemplate(Tokenizer(llama3_tokenizer), source, path, "<|begin_of_text|>")
+    return ChatTemplate(llama3_tokenizer, source, path, "<|begin_of_text|>")
 
 
 def text(words: str) -> dict[str, str]:
@@ -76,9 +75,9 @@ def test_a_next_turn_with_an_image_is_the_rest_of_the_dialog(template: ChatTempl
 
 
 @pytest.mark.parametrize("dialog", [*DIALOGS, [user(text("  Compare\n"), IMAGE_PART, text(" with a cat. "))]])
-def test_native_dialogs_are_metas(template: ChatTemplate, llama3_tokenizer: Path, dialog: list) -> None:
+def test_native_dialogs_are_metas(template: ChatTemplate, metas_tokenizer, dialog: list) -> None:
     """Also through the template that folders converted to Hugging Face's form get."""
-    theirs = meta.ChatFormat(MetaTokenizer(llama3_tokenizer))
+    theirs = meta.ChatFormat(metas_tokenizer)
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "PNG")
     messages = []

@@ -1,14 +1,19 @@
 """Anthropic's own client against the server."""
 
+from __future__ import annotations
+
 import asyncio
 import json
+from typing import TYPE_CHECKING
 
-import anthropic
 import pytest
 
 from llama import Llama
 from tests.server.test_openai import CITY
 from tests.support.serving import NAME
+
+if TYPE_CHECKING:
+    import anthropic
 
 ASK = {
     "model": NAME,
@@ -23,6 +28,8 @@ TOOL = {"name": "weather", "description": "The weather.", "input_schema": CITY}
 
 @pytest.fixture
 def client(url: str):
+    import anthropic
+
     with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
         yield client
 
@@ -99,6 +106,8 @@ def test_a_schema_is_kept(client: anthropic.Anthropic) -> None:
 
 
 def test_mistakes_are_typed_errors(client: anthropic.Anthropic) -> None:
+    import anthropic
+
     with pytest.raises(anthropic.NotFoundError, match="'other' does not exist"):
         client.messages.create(**{**ASK, "model": "other"})
     with pytest.raises(anthropic.BadRequestError, match="temperature"):
@@ -112,6 +121,8 @@ def test_mistakes_are_typed_errors(client: anthropic.Anthropic) -> None:
 
 
 def test_asynchronously(url: str, client: anthropic.Anthropic) -> None:
+    import anthropic
+
     expected = client.messages.create(**ASK, **GREEDY).content[0].text
 
     async def ask() -> list[str]:

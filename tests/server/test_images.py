@@ -4,7 +4,6 @@ import base64
 import io
 from pathlib import Path
 
-import anthropic
 import httpx
 import openai
 import pytest
@@ -12,9 +11,9 @@ import pytest
 from llama import Llama
 from llama.tokenizer import Tokenizer
 from tests.server.test_serve import TORCHRUN, process
-from tests.support.meta_vision import picture, random_vision, write_checkpoint
 from tests.support.serving import NAME, Served, serving
 from tests.support.tiny import write_tokenizer
+from tests.support.vision import picture, random_vision, write_checkpoint
 
 GREEDY = {"temperature": 0, "max_tokens": 8}
 
@@ -61,6 +60,8 @@ def expected(seeing: Llama, *images: bytes) -> str:
 
 @pytest.mark.parametrize("images", [(WIDE,), (SMALL, WIDE)], ids=len)
 def test_images_are_seen_as_by_the_library(seeing: Llama, eyes: Served, client, images: tuple) -> None:
+    import anthropic
+
     text = expected(seeing, *images)
     assert text != expected(seeing, *images[:-1])
     urls = [{"type": "image_url", "image_url": {"url": data_url(i), "detail": "low"}} for i in images]

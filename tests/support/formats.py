@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import random
@@ -70,6 +71,7 @@ def random_texts(n: int, seed: int = 0, longest: int = 12) -> list[str]:
     return texts
 
 
+@functools.cache
 def sentencepiece_model(vocab_size: int = 400) -> bytes:
     """A model with the settings that Llama 2's was trained with."""
     out = io.BytesIO()
@@ -90,6 +92,7 @@ def sentencepiece_model(vocab_size: int = 400) -> bytes:
     return out.getvalue()
 
 
+@functools.cache
 def tiktoken_ranks(merges: int = 128) -> dict[bytes, int]:
     """All bytes, then pairs of the corpus's tokens, most frequent first: real but small BPE."""
     ranks = {bytes([i]): i for i in range(256)}

@@ -34,8 +34,8 @@ SONGS = {
 
 
 @pytest.fixture(scope="module")
-def tokenizer(llama3_tokenizer: Path) -> Tokenizer:
-    return Tokenizer(llama3_tokenizer)
+def tokenizer(llama3_tokenizer: Tokenizer) -> Tokenizer:
+    return llama3_tokenizer
 
 
 def test_text_of_random_tools_equals_that_of_metas_generators():

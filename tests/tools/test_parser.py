@@ -2,7 +2,6 @@
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 
@@ -127,14 +126,14 @@ def test_random_answers_cut_anywhere_are_read_back(seed: int):
         assert answer == whole
 
 
-def test_random_answers_cut_at_every_token_are_read_back(llama3_tokenizer: Path):
-    tokenizer, rng = Tokenizer(llama3_tokenizer), random.Random(0)
+def test_random_answers_cut_at_every_token_are_read_back(llama3_tokenizer: Tokenizer):
+    rng = random.Random(0)
     for _ in range(100):
         calls = cases.calls(rng, TOOLS[:4], 3)
         form = FORMATS[rng.choice(list(FORMATS))]
         text = "; ".join(form.write([call]) for call in calls)
-        ids = tokenizer.encode(text, bos=False, eos=False)
-        parser, answer, pieces = ToolParser(TOOLS), ParsedAnswer(), TextStream(tokenizer)
+        ids = llama3_tokenizer.encode(text, bos=False, eos=False)
+        parser, answer, pieces = ToolParser(TOOLS), ParsedAnswer(), TextStream(llama3_tokenizer)
         for piece in [*map(pieces.push, ids), pieces.flush()]:
             for delta in parser.push(piece):
                 answer.add(delta)

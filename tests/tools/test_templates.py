@@ -22,8 +22,8 @@ TOOLS, DIALOG = GOLDENS["inputs"]["tools"], GOLDENS["inputs"]["messages"]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(llama3_tokenizer: Path) -> Tokenizer:
-    return Tokenizer(llama3_tokenizer)
+def tokenizer(llama3_tokenizer: Tokenizer) -> Tokenizer:
+    return llama3_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from llama.checkpoint.convert import convert
 from llama.cli import main
 from llama.tokenizer import Tokenizer
 from llama.vision import VisionTransformer
-from tests.support import DEMO, ROOT, tiny, vision
+from tests.support import DEMO, ROOT, forked, tiny, vision
 
 # For tiny products, waking a second thread costs what it gains, and far more on a busy machine.
 torch.set_num_threads(1)
@@ -129,6 +129,19 @@ def torchrun():
             with contextlib.suppress(ProcessLookupError):  # ranks outlive an agent that is killed
                 os.killpg(process.pid, signal.SIGKILL)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def on_ranks(tmp_path_factory: pytest.TempPathFactory):
+    """Run a script or `-m` module on several ranks, like `torchrun`, whose start takes three times as long.
+
+    For what the ranks do; what `torchrun` does about it is not the same.
+    """
+
+    def run(size: int, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess:
+        return forked.run(size, tmp_path_factory.mktemp("ranks"), *arguments, timeout=timeout)
 
     return run
 

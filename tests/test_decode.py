@@ -225,11 +225,11 @@ def test_compiled_around_operators_that_the_compiler_does_not_know(scheme: str) 
 
 
 @pytest.mark.slow
-def test_two_ranks_compile_whole(tmp_path: Path, torchrun) -> None:
+def test_two_ranks_compile_whole(tmp_path: Path, on_ranks) -> None:
     tokenizer = byte_tokenizer(tmp_path)
     model = small_model(std=0.5, vocab_size=tokenizer.n_words, max_batch_size=4)
     save_model(tmp_path, model)
-    result = torchrun(2, "-m", __name__, tmp_path)
+    result = on_ranks(2, "-m", __name__, tmp_path)
     assert result.returncode == 0, result.stderr
     answers = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert answers[0] == answers[1]

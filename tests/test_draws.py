@@ -64,13 +64,13 @@ def flat_model(vocab_size: int, slots: int) -> Transformer:
     return small_model(std=0.1, vocab_size=vocab_size, max_batch_size=slots, dim=64)
 
 
-def check(vocab_size: int, count: int, folder: Path, torchrun) -> None:
+def check(vocab_size: int, count: int, folder: Path, on_ranks) -> None:
     alone = texts(flat_model(vocab_size, 1), count)
     assert all(len(tokens) == NEW for tokens in alone)
     assert len({token for tokens in alone for token in tokens}) > 15 * count  # hardly any came twice
     assert texts(flat_model(vocab_size, 8), count) == alone
     for nproc in (2, 4):
-        done = torchrun(nproc, "-m", __name__, vocab_size, count, folder, timeout=600)
+        done = on_ranks(nproc, "-m", __name__, vocab_size, count, folder, timeout=600)
         assert done.returncode == 0, done.stderr
         for rank in range(nproc):
             assert json.loads((folder / f"{nproc}.{rank}.json").read_text()) == alone
@@ -84,9 +84,9 @@ def check(vocab_size: int, count: int, folder: Path, torchrun) -> None:
     ],
 )
 def test_requests_are_the_same_alone_in_batches_and_on_ranks(
-    vocab_size: int, count: int, tmp_path: Path, torchrun
+    vocab_size: int, count: int, tmp_path: Path, on_ranks
 ) -> None:
-    check(vocab_size, count, tmp_path, torchrun)
+    check(vocab_size, count, tmp_path, on_ranks)
 
 
 @pytest.mark.slow

@@ -1,11 +1,8 @@
-"""Every format on several ranks, by real torchrun processes over gloo."""
+"""Every format on several ranks, over gloo."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +34,7 @@ if os.environ["RANK"] == "0":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_logits_on_ranks(world_size: int, tmp_path: Path) -> None:
+def test_logits_on_ranks(world_size: int, tmp_path: Path, on_ranks) -> None:
     weights = formats.random_weights(OLD, 400)
     model = formats.sentencepiece_model()
     native = formats.write_native(tmp_path / "native", OLD, weights, model, 2)
@@ -57,23 +54,10 @@ def test_logits_on_ranks(world_size: int, tmp_path: Path) -> None:
         "gguf adapted": (str(gguf), adapter),
     }
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(world_size),
-    ]
-    command += [
-        str(tmp_path / "script.py"),
-        json.dumps(jobs),
-        str(tmp_path / "tokens"),
-        str(tmp_path / "out"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
-    assert result.returncode == 0, result.stderr[-3000:]
+    done = on_ranks(
+        world_size, *(tmp_path / "script.py", json.dumps(jobs), tmp_path / "tokens", tmp_path / "out")
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     for name, logits in torch.load(tmp_path / "out").items():
         expected = adapted if "adapted" in name else plain
         torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Several ranks, by real torchrun on gloo: the same answers as one, and one word when something breaks."""
+"""Several ranks, on gloo: the same answers as one, and one word when something breaks."""
 
 import os
 import signal
@@ -12,7 +12,8 @@ import torch
 
 from llama import Llama
 from llama.parallel import Joined, ModelParallel, merged
-from tests.support import ROOT, ranks, tiny
+from tests.support import ROOT, tiny
+from tests.support.ranks import PROMPTS, in_shape, observe
 from tests.support.tiny import small_model
 
 MODULE = ["-m", "tests.support.ranks"]
@@ -33,10 +34,10 @@ def checkpoints(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_answers_in_a_shape_are_the_same_on_two_ranks(ckpt: Path, tmp_path: Path, torchrun) -> None:
-    done = torchrun(2, *MODULE, "shapes", ckpt, tmp_path / "seen")
+def test_answers_in_a_shape_are_the_same_on_two_ranks(ckpt: Path, tmp_path: Path, on_ranks) -> None:
+    done = on_ranks(2, *MODULE, "shapes", ckpt, tmp_path / "seen")
     assert done.returncode == 0, done.stderr
-    expected = ranks.in_shape(Llama.build(ckpt, max_seq_len=1024, max_batch_size=3, dtype="float32"))
+    expected = in_shape(Llama.build(ckpt, max_seq_len=1024, max_batch_size=3, dtype="float32"))
     for rank in range(2):
         seen = torch.load(tmp_path / f"seen.{rank}")
         assert seen["schema"] == expected["schema"] and seen["call"] == expected["call"]
@@ -47,12 +48,12 @@ def test_answers_in_a_shape_are_the_same_on_two_ranks(ckpt: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("nproc", [1, 2, 4])
-def test_any_shards_on_any_ranks_give_what_one_rank_gives(tmp_path: Path, torchrun, nproc: int) -> None:
+def test_any_shards_on_any_ranks_give_what_one_rank_gives(tmp_path: Path, on_ranks, nproc: int) -> None:
     folders = checkpoints(tmp_path / "ckpts")
-    done = torchrun(nproc, *MODULE, "every_checkpoint", folders, tmp_path)
+    done = on_ranks(nproc, *MODULE, "every_checkpoint", folders, tmp_path)
     assert done.returncode == 0, done.stderr
     for folder in folders.iterdir():
-        expected = ranks.observe(Llama.build(folder, max_seq_len=32, max_batch_size=3, dtype="float32"))
+        expected = observe(Llama.build(folder, max_seq_len=32, max_batch_size=3, dtype="float32"))
         for rank in range(nproc):
             seen = torch.load(tmp_path / f"{rank}.pt")[folder.name]
             torch.testing.assert_close(seen["logits"], expected["logits"], atol=1e-4, rtol=1e-5)
@@ -67,18 +68,18 @@ def test_two_models_under_two_ranks(ckpt: Path, tmp_path: Path, torchrun) -> Non
     done = torchrun(2, *MODULE, "two_at_once", ckpt, tmp_path / "seen")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "only rank 0 prints\n"
-    expected = ranks.observe(Llama.build(ckpt, max_seq_len=32, max_batch_size=3, dtype="float32"))
+    expected = observe(Llama.build(ckpt, max_seq_len=32, max_batch_size=3, dtype="float32"))
     for rank in range(2):
         assert torch.load(tmp_path / f"seen.{rank}")["greedy"] == expected["greedy"]
 
 
 @pytest.mark.slow
-def test_copies_of_a_model_work_apart(ckpt: Path, tmp_path: Path, torchrun) -> None:
-    done = torchrun(4, *MODULE, "replicas", ckpt, tmp_path / "seen")
+def test_copies_of_a_model_work_apart(ckpt: Path, tmp_path: Path, on_ranks) -> None:
+    done = on_ranks(4, *MODULE, "replicas", ckpt, tmp_path / "seen")
     assert done.returncode == 0, done.stderr
     llama = Llama.build(ckpt, max_seq_len=32, max_batch_size=3, dtype="float32")
     for rank in range(4):
-        expected = llama.generate([ranks.PROMPTS[rank // 2]], 12, temperature=0)[0]
+        expected = llama.generate([PROMPTS[rank // 2]], 12, temperature=0)[0]
         assert torch.load(tmp_path / f"seen.{rank}") == expected
 
 
@@ -141,7 +142,7 @@ def test_two_nodes(tmp_path: Path, torchrun) -> None:
         for agent in agents:
             agent.send_signal(signal.SIGTERM)
     alone = Llama.build(tmp_path / "ckpts" / "a", max_seq_len=32, max_batch_size=3, dtype="float32")
-    expected = ranks.observe(alone)
+    expected = observe(alone)
     for rank in range(4):
         assert torch.load(tmp_path / f"{rank}.pt")["a"]["greedy"] == expected["greedy"]
 

@@ -174,14 +174,14 @@ def test_the_demo_model_keeps_its_quality(scheme: str, limit: float, demo_ckpt: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scheme", "ranks"), [("int8", 2), ("int4", 4)])
-def test_ranks_agree(scheme: str, ranks: int, tmp_path: Path, torchrun) -> None:
+@pytest.mark.parametrize(("scheme", "size"), [("int8", 2), ("int4", 4)])
+def test_ranks_agree(scheme: str, size: int, tmp_path: Path, on_ranks) -> None:
     source = tiny.write_checkpoint(tmp_path / "tiny", n_kv_heads=2)  # that four ranks repeat
     folder = convert(source, tmp_path / "saved", quantize=scheme, shards=3)
-    done = torchrun(ranks, "tests/support/ranks.py", "quantized", folder, tmp_path / "seen")
+    done = on_ranks(size, "tests/support/ranks.py", "quantized", folder, tmp_path / "seen")
     assert done.returncode == 0, done.stderr
     exact = build(folder).model(TOKENS, 0)
-    for rank in range(ranks):
+    for rank in range(size):
         assert distance(torch.load(f"{tmp_path}/seen.{rank}"), exact) < 0.04  # of activations in 8 bits
 
 

@@ -153,7 +153,7 @@ def test_batch_invariant_soak_is_bitwise(dtype):
 
 
 @pytest.mark.slow
-def test_two_ranks(tmp_path, torchrun):
+def test_two_ranks(tmp_path, on_ranks):
     tokenizer = byte_tokenizer(tmp_path)
     save_model(tmp_path, small_model(std=0.5, max_batch_size=1, vocab_size=tokenizer.n_words))
     single = Engine(soak_model(1, vocab_size=tokenizer.n_words))
@@ -165,11 +165,11 @@ def test_two_ranks(tmp_path, torchrun):
 
     engine = Engine(soak_model(4, vocab_size=tokenizer.n_words), prefill_chunk=7)
     soak(engine, 80, seed=3, check=check)
-    result = torchrun(2, "-m", __name__, tmp_path)
+    result = on_ranks(2, "-m", __name__, tmp_path)
     assert result.returncode == 0, result.stderr
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-    assert ranks[0] == ranks[1]
-    for (prompt, tokens, reason), answer in zip(ranks[0], expected, strict=True):
+    found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1]
+    for (prompt, tokens, reason), answer in zip(found[0], expected, strict=True):
         assert prompt == answer[0]
         if reason == "cancelled":
             assert tokens == answer[1][: len(tokens)]

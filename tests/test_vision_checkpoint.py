@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 from pathlib import Path
 
 import pytest
@@ -318,11 +317,11 @@ torch.save(found, sys.argv[2])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks(vision_native, vision_hf, vision_model, torchrun, tmp_path, size):
+def test_ranks(vision_native, vision_hf, vision_model, on_ranks, tmp_path, size):
     (tmp_path / "script.py").write_text(SCRIPT)
     torch.save((TOKENS, IMAGES), tmp_path / "in")
     files = [tmp_path / name for name in ("script.py", "in", "out")]
-    done = torchrun(size, *files, vision_native, vision_hf, env={"PYTHONPATH": os.getcwd()})
+    done = on_ranks(size, *files, vision_native, vision_hf)
     assert done.returncode == 0, done.stderr
     for found in torch.load(tmp_path / "out"):
         close(found, vision_model)

@@ -117,11 +117,11 @@ def test_other_layers_are_refused(config, sentence, vision_native, vision_hf, tm
 
 
 @pytest.mark.slow
-def test_ranks_read_their_parts(adapter, vision_native, torchrun, tmp_path):
+def test_ranks_read_their_parts(adapter, vision_native, on_ranks, tmp_path):
     for name, size in vision_ranks.SIZES.items():
         picture(*size).save(tmp_path / f"{name}.png")
     jobs = [f"{vision_native}:::{adapter}", f"{vision_native}:int8::{adapter}"]
-    done = torchrun(2, *vision_ranks.MODULE, "seeing", tmp_path, tmp_path / "out", ",".join(jobs))
+    done = on_ranks(2, *vision_ranks.MODULE, "seeing", tmp_path, tmp_path / "out", ",".join(jobs))
     assert done.returncode == 0, done.stderr
     for job, found in zip(jobs, torch.load(f"{tmp_path}/out.0"), strict=True):
         # Activations have 8 bits too where weights do.

@@ -1,4 +1,4 @@
-"""Images on several ranks, by real torchrun on gloo: what one rank gives."""
+"""Images on several ranks, on gloo: what one rank gives."""
 
 from pathlib import Path
 
@@ -23,16 +23,11 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def native(tmp_path_factory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("vision") / "native", random_vision())
-
-
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.soak)])
-def test_chats_about_images_are_the_same(native, images, torchrun, tmp_path, size):
-    done = torchrun(size, *MODULE, "talking", native, images, tmp_path / "out")
+def test_chats_about_images_are_the_same(vision_native, images, on_ranks, tmp_path, size):
+    done = on_ranks(size, *MODULE, "talking", vision_native, images, tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    with Llama.build(native, **vision_ranks.BUILD) as llama:
+    with Llama.build(vision_native, **vision_ranks.BUILD) as llama:
         expected = vision_ranks.talk(llama, images)
     texts = [answer["generation"]["content"] for answer in expected["greedy"]]
     assert len({*texts}) == len(texts)  # or nothing would be shown
@@ -50,11 +45,11 @@ def test_chats_about_images_are_the_same(native, images, torchrun, tmp_path, siz
 
 
 @pytest.mark.parametrize("scheme", ["int4", pytest.param("int8", marks=pytest.mark.soak)])
-def test_fewer_bits_are_the_same_on_two_ranks(native, images, torchrun, tmp_path, scheme):
+def test_fewer_bits_are_the_same_on_two_ranks(vision_native, images, on_ranks, tmp_path, scheme):
     """Quantized as they load, and from a folder, of which a rank reads its part."""
-    folder = convert(native, tmp_path / scheme, quantize=scheme, shards=3)
-    jobs = f"{native},{native}:{scheme},{folder}"
-    done = torchrun(2, *MODULE, "seeing", images, tmp_path / "out", jobs)
+    folder = convert(vision_native, tmp_path / scheme, quantize=scheme, shards=3)
+    jobs = f"{vision_native},{vision_native}:{scheme},{folder}"
+    done = on_ranks(2, *MODULE, "seeing", images, tmp_path / "out", jobs)
     assert done.returncode == 0, done.stderr
     expected = [vision_ranks.job(text, images) for text in jobs.split(",")[1:]]
     for rank in range(2):
@@ -65,11 +60,11 @@ def test_fewer_bits_are_the_same_on_two_ranks(native, images, torchrun, tmp_path
 
 
 @pytest.mark.soak
-def test_ranks_without_a_head_of_the_encoder(images, torchrun, tmp_path):
+def test_ranks_without_a_head_of_the_encoder(images, on_ranks, tmp_path):
     """As of 32 ranks half are, since the encoder has 16 heads."""
     model = random_vision(vision_heads=2)
     folder = write_checkpoint(tmp_path / "two heads", model)
-    done = torchrun(
+    done = on_ranks(
         4, *MODULE, "seeing", images, tmp_path / "out", f"{folder},{folder}::bfloat16,{folder}:int8"
     )
     assert done.returncode == 0, done.stderr

@@ -135,13 +135,12 @@ def torchrun():
 
 @pytest.fixture(scope="session")
 def on_ranks(tmp_path_factory: pytest.TempPathFactory):
-    """Run a script or `-m` module on several ranks, like `torchrun`, whose start takes three times as long.
-
-    For what the ranks do; what `torchrun` does about it is not the same.
+    """Runs a script or `-m` module on ranks, faster than `torchrun`; for what the ranks do, not for how
+    they are started and ended. See `forked.run`.
     """
 
-    def run(size: int, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess:
-        return forked.run(size, tmp_path_factory.mktemp("ranks"), *arguments, timeout=timeout)
+    def run(size: int, *arguments: object, **options) -> subprocess.CompletedProcess:
+        return forked.run(size, tmp_path_factory.mktemp("ranks"), *arguments, **options)
 
     return run
 

@@ -1,15 +1,12 @@
 """How the compiled step's library is made, found again, and done without."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from llama.backends.native.compiler import compiled
-from tests.support import ROOT, tiny
+from tests.support import tiny
 
 if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
@@ -55,15 +52,15 @@ with Llama.build(sys.argv[1], max_seq_len=64, device="cpu", dtype="float32") as 
 
 
 @pytest.mark.slow
-def test_without_a_working_compiler_a_sentence_and_the_other_way(tmp_path: Path) -> None:
+def test_without_a_working_compiler_a_sentence_and_the_other_way(tmp_path: Path, on_ranks) -> None:
+    (script := tmp_path / "build.py").write_text(BUILD)
     folder = tiny.write_checkpoint(
         tmp_path / "model", dim=96, n_heads=6, n_kv_heads=2, head_dim=16, multiple_of=32
     )
 
     def build(**env: str) -> tuple[str, str]:
-        env = {**os.environ, "LLAMA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT), **env}
-        command = [sys.executable, "-c", BUILD, str(folder)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True)
+        done = on_ranks(0, script, folder, env={"LLAMA_CACHE": str(tmp_path / "cache"), **env})
+        assert done.returncode == 0, done.stderr
         return done.stdout, done.stderr
 
     working = build()

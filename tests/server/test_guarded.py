@@ -8,7 +8,7 @@ import pytest
 
 from llama import Llama
 from tests.server.test_faults import until
-from tests.server.test_serve import TORCHRUN, process
+from tests.server.test_serve import two_ranks
 from tests.support.script import save_scripted, scripted
 from tests.support.serving import NAME, serving
 from tests.test_guard import Words
@@ -97,7 +97,7 @@ def test_a_guard_embeddings_and_moderations_on_two_ranks(ckpt: Path, tmp_path: P
         vectors = llama.embed(["the llama", "in"])
     for name, text in guards.items():
         guard = save_scripted(tmp_path / name, scripted(text))
-        with process(*TORCHRUN, "serve", ckpt, "--dtype", "float32", "--guard", guard) as (_, url):
+        with two_ranks(tmp_path, ckpt, "--dtype", "float32", "--guard", guard) as url:
             reply = httpx.post(f"{url}/v1/chat/completions", json=ask, timeout=60).json()["choices"][0]
             blocked = reply["finish_reason"] == "content_filter"
             assert blocked is (name == "unsafe")

@@ -10,7 +10,7 @@ import pytest
 
 from llama import Llama
 from llama.tokenizer import Tokenizer
-from tests.server.test_serve import TORCHRUN, process
+from tests.server.test_serve import two_ranks
 from tests.support.serving import NAME, Served, serving
 from tests.support.tiny import write_tokenizer
 from tests.support.vision import picture, random_vision, write_checkpoint
@@ -157,8 +157,7 @@ def test_two_ranks_see_what_one_does(tmp_path: Path) -> None:
         text = expected(llama, SMALL)
     part = {"type": "image_url", "image_url": {"url": data_url(SMALL)}}
     parts = [{"type": "text", "text": "an"}, part, {"type": "text", "text": "er"}]
-    flags = ("--dtype", "float32", "--max_images", 2)
-    with process(*TORCHRUN, "serve", folder, *flags) as (_, address):
+    with two_ranks(tmp_path, folder, "--dtype", "float32", "--max_images", 2) as address:
         body = {"model": NAME, "messages": [{"role": "user", "content": parts}], **GREEDY}
         reply = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()
     assert reply["choices"][0]["message"]["content"] == text

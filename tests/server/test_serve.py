@@ -4,12 +4,11 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -17,7 +16,8 @@ import pytest
 
 from llama.cli import main
 from tests.server.test_openai import CITY
-from tests.support import ROOT
+from tests.support import ROOT, forked
+from tests.support.forked import free_port
 
 PATH = "/v1/chat/completions"
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "the llama"}], "max_tokens": 16}
@@ -28,9 +28,7 @@ SHAPED = {"type": "json_schema", "json_schema": {"name": "trip", "schema": CITY}
 @contextlib.contextmanager
 def process(*command: object, scheme: str = "http") -> Iterator[tuple[subprocess.Popen, str]]:
     """A server in a process of its own, and its address, once it is ready."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = [sys.executable, "-m", *map(str, command), "--port", str(port), "--max_seq_len", "256"]
     server = subprocess.Popen(
         words,
@@ -42,12 +40,7 @@ def process(*command: object, scheme: str = "http") -> Iterator[tuple[subprocess
     )
     url = f"{scheme}://127.0.0.1:{port}"
     try:
-        for _ in range(600):
-            with contextlib.suppress(httpx.TransportError):
-                httpx.get(f"{url}/health", verify=False)
-                break
-            assert server.poll() is None, server.stderr and server.stderr.read()
-            time.sleep(0.1)
+        until_ready(url, lambda: server.poll() is None)
         yield server, url
     finally:
         server.terminate()  # torchrun's ranks have sessions of their own, which only torchrun ends
@@ -55,6 +48,25 @@ def process(*command: object, scheme: str = "http") -> Iterator[tuple[subprocess
             server.wait(20)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
+
+
+def until_ready(url: str, running: Callable[[], bool]) -> None:
+    for _ in range(600):
+        with contextlib.suppress(httpx.TransportError):
+            httpx.get(f"{url}/health", verify=False)
+            return
+        assert running()
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def two_ranks(folder: Path, *words: object) -> Iterator[str]:
+    """The address of a server on two ranks, once it is ready. folder: for what they print."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    command = ("-m", "llama", "serve", *words, "--port", port, "--max_seq_len", 256)
+    with forked.started(2, folder, *command) as ranks:
+        until_ready(url, lambda: all(rank.is_alive() for rank in ranks))
+        yield url
 
 
 def answers(url: str) -> list[str]:

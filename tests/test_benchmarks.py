@@ -45,7 +45,7 @@ def test_engines_are_compared(ckpt: Path, tmp_path: Path) -> None:
     assert Path(f"{save}.png").stat().st_size < 150_000
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_curves_are_drawn(ckpt: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     kinds = ["decode", "context", "prefill"]
@@ -56,7 +56,7 @@ def test_curves_are_drawn(ckpt: Path, tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").stat().st_size < 150_000
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_servers_are_compared(ckpt: Path, tmp_path: Path) -> None:
     options = ["--native", ckpt, "--servers", "this runtime", "--clients", 1, 3, "--seconds", 2]
     for _ in range(2):  # rounds add up

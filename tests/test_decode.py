@@ -53,19 +53,27 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def alone() -> list[Request]:
+    """`CASES` one after the other, by ragged steps."""
+    ragged, requests = Engine(small_model(max_batch_size=1)), []
+    for i, params in enumerate(CASES):
+        requests.append(ragged.add(prompt_of(2 + 5 * i, seed=i), params))
+        finish(ragged, requests[-1])
+    return requests
+
+
 @pytest.mark.parametrize("shortcut", [1024, 2], ids=["", "nuclei larger than the shortcut"])
 @pytest.mark.parametrize("slots", [1, 3, 8])
-def test_static_is_ragged(slots: int, shortcut: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    ragged = Engine(small_model(max_batch_size=1))
+def test_static_is_ragged(
+    alone: list[Request], slots: int, shortcut: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     static = Engine(small_model(max_batch_size=slots), static=True)
     launches = Launches(static)
     monkeypatch.setattr(sampling, "NUCLEUS_SHORTCUT", shortcut)
-    prompts = [prompt_of(2 + 5 * i, seed=i) for i in range(len(CASES))]
-    mine = [static.add(prompt, params) for prompt, params in zip(prompts, CASES, strict=True)]
+    mine = [static.add(request.prompt, request.params) for request in alone]
     finish(static, *mine)
-    for request in mine:
-        expected = ragged.add(request.prompt, request.params)
-        finish(ragged, expected)
+    for request, expected in zip(mine, alone, strict=True):
         assert (request.tokens, request.finish_reason) == (expected.tokens, expected.finish_reason)
         torch.testing.assert_close(request.logprobs, expected.logprobs, atol=1e-4, rtol=1e-4)
     assert len(launches.shapes) > 20

@@ -9,7 +9,7 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fixtures import torch, so only processes that run tests have them: workers wait for the one before."""
-    if hasattr(config, "workerinput") or not config.option.numprocesses:
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", 0):
         config.pluginmanager.import_plugin("tests.support.fixtures")
 
 

@@ -179,11 +179,9 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize(
-    "runs",
-    [60, 600],
+    "runs", [pytest.param(60, marks=pytest.mark.slow), pytest.param(600, marks=pytest.mark.soak)]
 )
 def test_any_mutation_is_a_sentence_or_loads(kind: str, runs: int, tmp_path: Path) -> None:
     whole = FORMATS[kind](tmp_path / "whole")

@@ -33,6 +33,7 @@ class Matrix(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in ("kind", "rows", "cols", "tiled")),
         *((name, c_void_p) for name in ("weight", "scale", "min")),
+        ("parts", c_int32),
     ]
 
 

@@ -165,6 +165,7 @@ struct Matrix {                  // (rows, cols)
   int32_t kind, rows, cols, tiled;  // not tiled: fp32 or bf16 as in a file, row after row
   const uint8_t* weight;
   const uint16_t *scale, *min;   // fp16, tiles of (cols / 32, LANES); min may be null: symmetric, -8 or -16 · scale
+  int32_t parts;                 // int8 rows per row of activations: 1, or 2, the second for what rounding the first left
 };
 constexpr int tiles_of(int rows) { return (rows + LANES - 1) / LANES; }
 constexpr bool grouped(int kind) { return kind >= INT8; }
@@ -280,31 +281,38 @@ struct Inputs {
       for (int k = 0; k < m.cols; k += LANES) put(m.kind, i, k, load<F>(x + k));
       return;
     }
-    for (int g = 0; g < m.cols / GROUP; g++, x += GROUP) {
-      int8_t* to = (int8_t*)row(i) + place(g);
-#ifdef AMX
-      memset(g % 2 ? to - GROUP : to + GROUP, 0, GROUP);
-#endif
-      I bits = {};  // the largest magnitude, compared as integers, where NaN is the largest
-      for (int k = 0; k < GROUP; k += LANES) {
-        const I v = load<I>(x + k) & 0x7fffffff;
-        bits = v > bits ? v : bits;
-      }
-      int32_t most_bits = 0;
-      for (int k = 0; k < LANES; k++) most_bits = std::max(most_bits, bits[k]);
-      const float most = load<float>(&most_bits), inverse = most > 1e-30f ? 127 / most : 0;
-      I total = {};
-      for (int k = 0; k < GROUP; k += LANES) {
-        const F rounded = load<F>(x + k) * inverse + 12582912.f;  // 1.5 · 2^23 leaves only the integer part
-        const I q = (I)rounded - 0x4b400000;
-        total += q;
-        store(to + k, __builtin_convertvector(q, Quarters));
-      }
-      int whole = 0;
-      for (int k = 0; k < LANES; k++) whole += total[k];
-      const size_t at = (size_t(i / ROWS) * groups + g) * ROWS + i % ROWS;
-      scale[at] = most / 127, scaled_sum[at] = scale[at] * whole, offset[at] = FLIP ? -128 * whole : 0;
+    for (int g = 0; g < m.cols / GROUP; g++) {
+      F rest[GROUP / LANES];
+      memcpy(rest, x + g * GROUP, sizeof rest);
+      for (int part = 0; part < m.parts; part++) set_group(i * m.parts + part, g, rest);
     }
+  }
+  // Rounds a group to int8, and leaves in x what that has taken from it.
+  void set_group(int i, int g, F x[GROUP / LANES]) {
+    int8_t* to = (int8_t*)row(i) + place(g);
+#ifdef AMX
+    memset(g % 2 ? to - GROUP : to + GROUP, 0, GROUP);
+#endif
+    I bits = {};  // the largest magnitude, compared as integers, where NaN is the largest
+    for (int k = 0; k < GROUP / LANES; k++) {
+      const I v = (I)x[k] & 0x7fffffff;
+      bits = v > bits ? v : bits;
+    }
+    int32_t most_bits = 0;
+    for (int k = 0; k < LANES; k++) most_bits = std::max(most_bits, bits[k]);
+    const float most = load<float>(&most_bits), inverse = most > 1e-30f ? 127 / most : 0;
+    I total = {};
+    for (int k = 0; k < GROUP / LANES; k++) {
+      const F rounded = x[k] * inverse + 12582912.f;  // 1.5 · 2^23 leaves only the integer part
+      const I q = (I)rounded - 0x4b400000;
+      total += q;
+      store(to + k * LANES, __builtin_convertvector(q, Quarters));
+      x[k] = fma(to_float(q), splat(most / -127), x[k]);
+    }
+    int whole = 0;
+    for (int k = 0; k < LANES; k++) whole += total[k];
+    const size_t at = (size_t(i / ROWS) * groups + g) * ROWS + i % ROWS;
+    scale[at] = most / 127, scaled_sum[at] = scale[at] * whole, offset[at] = FLIP ? -128 * whole : 0;
   }
 };
 

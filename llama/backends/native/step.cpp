@@ -97,7 +97,7 @@ struct Runtime {
   const Model m;
   Pool pool;
   std::mutex mutex;
-  const int q_dim, share, widest;  // share: query heads per key head
+  const int q_dim, share, widest, parts;  // share: query heads per key head; parts: the most of any matrix
   int room = 0;                    // tokens that the buffers below hold
   std::vector<float> x, attended, hidden, partials;  // residual stream, attention's and w1/w3's output
   Inputs inputs, queries;                            // queries: n_kv_heads · tokens · share
@@ -112,10 +112,10 @@ struct Runtime {
 
   Runtime(const Model& model, int threads)
       : m(model), pool(threads), q_dim(m.n_heads * m.head_dim), share(m.n_heads / m.n_kv_heads),
-        widest(std::max({m.dim, m.hidden_dim, q_dim})), scratch(threads) {
+        widest(std::max({m.dim, m.hidden_dim, q_dim})), parts(2), scratch(threads) {
     const int at_once = QUERY_TOKENS * share;
     for (Scratch& s : scratch) {
-      s.inputs.resize(ROWS, widest), s.row.resize(m.dim);
+      s.inputs.resize(ROWS * parts, widest), s.row.resize(m.dim);
       s.tiles.resize(2 * LANES * size_t(widest));
       s.scores.resize(at_once * CHUNK), s.visible.resize(at_once);
       s.partial.resize(at_once * partial_size()), s.more.resize(at_once * partial_size());
@@ -127,7 +127,7 @@ struct Runtime {
     if (rows <= room) return;
     room = rows;
     x.resize(size_t(rows) * m.dim), attended.resize(size_t(rows) * q_dim), hidden.resize(size_t(rows) * m.hidden_dim);
-    if (rows > ROWS) inputs.resize(rows, widest);
+    if (rows > ROWS) inputs.resize(rows * parts, widest);
     queries.resize(rows * m.n_heads, m.head_dim);
   }
 
@@ -163,8 +163,8 @@ struct Runtime {
         const Tile both[] = {tile(w, i, t, 0), tile(w, std::min(i + 1, to - 1), t, 1)}, one[] = {both[0]};
         auto each = [&](int b, const F* v) { use(b, i * LANES, v[0]), use(b, i * LANES + LANES, v[1]); };
         auto only = [&](int b, const F* v) { use(b, i * LANES, v[0]); };
-        if (i + 1 < to) for_rows<2>(w.kind, both, w.cols, x, row, std::min(rows, n - row), each);
-        else for_rows<1>(w.kind, one, w.cols, x, row, std::min(rows, n - row), only);
+        if (i + 1 < to) for_rows<2>(w, both, x, row, std::min(rows, n - row), each);
+        else for_rows<1>(w, one, x, row, std::min(rows, n - row), only);
       }
   }
   template <class Use> void multiply(const Matrix& w, int t, const Inputs& x, int n, Use use) {
@@ -321,7 +321,7 @@ struct Runtime {
           auto silu = [&](int b, const F* v) {
             store(&hidden[size_t(b) * m.hidden_dim + i * LANES], v[0] / (exponential(-v[0]) + 1.f) * v[1]);
           };
-          for_rows<2>(l.w1.kind, both, m.dim, in, row, std::min(rows, n - row), silu);
+          for_rows<2>(l.w1, both, in, row, std::min(rows, n - row), silu);
         }
     pool.barrier();
     const Inputs& out = read(l.w2, t, n, [&](int i, float*) { return &hidden[size_t(i) * m.hidden_dim]; });
@@ -413,7 +413,7 @@ void llama_pack_scales(const uint8_t* from, int64_t stride, int64_t group_stride
 void llama_multiply(const Matrix* matrix, const float* x, int32_t n, float* out, int32_t threads) {
   const Matrix& m = *matrix;
   Inputs in;
-  in.resize(n, m.cols);
+  in.resize(n * m.parts, m.cols);
   for (int i = 0; i < n; i++) in.set(m, i, x + size_t(i) * m.cols);
   in_parallel(tiles_of(m.rows), threads, [&](int t) {
     std::vector<uint32_t> buffer(m.tiled ? 0 : size_t(m.cols) * LANES);
@@ -421,7 +421,7 @@ void llama_multiply(const Matrix* matrix, const float* x, int32_t n, float* out,
     auto use = [&](int i, const F* v) {
       memcpy(out + size_t(i) * m.rows + t * LANES, v, std::min(LANES, m.rows - t * LANES) * sizeof(float));
     };
-    for_rows<1>(m.kind, one, m.cols, in, 0, n, use);
+    for_rows<1>(m, one, in, 0, n, use);
   });
 }
 // Rows of a matrix as fp32 (n, cols).

@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -52,13 +52,22 @@ def weight_of(weight: Tensor, kind: str) -> Weight:
 
 
 def steps_of(
-    model: Transformer, kind: str, target: str | None, threads: Sequence[int] = (2,), in_place: bool = False
+    model: Transformer,
+    kind: str,
+    target: str | None,
+    threads: Sequence[int] = (2,),
+    in_place: bool = False,
+    others: Mapping[str, str] = {},
 ) -> list[NativeStep]:
-    """Steps of a model that keeps its weights; those of quantized kinds become what is computed with."""
+    """Steps of a model that keeps its weights; those of quantized kinds become what is computed with.
+
+    others: kinds of some matrices, by their last name.
+    """
     packed: dict[int, PackedMatrix] = {}
-    modules = [m for m in model.modules() if isinstance(m, Linear | VocabParallelEmbedding)]
-    for module in modules:
-        weight, key = weight_of(module.weight, kind), module.weight.data_ptr()  # the same if they are tied
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, Linear | VocabParallelEmbedding)}
+    for name, module in modules.items():
+        weight = weight_of(module.weight, others.get(name.rpartition(".")[2], kind))
+        key = module.weight.data_ptr()  # the same if they are tied
         if isinstance(weight, QuantizedMatrix):
             packed[key] = packed.get(key) or pack_quantized(weight, target=target)
             module.weight.copy_(weight.dequantize())
@@ -66,7 +75,7 @@ def steps_of(
             packed[key] = packed.get(key) or pack(weight, target=target, in_place=in_place)
         module.backend = packed[key]
     steps = [NativeStep(model, n, target) for n in threads]
-    for module in modules:
+    for module in modules.values():
         module.backend = None
     return steps
 
@@ -122,6 +131,23 @@ def test_groups_are_multiplied_by_their_definition(target: str | None, kind: str
     x[:, ::32] = 127
     exact = (x.double() @ model.output.weight.double().T).float()
     torch.testing.assert_close(step.logits(x), exact, rtol=1e-5, atol=1e-3)
+
+
+def test_chosen_int8_matrices_take_activations_in_two_parts(target: str | None) -> None:
+    """One part alone would be 0.005 away."""
+    model, tokens, rows = random_model(vocab_size=1000), ids(70), [Row(0, 0, 70)]
+    step = step_of(model, "int8", target)
+    hidden = model.hidden(tokens, rows)
+    first = model.cache.data[0, :, 0, :, :70].clone()  # keys and values, from exact embeddings
+    run(model, step, tokens)
+    assert distance(model.cache.data[0, :, 0, :, :70], first) < 1e-4
+    assert distance(step.logits(hidden), model.logits(hidden)) < 1e-4
+
+
+def test_matrices_of_other_bits_may_read_the_same_activations(target: str | None) -> None:
+    model, tokens = random_model(), ids(70)
+    step = steps_of(model, "int4", target, others={"wv": "int8"})[0]
+    assert distance(run(model, step, tokens), model.hidden(tokens, [Row(0, 0, 70)])) < 0.03
 
 
 @pytest.mark.parametrize("kind", KINDS[2:])

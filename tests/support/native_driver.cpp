@@ -19,7 +19,7 @@ static void* keep(size_t bytes) {
 static Matrix matrix() {
   const int32_t *head = next<int32_t>(4), kind = head[0], rows = head[1], cols = head[2];
   const size_t padded = size_t(tiles_of(rows)) * LANES, groups = cols / GROUP;
-  Matrix m{kind, rows, cols, 1, nullptr, nullptr, nullptr};
+  Matrix m{kind, rows, cols, 1, nullptr, nullptr, nullptr, kind == INT8 ? 2 : 1};
   uint8_t* to = (uint8_t*)keep(tiles_of(rows) * tile_bytes(kind, cols));
   const size_t group = grouped(kind) ? group_bytes(kind) / LANES : 0;
   const size_t stride = grouped(kind) ? groups * group : cols * (kind == FP32 ? 4 : 2);

@@ -97,7 +97,7 @@ struct Runtime {
   const Model m;
   Pool pool;
   std::mutex mutex;
-  const int q_dim, share, widest, parts;  // share: query heads per key head; parts: the most of any matrix
+  const int q_dim, share, widest, parts;  // share: query heads per key head; parts: the most that a matrix has
   int room = 0;                    // tokens that the buffers below hold
   std::vector<float> x, attended, hidden, partials;  // residual stream, attention's and w1/w3's output
   Inputs inputs, queries;                            // queries: n_kv_heads · tokens · share
@@ -112,7 +112,7 @@ struct Runtime {
 
   Runtime(const Model& model, int threads)
       : m(model), pool(threads), q_dim(m.n_heads * m.head_dim), share(m.n_heads / m.n_kv_heads),
-        widest(std::max({m.dim, m.hidden_dim, q_dim})), parts(2), scratch(threads) {
+        widest(std::max({m.dim, m.hidden_dim, q_dim})), parts(most_parts()), scratch(threads) {
     const int at_once = QUERY_TOKENS * share;
     for (Scratch& s : scratch) {
       s.inputs.resize(ROWS * parts, widest), s.row.resize(m.dim);
@@ -120,6 +120,12 @@ struct Runtime {
       s.scores.resize(at_once * CHUNK), s.visible.resize(at_once);
       s.partial.resize(at_once * partial_size()), s.more.resize(at_once * partial_size());
     }
+  }
+  int most_parts() const {
+    int most = m.output.parts;
+    for (int i = 0; i < m.n_layers; i++) most = std::max(most, m.layers[i].wq.parts);
+    for (int i = 0; i < m.n_cross; i++) most = std::max(most, m.cross[i].wq.parts);
+    return most;
   }
   int partial_size() const { return m.head_dim + LANES; }
 
@@ -413,7 +419,7 @@ void llama_pack_scales(const uint8_t* from, int64_t stride, int64_t group_stride
 void llama_multiply(const Matrix* matrix, const float* x, int32_t n, float* out, int32_t threads) {
   const Matrix& m = *matrix;
   Inputs in;
-  in.resize(n * m.parts, m.cols);
+  in.resize(n, m.cols);
   for (int i = 0; i < n; i++) in.set(m, i, x + size_t(i) * m.cols);
   in_parallel(tiles_of(m.rows), threads, [&](int t) {
     std::vector<uint32_t> buffer(m.tiled ? 0 : size_t(m.cols) * LANES);
@@ -421,7 +427,7 @@ void llama_multiply(const Matrix* matrix, const float* x, int32_t n, float* out,
     auto use = [&](int i, const F* v) {
       memcpy(out + size_t(i) * m.rows + t * LANES, v, std::min(LANES, m.rows - t * LANES) * sizeof(float));
     };
-    for_rows<1>(m, one, in, 0, n, use);
+    for_rows<1>(m.kind, one, m.cols, in, 0, n, use);
   });
 }
 // Rows of a matrix as fp32 (n, cols).

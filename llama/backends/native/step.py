@@ -3,7 +3,7 @@
 import ctypes
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,7 +43,6 @@ class PackedMatrix:
     scale: Tensor | None = None
     min: Tensor | None = None
     tiled: bool = True
-    parts: int = 1
     target: str | None = None
 
     @property
@@ -52,7 +51,7 @@ class PackedMatrix:
 
     def structure(self) -> Matrix:
         parts = (None if part is None else part.data_ptr() for part in (self.weight, self.scale, self.min))
-        return Matrix(self.kind, self.rows, self.cols, self.tiled, *parts, self.parts)
+        return Matrix(self.kind, self.rows, self.cols, self.tiled, *parts, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.cols).float().contiguous()
@@ -167,6 +166,17 @@ def check(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
         raise UnavailableError(f"head_dim={args.head_dim} is not a multiple of {lanes}")
 
 
+def in_two_parts(matrices: Sequence[Matrix]) -> None:
+    """Have int8 matrices, which multiply the same activations, take them in two parts.
+
+    The second part is what rounding to the first has left. In 8 bits, activations would lose more than int8
+    weights do, most of it here; and these matrices are a small share of a model's.
+    """
+    if all(matrix.kind == GROUPED_KINDS[8] for matrix in matrices):
+        for matrix in matrices:
+            matrix.parts = 2
+
+
 class NativeStep:
     """All layers of a model in one call, for any rows; results never depend on the step's other rows.
 
@@ -184,9 +194,6 @@ class NativeStep:
             if not isinstance(packed, PackedMatrix):
                 raise TypeError(f"{name} is not packed for the compiled step")
             self._kept.append(packed)
-            import os, re
-            if packed.kind == 2 and re.search(os.environ.get("PARTS", "^$"), name):
-                packed = replace(packed, parts=2)
             return packed.structure()
 
         # Modules with a small weight that may be edited, its name, and an fp32 copy.
@@ -206,6 +213,7 @@ class NativeStep:
             for i, layer in enumerate(found):
                 for field, name in linears.items():
                     setattr(layer, field, matrix(f"{folder}.{i}.{name}"))
+                in_two_parts([getattr(layer, field) for field in ("wq", "wk", "wv") if field in linears])
                 for field, name in smalls.items():
                     setattr(layer, field, small(f"{folder}.{i}.{name}"))
             return found
@@ -216,6 +224,7 @@ class NativeStep:
         )  # fmt: skip
         own = layers("layers", args.n_layers, LINEARS, NORMS)
         ends = matrix("tok_embeddings"), matrix("output"), small("norm.weight")
+        in_two_parts([ends[1]])
         structure = Model(*sizes, args.norm_eps, own, *ends)
         self.tokens = args.vocab_size  # how many ids there are
         if isinstance(model, VisionTransformer):

@@ -182,7 +182,7 @@ def run(model: Transformer, step: NativeStep, tokens: Tensor, rows: Sequence[Row
 )
 def test_bits_do_not_depend_on_company_chunks_slots_or_threads(target: str | None, kind: str) -> None:
     model = random_model(dtype_of(kind), max_batch_size=8)
-    steps = steps_of(model, kind, target, (2, 1, 3))
+    steps = steps_of(model, kind, target, (2, 1, 16))
     step = steps[0]
     pick = torch.Generator().manual_seed(0)
 

@@ -137,17 +137,20 @@ struct Runtime {
     queries.resize(rows * m.n_heads, m.head_dim);
   }
 
-  // A matrix's inputs, from row(i, thread's buffer) for n rows: few are computed by every thread, many together.
-  template <class GetRow> const Inputs& read(const Matrix& matrix, int t, int n, GetRow row) {
-    float* buffer = scratch[t].row.data();
-    if (n <= ROWS) {
-      for (int i = 0; i < n; i++) scratch[t].inputs.set(matrix, i, row(i, buffer));
-      return scratch[t].inputs;
-    }
-    for (int from, to; pool.take(n, from, to);)
-      for (int i = from; i < to; i++) inputs.set(matrix, i, row(i, buffer));
-    pool.barrier();
-    return inputs;
+  // Calls work(inputs, from, to) for parts of `pieces`. A matrix's inputs are set from row(i, thread's buffer) for
+  // n rows: few by each thread, many together.
+  template <class GetRow, class Work> void divide(int t, const Matrix& matrix, int n, int pieces, GetRow row, Work work) {
+    Scratch& s = scratch[t];
+    Inputs& in = n <= ROWS ? s.inputs : inputs;
+    auto set = [&](int from, int to) {
+      for (; from < to; from++) in.set(matrix, from, row(from, s.row.data()));
+    };
+    bool ready = n > ROWS;
+    if (ready) pool.phase(t, n, set);
+    pool.phase(t, pieces, [&](int from, int to) {
+      if (!ready) set(0, n), ready = true;
+      work(in, from, to);
+    });
   }
   const float* rms_norm(const float* from, const float* weight, float* to) const {
     const float scale = rms_scale(from, m.dim);
@@ -173,9 +176,8 @@ struct Runtime {
         else for_rows<1>(w, one, x, row, std::min(rows, n - row), only);
       }
   }
-  template <class Use> void multiply(const Matrix& w, int t, const Inputs& x, int n, Use use) {
-    for (int from, to; pool.take(tiles_of(w.rows), from, to);) multiply(w, from, to, t, x, n, use);
-    pool.barrier();
+  template <class GetRow, class Use> void multiply(const Matrix& w, int t, int n, GetRow row, Use use) {
+    divide(t, w, n, tiles_of(w.rows), row, [&](const Inputs& x, int from, int to) { multiply(w, from, to, t, x, n, use); });
   }
 
   int width() const { return m.cache_kind == FP32 ? 4 : 2; }
@@ -188,9 +190,9 @@ struct Runtime {
   void attention(int t, int layer) {
     const Layer& l = m.layers[layer];
     const float scale = 1 / std::sqrt(float(m.head_dim));
-    const Inputs& in = read(l.wq, t, n, [&](int i, float* to) { return rms_norm(&x[size_t(i) * m.dim], l.attention_norm, to); });
     const int hd = m.head_dim, q = tiles_of(q_dim), kv = tiles_of(m.n_kv_heads * hd);
-    for (int from, to; pool.take(q + 2 * kv, from, to);) {
+    auto normed = [&](int i, float* to) { return rms_norm(&x[size_t(i) * m.dim], l.attention_norm, to); };
+    divide(t, l.wq, n, q + 2 * kv, normed, [&](const Inputs& in, int from, int to) {
       multiply(l.wq, from, std::min(to, q), t, in, n, [&](int i, int col, F v) {
         queries.put(m.cache_kind, query(i, col / hd), col % hd, rotate(v, positions[i], col % hd) * scale);
       });
@@ -202,32 +204,31 @@ struct Runtime {
           m.cache_kind == FP32 ? store(at, v) : store(at, to_bf16(v));
         });
       }
-    }
-    pool.barrier();
+    });
     attend(t, l, text, layer);
   }
   // The same to images, without positions.
   void cross_attention(int t, int layer) {
     const Layer& l = m.cross[layer];
     const int hd = m.head_dim;
-    const Inputs& in = read(l.wq, t, n, [&](int i, float* to) { return rms_norm(&x[size_t(i) * m.dim], l.attention_norm, to); });
-    multiply(l.wq, t, in, n, [&](int i, int col, F v) { store(&attended[size_t(i) * q_dim + col], v); });
-    for (int from, to; pool.take(n * m.n_heads, from, to);)
+    auto normed = [&](int i, float* to) { return rms_norm(&x[size_t(i) * m.dim], l.attention_norm, to); };
+    multiply(l.wq, t, n, normed, [&](int i, int col, F v) { store(&attended[size_t(i) * q_dim + col], v); });
+    pool.phase(t, n * m.n_heads, [&](int from, int to) {
       for (; from < to; from++) {
         const int i = from / m.n_heads, head = from % m.n_heads;
         const float *q = &attended[size_t(from) * hd], scale = rms_scale(q, hd) / std::sqrt(float(hd));
         for (int d = 0; d < hd; d += LANES)
           queries.put(m.cache_kind, query(i, head), d, load<F>(q + d) * scale * load<F>(l.q_norm + d));
       }
-    pool.barrier();
+    });
     attend(t, l, images, layer);
   }
   // Where a token's query is: those that share a key head follow one another.
   int query(int i, int head) const { return (head / share * n + i) * share + head % share; }
   void attend(int t, const Layer& l, const Context& context, int layer) {
     m.cache_kind == FP32 ? attend<float>(t, context, layer) : attend<uint16_t>(t, context, layer);
-    const Inputs& out = read(l.wo, t, n, [&](int i, float*) { return &attended[size_t(i) * q_dim]; });
-    multiply(l.wo, t, out, n, [&](int i, int col, F v) { add(l.gate_attn, i, col, v); });
+    auto row = [&](int i, float*) { return &attended[size_t(i) * q_dim]; };
+    multiply(l.wo, t, n, row, [&](int i, int col, F v) { add(l.gate_attn, i, col, v); });
   }
   // Rotates adjacent channels of a head, from `channel` on, by their position's angles. One function for all
   // callers: GCC fuses alternating sums and differences of products even if told not to.
@@ -288,7 +289,7 @@ struct Runtime {
     const int chunks = context.chunks, units = int(spans.size()) * m.n_kv_heads, size = QUERY_TOKENS * share * partial_size();
     if (!context.split) {
       float *partial = scratch[t].partial.data(), *more = scratch[t].more.data();
-      for (int from, to; pool.take(units, from, to);)
+      return pool.phase(t, units, [&](int from, int to) {
         for (int u = from; u < to; u++) {
           const Span& span = spans[u / m.n_kv_heads];
           const int head = u % m.n_kv_heads;
@@ -299,28 +300,28 @@ struct Runtime {
           }
           finish(span, head, partial);
         }
-      return pool.barrier();
+      });
     }
-    for (int from, to; pool.take(units * chunks, from, to);)
+    pool.phase(t, units * chunks, [&](int from, int to) {
       for (int w = from; w < to; w++) {
         const Span& span = spans[w / chunks / m.n_kv_heads];
         if (w % chunks < span.chunks())
           attend_chunk<Element>(t, context, layer, span, w / chunks % m.n_kv_heads, w % chunks, &partials[size_t(w) * size]);
       }
-    pool.barrier();
-    for (int from, to; pool.take(units, from, to);)
+    });
+    pool.phase(t, units, [&](int from, int to) {
       for (int u = from; u < to; u++) {
         const Span& span = spans[u / m.n_kv_heads];
         float* partial = &partials[size_t(u) * chunks * size];
         for (int c = 1; c < span.chunks(); c++) merge_chunk(span, c, partial, partial + size_t(c) * size);
         finish(span, u % m.n_kv_heads, partial);
       }
-    pool.barrier();
+    });
   }
 
   void feed_forward(int t, const Layer& l) {
-    const Inputs& in = read(l.w1, t, n, [&](int i, float* to) { return rms_norm(&x[size_t(i) * m.dim], l.ffn_norm, to); });
-    for (int from, to; pool.take(tiles_of(m.hidden_dim), from, to);)
+    auto normed = [&](int i, float* to) { return rms_norm(&x[size_t(i) * m.dim], l.ffn_norm, to); };
+    divide(t, l.w1, n, tiles_of(m.hidden_dim), normed, [&](const Inputs& in, int from, int to) {
       for (int row = 0, rows = l.w1.tiled ? PANEL : n; row < n; row += rows)
         for (int i = from; i < to; i++) {
           const Tile both[] = {tile(l.w1, i, t, 0), tile(l.w3, i, t, 1)};
@@ -329,9 +330,9 @@ struct Runtime {
           };
           for_rows<2>(l.w1, both, in, row, std::min(rows, n - row), silu);
         }
-    pool.barrier();
-    const Inputs& out = read(l.w2, t, n, [&](int i, float*) { return &hidden[size_t(i) * m.hidden_dim]; });
-    multiply(l.w2, t, out, n, [&](int i, int col, F v) { add(l.gate_ffwd, i, col, v); });
+    });
+    auto row = [&](int i, float*) { return &hidden[size_t(i) * m.hidden_dim]; };
+    multiply(l.w2, t, n, row, [&](int i, int col, F v) { add(l.gate_ffwd, i, col, v); });
   }
 
   void embed(int token, float* to) const {
@@ -347,9 +348,9 @@ struct Runtime {
     if (size > partials.size()) partials.resize(size);
   }
   void step(int t, float* out) {
-    for (int from, to; pool.take(n, from, to);)
+    pool.phase(t, n, [&](int from, int to) {
       for (; from < to; from++) embed(tokens[from], &x[size_t(from) * m.dim]);
-    pool.barrier();
+    });
     for (int layer = 0, cross = 0; layer < m.n_layers; layer++) {
       if (!images.spans.empty() && cross < m.n_cross && m.fusion[cross] == layer) {
         cross_attention(t, cross);
@@ -358,12 +359,13 @@ struct Runtime {
       attention(t, layer);
       feed_forward(t, m.layers[layer]);
     }
-    for (int from, to; pool.take(n, from, to);)
+    pool.phase(t, n, [&](int from, int to) {
       for (; from < to; from++) rms_norm(&x[size_t(from) * m.dim], m.norm, out + size_t(from) * m.dim);
+    });
   }
   void logits(int t, const float* from, int rows, float* out) {
-    const Inputs& in = read(m.output, t, rows, [&](int i, float*) { return from + size_t(i) * m.dim; });
-    multiply(m.output, t, in, rows, [&](int i, int col, F v) {
+    auto row = [&](int i, float*) { return from + size_t(i) * m.dim; };
+    multiply(m.output, t, rows, row, [&](int i, int col, F v) {
       memcpy(out + size_t(i) * m.vocab_size + col, &v, std::min(LANES, m.vocab_size - col) * sizeof(float));
     });
   }

@@ -19,60 +19,73 @@ static inline void relax() {
 #endif
 }
 
-// A team of threads that runs one function at a time; the caller is its first member. Waiting threads spin
-// for a moment, then sleep, so that other processes can use the core.
+// A team of threads that runs one function at a time; the caller is its first member. The function consists of
+// phases whose pieces the members share. Nobody waits for a member, only for the pieces that one has taken: where
+// other processes hold a core, those who run go on alone. Waiting threads spin for a moment, then sleep.
 class Pool {
  public:
   const int threads;
 
-  explicit Pool(int n) : threads(n) {
+  explicit Pool(int n) : threads(n), members(n) {
     for (int t = 1; t < n; t++) workers.emplace_back([this, t] { work(t); });
   }
   ~Pool() {
-    call = nullptr;
-    job.fetch_add(1);
-    job.notify_all();
+    begin(nullptr, nullptr);
     for (auto& worker : workers) worker.join();
   }
-  // Calls function(t) on every thread t.
+  // Calls function(t) on the caller and on every thread t that wakes before the end.
   template <class Function> void run(Function function) {
-    call = [](void* f, int t) { (*(Function*)f)(t); };
-    argument = &function;
-    job.fetch_add(1, std::memory_order_release);
-    job.notify_all();
+    begin([](void* f, int t) { (*(Function*)f)(t); }, &function);
     function(0);
-    barrier();
+    for (uint32_t inside = door.fetch_or(CLOSED) | CLOSED; inside != CLOSED; inside = door.load(std::memory_order_acquire))
+      wait(door, inside);
   }
-  // Waits for every thread, then resets `take`.
-  void barrier() {
-    const uint32_t now = phase.load(std::memory_order_relaxed);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < uint32_t(threads)) return wait(phase, now);
-    arrived.store(0, std::memory_order_relaxed);
-    taken.store(0, std::memory_order_relaxed);
-    phase.store(now + 1, std::memory_order_release);
-    phase.notify_all();
-  }
-  // Takes the next few of `total` pieces of work, from … to - 1; false when none are left. The fewer remain,
-  // the fewer are taken at once, so that all threads finish together, even if one was interrupted.
-  bool take(int total, int& from, int& to) {
-    uint32_t first = taken.load(std::memory_order_relaxed);
-    do {
-      from = to = int(first);
-      if (from >= total) return false;
-      to += std::max(std::min((total - from) / (2 * threads), 8) & ~1, 1);
-    } while (!taken.compare_exchange_weak(first, uint32_t(to), std::memory_order_relaxed));
-    return true;
+  // A phase: calls work(from, to) for parts of `total` pieces, and returns when all are done. Every thread has the
+  // same phases; one that comes to a phase after its end does nothing in it.
+  template <class Work> void phase(int t, int total, Work work) {
+    if (total <= 0) return;
+    const uint32_t now = members[t].phase++;
+    uint32_t finished = 0;
+    for (int from, to; take(now, total, from, to); finished += to - from) work(from, to);
+    if (!finished || done.fetch_add(finished, std::memory_order_acq_rel) + finished < uint32_t(total)) return wait(current, now);
+    done.store(0, std::memory_order_relaxed);
+    next.store(uint64_t(now + 1) << 32, std::memory_order_relaxed);
+    current.store(now + 1, std::memory_order_release);
+    current.notify_all();
   }
 
  private:
+  static constexpr uint32_t CLOSED = 1u << 31;
+  struct alignas(64) Member { uint32_t phase; };
   std::vector<std::thread> workers;
+  std::vector<Member> members;
   alignas(64) std::atomic<uint32_t> job{0};
-  alignas(64) std::atomic<uint32_t> arrived{0};
-  alignas(64) std::atomic<uint32_t> phase{0};
-  alignas(64) std::atomic<uint32_t> taken{0};
+  alignas(64) std::atomic<uint32_t> door{CLOSED};  // how many workers are inside of the function
+  alignas(64) std::atomic<uint32_t> current{0};    // phase
+  alignas(64) std::atomic<uint32_t> done{0};       // pieces of it
+  alignas(64) std::atomic<uint64_t> next{0};       // phase and piece, 32 bits each
+  uint32_t first = 0;                              // phase of the function
   void (*call)(void*, int) = nullptr;
   void* argument = nullptr;
 
+  void begin(void (*function)(void*, int), void* of) {
+    call = function, argument = of;
+    first = members[0].phase = current.load(std::memory_order_relaxed);
+    door.store(0, std::memory_order_release);
+    job.fetch_add(1, std::memory_order_release);
+    job.notify_all();
+  }
+  // Takes the next few pieces of a phase, from … to - 1; false when none are left. The fewer remain, the fewer are
+  // taken at once, so that all threads finish together, even if one was interrupted.
+  bool take(uint32_t now, int total, int& from, int& to) {
+    uint64_t first = next.load(std::memory_order_relaxed);
+    do {
+      from = to = int(uint32_t(first));
+      if (first >> 32 != now || from >= total) return false;
+      to += std::max(std::min((total - from) / (2 * threads), 8) & ~1, 1);
+    } while (!next.compare_exchange_weak(first, first + (to - from), std::memory_order_relaxed));
+    return true;
+  }
   static void wait(std::atomic<uint32_t>& value, uint32_t old) {
     using clock = std::chrono::steady_clock;
     const auto end = clock::now() + std::chrono::microseconds(50);
@@ -81,6 +94,11 @@ class Pool {
         if (value.load(std::memory_order_acquire) != old) return;
     } while (clock::now() < end);
     while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+  }
+  bool enter() {
+    for (uint32_t inside = door.load(std::memory_order_relaxed); !(inside & CLOSED);)
+      if (door.compare_exchange_weak(inside, inside + 1, std::memory_order_acquire)) return true;
+    return false;
   }
   void work(int t) {
 #if defined(__linux__)
@@ -91,11 +109,14 @@ class Pool {
       sched_setaffinity(0, sizeof all, &all);
     }
 #endif
-    for (uint32_t seen = 0;; seen++) {
+    for (uint32_t seen = 0;;) {
       wait(job, seen);
+      seen = job.load(std::memory_order_relaxed);
+      if (!enter()) continue;  // too late
       if (!call) return;
+      members[t].phase = first;
       call(argument, t);
-      barrier();
+      if (door.fetch_sub(1, std::memory_order_release) == CLOSED + 1) door.notify_all();
     }
   }
 };
@@ -103,8 +124,9 @@ class Pool {
 // Gives every thread a part of `count` pieces of work.
 template <class Work> static void in_parallel(int count, int threads, Work work) {
   Pool pool(threads);
-  pool.run([&](int) {
-    for (int from, to; pool.take(count, from, to);)
+  pool.run([&](int t) {
+    pool.phase(t, count, [&](int from, int to) {
       for (; from < to; from++) work(from);
+    });
   });
 }

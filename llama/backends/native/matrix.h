@@ -68,6 +68,7 @@ static inline I splat(int32_t x) { return x - I{}; }
 static inline U splat(uint32_t x) { return x - U{}; }
 static inline F to_float(I i) { return __builtin_convertvector(i, F); }
 static inline F larger(F a, F b) { return a > b ? a : b; }
+static inline I larger(I a, I b) { return a > b ? a : b; }
 static inline float sum(F v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
 static inline float largest(F v) { float s = v[0]; for (int i = 1; i < LANES; i++) s = v[i] > s ? v[i] : s; return s; }
 
@@ -152,6 +153,13 @@ static inline void transpose(U v[LANES]) {
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) v[i] = t[i];
   }
+}
+
+// All lanes of v combined: each time, one half of them with the other.
+template <class Combine> static inline int32_t reduce(I v, Combine combine) {
+#pragma GCC unroll 4
+  for (int round = 1; round < LANES; round *= 2) v = combine(ZIP_LOW(v, v), ZIP_HIGH(v, v));
+  return v[0];
 }
 
 // ---- the layout of matrices
@@ -283,7 +291,7 @@ struct Inputs {
     }
     for (int g = 0; g < m.cols / GROUP; g++) {
       F rest[GROUP / LANES];
-      memcpy(rest, x + g * GROUP, sizeof rest);
+      for (F& v : rest) v = load<F>(x), x += LANES;
       for (int part = 0; part < m.parts; part++) set_group(i * m.parts + part, g, rest);
     }
   }
@@ -293,26 +301,20 @@ struct Inputs {
 #ifdef AMX
     memset(g % 2 ? to - GROUP : to + GROUP, 0, GROUP);
 #endif
-    I bits = {};  // the largest magnitude, compared as integers, where NaN is the largest
-    for (int k = 0; k < GROUP / LANES; k++) {
-      const I v = (I)x[k] & 0x7fffffff;
-      bits = v > bits ? v : bits;
-    }
-    int32_t most_bits = 0;
-    for (int k = 0; k < LANES; k++) most_bits = std::max(most_bits, bits[k]);
-    const float most = load<float>(&most_bits), inverse = most > 1e-30f ? 127 / most : 0;
-    I total = {};
+    I bits = {}, total = {};  // the largest magnitude, compared as integers, where NaN is the largest
+    for (int k = 0; k < GROUP / LANES; k++) bits = larger(bits, (I)x[k] & 0x7fffffff);
+    const int32_t most_bits = reduce(bits, [](I a, I b) { return larger(a, b); });
+    const float most = load<float>(&most_bits), unit = most / 127, inverse = most > 1e-30f ? 127 / most : 0;
     for (int k = 0; k < GROUP / LANES; k++) {
       const F rounded = x[k] * inverse + 12582912.f;  // 1.5 · 2^23 leaves only the integer part
       const I q = (I)rounded - 0x4b400000;
       total += q;
       store(to + k * LANES, __builtin_convertvector(q, Quarters));
-      x[k] = fma(to_float(q), splat(most / -127), x[k]);
+      x[k] = fma(to_float(q), splat(-unit), x[k]);
     }
-    int whole = 0;
-    for (int k = 0; k < LANES; k++) whole += total[k];
+    const int whole = reduce(total, [](I a, I b) { return a + b; });
     const size_t at = (size_t(i / ROWS) * groups + g) * ROWS + i % ROWS;
-    scale[at] = most / 127, scaled_sum[at] = scale[at] * whole, offset[at] = FLIP ? -128 * whole : 0;
+    scale[at] = unit, scaled_sum[at] = unit * whole, offset[at] = FLIP ? -128 * whole : 0;
   }
 };
 

@@ -68,7 +68,6 @@ static inline I splat(int32_t x) { return x - I{}; }
 static inline U splat(uint32_t x) { return x - U{}; }
 static inline F to_float(I i) { return __builtin_convertvector(i, F); }
 static inline F larger(F a, F b) { return a > b ? a : b; }
-static inline I larger(I a, I b) { return a > b ? a : b; }
 static inline float sum(F v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
 static inline float largest(F v) { float s = v[0]; for (int i = 1; i < LANES; i++) s = v[i] > s ? v[i] : s; return s; }
 
@@ -155,6 +154,7 @@ static inline void transpose(U v[LANES]) {
   }
 }
 
+static inline I larger(I a, I b) { return a > b ? a : b; }
 // All lanes of v combined: each time, one half of them with the other.
 template <class Combine> static inline int32_t reduce(I v, Combine combine) {
 #pragma GCC unroll 4

@@ -121,7 +121,7 @@ struct Runtime {
       s.partial.resize(at_once * partial_size()), s.more.resize(at_once * partial_size());
     }
   }
-  int most_parts() const {
+  int most_parts() const {  // of matrices that may have more than one; wk and wv have as many as wq
     int most = m.output.parts;
     for (int i = 0; i < m.n_layers; i++) most = std::max(most, m.layers[i].wq.parts);
     for (int i = 0; i < m.n_cross; i++) most = std::max(most, m.cross[i].wq.parts);

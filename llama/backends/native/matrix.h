@@ -68,6 +68,7 @@ static inline I splat(int32_t x) { return x - I{}; }
 static inline U splat(uint32_t x) { return x - U{}; }
 static inline F to_float(I i) { return __builtin_convertvector(i, F); }
 static inline F larger(F a, F b) { return a > b ? a : b; }
+static inline bool any(I v) { int some = 0; for (int i = 0; i < LANES; i++) some |= v[i]; return some; }
 static inline float sum(F v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
 static inline float largest(F v) { float s = v[0]; for (int i = 1; i < LANES; i++) s = v[i] > s ? v[i] : s; return s; }
 
@@ -326,4 +327,24 @@ static Tile tile_of(const Matrix& m, int i, uint32_t* buffer) {
   if (m.tiled) return {m.weight + i * tile_bytes(m.kind, m.cols), m.scale + scales, m.min ? m.min + scales : nullptr};
   tile_units(m.weight + i * LANES * bytes, bytes, std::min(LANES, m.rows - i * LANES), int(bytes / 4), buffer);
   return {(const uint8_t*)buffer, nullptr, nullptr};
+}
+
+// All of a quantized tile as fp32, (LANES, cols); rows beyond the matrix's are left out.
+template <int K> static void widen_tile(const Matrix& m, int tile, float* out) {
+  const Tile from = tile_of(m, tile, nullptr);
+  for (int g = 0; g < m.cols / GROUP; g++, out += GROUP) {
+    Bytes w[8];
+    unpack<K>(from.weight + size_t(g) * group_bytes(K), w);
+    const F scale = from_half(load<Halves>(from.scale + g * LANES));
+    const F min = from.min ? from_half(load<Halves>(from.min + g * LANES)) : scale * -middle(K);
+    for (int k = 0; k < GROUP; k += LANES) {
+      U rows[LANES];  // before they are transposed, of one input each
+      for (int j = 0; j < LANES; j++) {
+        const I q = (I)(((U)w[(k + j) / 4] ^ (K == INT8 ? FLIP : 0)) << (24 - (k + j) % 4 * 8)) >> 24;
+        rows[j] = (U)(K == INT8 ? to_float(q) * scale : to_float(q) * scale + min);
+      }
+      transpose(rows);
+      for (int r = 0; r < std::min(LANES, m.rows - tile * LANES); r++) store(out + size_t(r) * m.cols + k, rows[r]);
+    }
+  }
 }

@@ -4,6 +4,7 @@
 // Every output element is summed in a fixed order, whatever else is computed: along its inputs, or its
 // positions, sequentially. So a sequence gets the same bits alone or in a batch, in one prefill or token by
 // token, with any number of threads.
+#include "draw.h"
 #include "image.h"
 #include "product.h"
 #include "quantize.h"
@@ -91,6 +92,7 @@ struct Scratch {  // per thread
   std::vector<float> row, scores, partial, more;
   std::vector<uint32_t> tiles;
   std::vector<int> visible;
+  Chooser chooser;
 };
 
 struct Runtime {
@@ -371,25 +373,6 @@ struct Runtime {
   }
 };
 
-template <int K> static void widen_tile(const Matrix& m, int tile, float* out) {
-  const Tile from = tile_of(m, tile, nullptr);
-  for (int g = 0; g < m.cols / GROUP; g++, out += GROUP) {
-    Bytes w[8];
-    unpack<K>(from.weight + size_t(g) * group_bytes(K), w);
-    const F scale = from_half(load<Halves>(from.scale + g * LANES));
-    const F min = from.min ? from_half(load<Halves>(from.min + g * LANES)) : scale * -middle(K);
-    for (int k = 0; k < GROUP; k += LANES) {
-      U rows[LANES];  // before they are transposed, of one input each
-      for (int j = 0; j < LANES; j++) {
-        const I q = (I)(((U)w[(k + j) / 4] ^ (K == INT8 ? FLIP : 0)) << (24 - (k + j) % 4 * 8)) >> 24;
-        rows[j] = (U)(K == INT8 ? to_float(q) * scale : to_float(q) * scale + min);
-      }
-      transpose(rows);
-      for (int r = 0; r < std::min(LANES, m.rows - tile * LANES); r++) store(out + size_t(r) * m.cols + k, rows[r]);
-    }
-  }
-}
-
 extern "C" {
 int32_t llama_lanes() { return LANES; }
 int64_t llama_tile_bytes(int32_t kind, int32_t cols) { return tile_bytes(kind, cols); }
@@ -490,5 +473,18 @@ void llama_logits(Runtime* runtime, const float* hidden, int32_t n, float* out) 
   std::lock_guard<std::mutex> lock(runtime->mutex);
   runtime->make_room(n);
   runtime->pool.run([&](int t) { runtime->logits(t, hidden, n, out); });
+}
+
+// The next token of each row of fp32 logits (n, vocab_size).
+void llama_choose(Runtime* runtime, const float* logits, int32_t n, const Draw* draws, int64_t* tokens) {
+  std::lock_guard<std::mutex> lock(runtime->mutex);
+  const int size = runtime->m.vocab_size;
+  auto choose = [&](int t, int i) { tokens[i] = runtime->scratch[t].chooser.choose(logits + size_t(i) * size, size, draws[i]); };
+  if (n == 1) return choose(0, 0);
+  runtime->pool.run([&](int t) {
+    runtime->pool.phase(t, n, [&](int from, int to) {
+      for (; from < to; from++) choose(t, from);
+    });
+  });
 }
 }

@@ -14,7 +14,9 @@ from llama.backends.native import compiler
 from llama.backends.native.compiler import Layer, Matrix, Model, Row, UnavailableError, library
 from llama.model import Row as ModelRow
 from llama.model import Transformer
+from llama.noise import key_of
 from llama.quantization import GROUP, QuantizedMatrix
+from llama.sampling_params import Draw
 from llama.vision import Padding, Sight, VisionTransformer, attend
 
 PLAIN_KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -298,4 +300,18 @@ class NativeStep:
         hidden = hidden.float().contiguous()
         out = torch.empty(len(hidden), self.params.vocab_size)
         self.library.llama_logits(self._runtime, hidden.data_ptr(), len(hidden), out.data_ptr())
+        return out
+
+    def choose(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+        """Like `sampling.choose`: int64 (N) from fp32 logits (N, vocab_size)."""
+        out, vocab_size = torch.empty(len(logits), dtype=torch.long), self.params.vocab_size
+        rows = (compiler.Draw * len(draws))()
+        for row, (params, n) in zip(rows, draws, strict=True):
+            row.temperature = params.temperature
+            if params.temperature:
+                row.key, row.top_k = key_of(params.seed, n), min(params.top_k or vocab_size, vocab_size)
+                row.top_p, row.min_p = params.top_p, params.min_p
+        self.library.llama_choose(
+            self._runtime, logits.contiguous().data_ptr(), len(logits), rows, out.data_ptr()
+        )
         return out

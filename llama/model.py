@@ -28,6 +28,7 @@ from llama.parallel import (
     merged,
 )
 from llama.ranks import current
+from llama.sampling_params import Draw
 
 
 class RMSNorm(nn.Module):
@@ -254,6 +255,8 @@ class StepBackend(Protocol):
     def hidden(self, tokens: Tensor, rows: Sequence[Row], cache: Tensor, rotations: Tensor) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def choose(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor: ...
 
 
 class Transformer(nn.Module):

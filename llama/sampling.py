@@ -7,7 +7,7 @@ after a restart and on any number of ranks; rounding can change a draw only if t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llama.device import to_device
 from llama.noise import gumbel, key_of
+from llama.sampling_params import Draw
 from llama.sampling_params import SamplingParams as SamplingParams
 
 # Look for the nucleus among this many most likely tokens first: sorting a vocabulary of 128,256 costs
@@ -62,8 +63,14 @@ class Columns(NamedTuple):
     min_p: Tensor
 
 
-def sample(logits: Tensor, requests: Sequence[Sampled]) -> Tensor:
+def sample(
+    logits: Tensor,
+    requests: Sequence[Sampled],
+    chooser: Callable[[Tensor, Sequence[Draw]], Tensor] | None = None,
+) -> Tensor:
     """The next token of each request: int64 (N) from fp32 logits (N, vocab_size), left unmodified.
+
+    chooser: compiled code for the choice.
 
     If no token can be chosen, it is BROKEN or FORBIDDEN.
     """
@@ -75,6 +82,8 @@ def sample(logits: Tensor, requests: Sequence[Sampled]) -> Tensor:
         for row, request in zip(logits, requests, strict=True):
             adjust(row, request)
     draws = [(request.params, len(request.tokens)) for request in requests]
+    if chooser:
+        return chooser(logits, draws)
     groups = columns(draws, vocab_size, logits.device)
     tokens, again = choose(logits, groups)
     for i in again.nonzero()[:, 0].tolist() if groups else ():
@@ -112,15 +121,11 @@ def adjust(logits: Tensor, request: Sampled) -> None:
 
 
 def columns(
-    draws: Sequence[tuple[SamplingParams, int]],
-    vocab_size: int,
-    device: torch.device,
-    *,
-    everything: bool = False,
+    draws: Sequence[Draw], vocab_size: int, device: torch.device, *, everything: bool = False
 ) -> list[Columns]:
     """The parameters of rows of logits, in groups that `choose` treats alike; greedy rows are left out.
 
-    draws: each row's parameters, and how many tokens its request has drawn already.
+    draws: of each row.
     everything: consider all tokens, for rows that `choose` marked to look at again.
     """
     groups: dict[int, list[int]] = {}
@@ -155,10 +160,7 @@ def choose(logits: Tensor, columns: Sequence[Columns]) -> tuple[Tensor, Tensor]:
     Returns the tokens, int64 (N), BROKEN or FORBIDDEN if there is none; and bool (N), True if a row
     keeps more tokens than were considered and must be looked at again.
     """
-    if sum(len(group.rows) for group in columns) == len(logits):  # only a maximum's place is slow to find
-        best, tokens = logits.amax(-1), logits.new_zeros(len(logits), dtype=torch.long)
-    else:
-        best, tokens = logits.max(-1)
+    best, tokens = logits.max(-1)
     again = torch.zeros_like(tokens, dtype=torch.bool)
     for group in columns:
         rows = logits if len(group.rows) == len(logits) else logits[group.rows]
@@ -192,9 +194,6 @@ def _draw(logits: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
         if look < vocab_size:
             again = ~(dropped[:, -1] | (before[:, -1] + probs[:, -1] > share[:, 0]))
             again |= (limited & (top_k > look))[:, 0]  # the sum of the top_k is unknown
-        if look > NUCLEUS_SHORTCUT and logits.device.type == "cpu":  # others would have to be waited for
-            some = max(1, int((~dropped).sum(-1).max()))
-            top, ids, dropped = top[:, :some], ids[:, :some], dropped[:, :some]
     scores = (top - best).double() / temperature + gumbel(key, ids)
     chosen = scores.masked_fill(dropped, -math.inf).argmax(-1, keepdim=True)
     return ids.expand_as(top).gather(-1, chosen)[:, 0], again

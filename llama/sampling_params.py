@@ -86,6 +86,9 @@ class SamplingParams:
         )
 
 
+Draw = tuple[SamplingParams, int]  # how to draw, and how many tokens the request has drawn before
+
+
 def _number(value: object, low: float = -LARGEST, high: float = LARGEST) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 

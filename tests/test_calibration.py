@@ -10,6 +10,7 @@ from llama import Llama
 from llama.calibration import WINDOW, mean_squares
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.convert import convert
+from llama.errors import ArgumentError
 from llama.model import Row
 from tests.support import tiny
 from tests.support.quantized import build
@@ -92,3 +93,8 @@ def test_a_mistake_leaves_nothing(
     code, _, error = command_line("convert", source, tmp_path / "new", *options.format(**files).split())
     assert (code, error.startswith(f"error: {message.format(**files)}")) == (1, True), error
     assert not (tmp_path / "new").exists()
+
+
+def test_too_many_files_are_refused_before_the_text_is_read(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="1000 shards are more than the model's"):
+        convert(source, tmp_path / "new", quantize="int4", shards=1000, calibrate=pytest.fail)

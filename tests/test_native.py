@@ -12,75 +12,23 @@ from torch import Tensor
 
 from llama import backends
 from llama.backends import native
-from llama.backends.native import NativeStep, PackedMatrix, UnavailableError, pack, pack_quantized
+from llama.backends.native import NativeStep, UnavailableError, pack, pack_quantized
 from llama.backends.native.compiler import SOURCES
 from llama.device import one_thread
 from llama.engine import Engine, runners
 from llama.errors import ArgumentError
 from llama.model import ModelArgs, Row, Transformer
-from llama.parallel import Linear, ModelParallel, VocabParallelEmbedding
-from llama.quantization import QuantizedMatrix, Weight
-from llama.quantizer import quantize
+from llama.parallel import ModelParallel
+from llama.quantization import QuantizedMatrix
 from llama.sampling import SamplingParams
-from tests.support import ROOT, tiny
+from tests.support import ROOT
 from tests.support.quantized import distance, reloaded
+from tests.support.steps import LONG, dtype_of, ids, random_model, run, step_of, steps_of, weight_of
 
 if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
-LONG = 600  # positions: more than two chunks of attention
 KINDS = ["fp32", "bf16", "int8", "int5", "int5 symmetric", "int4", "int4 symmetric"]
-
-
-def random_model(dtype: torch.dtype = torch.float32, **args: object) -> Transformer:
-    shape = {"dim": 96, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "head_dim": 16, "multiple_of": 32}
-    model = tiny.random_model(std=0.12, **{**shape, "max_seq_len": LONG + 10, **args}).to(dtype)
-    model.allocate_cache()
-    return model
-
-
-def weight_of(weight: Tensor, kind: str) -> Weight:
-    """A plain weight in a kind's form."""
-    if kind in ("fp32", "bf16"):
-        return weight.detach()
-    quantized = quantize(weight, int(kind[3]))
-    if "symmetric" not in kind:
-        return quantized
-    middle = 2 ** (quantized.bits - 1)
-    scales = (weight.unflatten(1, (-1, 32)).abs().amax(-1) / middle).half()
-    return QuantizedMatrix(quantized.values, scales)
-
-
-def steps_of(
-    model: Transformer, kind: str, target: str | None, threads: Sequence[int] = (2,), in_place: bool = False
-) -> list[NativeStep]:
-    """Steps of a model that keeps its weights; those of quantized kinds become what is computed with."""
-    packed: dict[int, PackedMatrix] = {}
-    modules = [m for m in model.modules() if isinstance(m, Linear | VocabParallelEmbedding)]
-    for module in modules:
-        weight, key = weight_of(module.weight, kind), module.weight.data_ptr()  # the same if they are tied
-        if isinstance(weight, QuantizedMatrix):
-            packed[key] = packed.get(key) or pack_quantized(weight, target=target)
-            module.weight.copy_(weight.dequantize())
-        else:
-            packed[key] = packed.get(key) or pack(weight, target=target, in_place=in_place)
-        module.backend = packed[key]
-    steps = [NativeStep(model, n, target) for n in threads]
-    for module in modules:
-        module.backend = None
-    return steps
-
-
-def step_of(model: Transformer, kind: str, target: str | None = None, in_place: bool = False) -> NativeStep:
-    return steps_of(model, kind, target, in_place=in_place)[0]
-
-
-def dtype_of(kind: str) -> torch.dtype:
-    return torch.bfloat16 if kind == "bf16" else torch.float32
-
-
-def ids(n: int, seed: int = 1) -> Tensor:
-    return torch.randint(tiny.VOCAB, (n,), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -124,6 +72,23 @@ def test_groups_are_multiplied_by_their_definition(target: str | None, kind: str
     torch.testing.assert_close(step.logits(x), exact, rtol=1e-5, atol=1e-3)
 
 
+def test_chosen_int8_matrices_take_activations_in_two_parts(target: str | None) -> None:
+    """One part alone would be 0.005 away."""
+    model, tokens, rows = random_model(vocab_size=1000), ids(70), [Row(0, 0, 70)]
+    step = step_of(model, "int8", target)
+    hidden = model.hidden(tokens, rows)
+    first = model.cache.data[0, :, 0, :, :70].clone()  # keys and values, from exact embeddings
+    run(model, step, tokens)
+    assert distance(model.cache.data[0, :, 0, :, :70], first) < 1e-4
+    assert distance(step.logits(hidden), model.logits(hidden)) < 1e-4
+
+
+def test_matrices_of_other_bits_may_read_the_same_activations(target: str | None) -> None:
+    model, tokens = random_model(), ids(70)
+    step = steps_of(model, "int4", target, others={"wv": "int8"})[0]
+    assert distance(run(model, step, tokens), model.hidden(tokens, [Row(0, 0, 70)])) < 0.03
+
+
 @pytest.mark.parametrize("kind", KINDS[2:])
 def test_products_have_the_bits_of_single_rows(target: str | None, kind: str) -> None:
     pick = torch.Generator().manual_seed(0)
@@ -142,12 +107,6 @@ def test_quantized_models_are_those_of_their_weights(target: str | None, kind: s
     exact = model.hidden(tokens, rows)
     error = (run(model, step, tokens, rows) - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert error < 0.03  # of activations in 8 bits
-
-
-def run(model: Transformer, step: NativeStep, tokens: Tensor, rows: Sequence[Row] = ()) -> Tensor:
-    """The hidden states of a step; rows: by default all tokens in slot 0."""
-    rows = rows or [Row(0, 0, len(tokens))]
-    return step.hidden(tokens, rows, model.cache.data, model.rotations)
 
 
 @pytest.mark.parametrize(
@@ -308,13 +267,19 @@ def write_for_driver(path: Path, model: Transformer, kinds: dict[str, str], toke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["-march=armv8.2-a+dotprod", "-march=armv8-a"])
-def test_on_emulated_arm(tmp_path: Path, options: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ("-march=armv8.2-a+dotprod", {"wq": "int8", "wk": "int8", "wv": "int8", "output": "int4 symmetric"}),
+        ("-march=armv8-a", {"wk": "bf16", "output": "int5 symmetric"}),
+    ],
+)
+def test_on_emulated_arm(tmp_path: Path, options: str, kinds: dict[str, str]) -> None:
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if not (compiler and emulator):
         pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
     model, tokens = random_model(), ids(290)
-    kinds = {"wk": "bf16", "w1": "int8", "w3": "int8", "w2": "int4", "wo": "int5", "output": "int4 symmetric"}
+    kinds = {**kinds, "w1": "int8", "w3": "int8", "w2": "int4", "wo": "int5"}
     write_for_driver(tmp_path / "model", model, kinds, tokens)
     driver = tmp_path / "driver"
     flags = ["-O2", "-std=c++20", "-ffp-contract=off", "-static", "-pthread", f"-I{SOURCES[0].parent}"]

@@ -106,6 +106,7 @@ def convert(
     wanted = wanted or checkpoint.weights.dtype
     write = write_native if to == "native" else write_hf
     if quantize is not None:
+        spread(checkpoint.weights.shapes, shards, 1)  # refuses too many before a calibration's minutes
         importance = calibrate(checkpoint) if calibrate else {}
         write = partial(write_quantized, scheme=quantize, importance=importance)
 

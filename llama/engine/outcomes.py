@@ -40,27 +40,35 @@ def choose_next(
     """
     draw = draw or len(requests)
     parts = [slice(first, first + draw) for first in range(0, len(requests), draw)]
-    tokens = torch.cat([sample(logits[part], requests[part]) for part in parts])
+    if model.step_backend:
+        tokens = sample(logits, requests, model.step_backend.choose)
+    else:
+        tokens = torch.cat([sample(logits[part], requests[part]) for part in parts])
     model.parallel.broadcast(tokens)  # kernels may differ between ranks, but tokens must not
     logprobs: list[float | None] = [None] * len(requests)
     if any(request.params.logprobs for request in requests):
         known = tokens.clamp(min=0)
         logprobs = torch.cat([token_logprobs(logits[part], known[part]) for part in parts]).tolist()
-    top = [
-        top_logprobs(row[None], request.params.top_logprobs)[0] if request.params.top_logprobs else None
-        for request, row in zip(requests, logits, strict=True)
+    top: list[TopLogprobs | None] = [
+        top_logprobs(logits[i : i + 1], request.params.top_logprobs)[0]
+        if request.params.top_logprobs
+        else None
+        for i, request in enumerate(requests)
     ]
     return dict(zip(requests, map(Outcome, tokens.tolist(), logprobs, top), strict=True))
 
 
-def score_prompt(model: Transformer, item: Work, states: Tensor) -> tuple[list[float], list[TopLogprobs]]:
-    """Logprobs of the prompt tokens that follow those of `item`, whose states are (n, dim).
+def score_prompt(
+    model: Transformer, item: Work, hidden: Tensor, end: int
+) -> tuple[list[float], list[TopLogprobs]]:
+    """Logprobs of the prompt tokens that follow those of `item`, whose states end before row `end`.
 
     The prompt's first token gets 0 and no alternatives.
     """
     request, row, params = item.request, item.row, item.request.params
     if not (params.prompt_logprobs and item.reads_prompt):
         return [], []
+    states = hidden[end - row.length : end]
     logprobs: list[float] = [] if row.start else [0.0]
     top: list[TopLogprobs] = [] if row.start else [[]]
     following = request.prompt[row.start + 1 : row.stop + 1]

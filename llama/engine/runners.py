@@ -89,10 +89,7 @@ class RaggedRunner:
             tokens = torch.tensor(new + [0] * (width - len(new)), device=model.device)
             hidden = model.hidden(tokens, [item.row for item in work])  # (N, dim)
             ends = list(accumulate(item.row.length for item in work))
-            scores = [
-                score_prompt(model, item, hidden[end - item.row.length : end])
-                for item, end in zip(work, ends, strict=True)
-            ]
+            scores = [score_prompt(model, item, hidden, end) for item, end in zip(work, ends, strict=True)]
             last = {
                 item.request: end - 1
                 for item, end in zip(work, ends, strict=True)
@@ -102,7 +99,8 @@ class RaggedRunner:
             if last:
                 rows = [*last.values(), *[0] * (width - len(last))]
                 ends_only = hidden if rows == list(range(len(hidden))) else hidden[rows]
-                chosen = choose_next(model, list(last), model.logits(ends_only)[: len(last)], draw)
+                logits = model.logits(ends_only)
+                chosen = choose_next(model, list(last), logits[: len(last)] if width else logits, draw)
         return [
             chosen.get(item.request, Outcome())._replace(prompt_logprobs=logprobs, prompt_top_logprobs=top)
             for item, (logprobs, top) in zip(work, scores, strict=True)

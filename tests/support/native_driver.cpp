@@ -19,7 +19,7 @@ static void* keep(size_t bytes) {
 static Matrix matrix() {
   const int32_t *head = next<int32_t>(4), kind = head[0], rows = head[1], cols = head[2];
   const size_t padded = size_t(tiles_of(rows)) * LANES, groups = cols / GROUP;
-  Matrix m{kind, rows, cols, 1, nullptr, nullptr, nullptr};
+  Matrix m{kind, rows, cols, 1, nullptr, nullptr, nullptr, 1};
   uint8_t* to = (uint8_t*)keep(tiles_of(rows) * tile_bytes(kind, cols));
   const size_t group = grouped(kind) ? group_bytes(kind) / LANES : 0;
   const size_t stride = grouped(kind) ? groups * group : cols * (kind == FP32 ? 4 : 2);
@@ -47,6 +47,7 @@ int main(int, char** arguments) {
   std::vector<Layer> layers(m.n_layers);
   for (Layer& l : layers) {
     for (Matrix* w : {&l.wq, &l.wk, &l.wv, &l.wo, &l.w1, &l.w2, &l.w3}) *w = matrix();
+    for (Matrix* w : {&l.wq, &l.wk, &l.wv}) w->parts = l.wq.kind == INT8 ? 2 : 1;
     l.attention_norm = next<float>(m.dim), l.ffn_norm = next<float>(m.dim);
   }
   m.layers = layers.data();

@@ -18,7 +18,7 @@ from llama.device import cache_folder
 
 SOURCES = [
     Path(__file__).with_name(name)
-    for name in ("step.cpp", "image.h", "product.h", "quantize.h", "threads.h", "matrix.h")
+    for name in ("step.cpp", "draw.h", "image.h", "product.h", "quantize.h", "threads.h", "matrix.h")
 ]
 NATIVE = {"x86_64": "-march=native", "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
 
@@ -33,6 +33,7 @@ class Matrix(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in ("kind", "rows", "cols", "tiled")),
         *((name, c_void_p) for name in ("weight", "scale", "min")),
+        ("parts", c_int32),
     ]
 
 
@@ -73,6 +74,14 @@ class Sight(ctypes.Structure):
     _fields_ = [(name, c_int32) for name in ("first", "count", "slot", "begin", "end")]
 
 
+class Draw(ctypes.Structure):
+    _fields_ = [
+        ("key", c_int64),
+        *((name, c_float) for name in ("temperature", "top_p", "min_p")),
+        ("top_k", c_int32),
+    ]
+
+
 SIGNATURES: dict[str, list[Any]] = {  # each function's result and arguments
     "llama_lanes": [c_int32],
     "llama_tile_bytes": [c_int64, c_int32, c_int32],
@@ -91,6 +100,7 @@ SIGNATURES: dict[str, list[Any]] = {  # each function's result and arguments
         *(POINTER(Sight), c_int32, c_void_p, c_void_p),
     ],
     "llama_logits": [None, c_void_p, c_void_p, c_int32, c_void_p],
+    "llama_choose": [None, c_void_p, c_void_p, c_int32, POINTER(Draw), c_void_p],
 }
 
 

@@ -68,6 +68,7 @@ static inline I splat(int32_t x) { return x - I{}; }
 static inline U splat(uint32_t x) { return x - U{}; }
 static inline F to_float(I i) { return __builtin_convertvector(i, F); }
 static inline F larger(F a, F b) { return a > b ? a : b; }
+static inline bool any(I v) { int some = 0; for (int i = 0; i < LANES; i++) some |= v[i]; return some; }
 static inline float sum(F v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
 static inline float largest(F v) { float s = v[0]; for (int i = 1; i < LANES; i++) s = v[i] > s ? v[i] : s; return s; }
 
@@ -154,6 +155,14 @@ static inline void transpose(U v[LANES]) {
   }
 }
 
+static inline I larger(I a, I b) { return a > b ? a : b; }
+// All lanes of v combined: each time, one half of them with the other.
+template <class Combine> static inline int32_t reduce(I v, Combine combine) {
+#pragma GCC unroll 4
+  for (int round = 1; round < LANES; round *= 2) v = combine(ZIP_LOW(v, v), ZIP_HIGH(v, v));
+  return v[0];
+}
+
 // ---- the layout of matrices
 
 constexpr int GROUP = 32;                  // inputs that share a scale
@@ -165,6 +174,7 @@ struct Matrix {                  // (rows, cols)
   int32_t kind, rows, cols, tiled;  // not tiled: fp32 or bf16 as in a file, row after row
   const uint8_t* weight;
   const uint16_t *scale, *min;   // fp16, tiles of (cols / 32, LANES); min may be null: symmetric, -8 or -16 · scale
+  int32_t parts;                 // int8 rows per row of activations: 1, or 2, the second for what rounding the first left
 };
 constexpr int tiles_of(int rows) { return (rows + LANES - 1) / LANES; }
 constexpr bool grouped(int kind) { return kind >= INT8; }
@@ -280,31 +290,32 @@ struct Inputs {
       for (int k = 0; k < m.cols; k += LANES) put(m.kind, i, k, load<F>(x + k));
       return;
     }
-    for (int g = 0; g < m.cols / GROUP; g++, x += GROUP) {
-      int8_t* to = (int8_t*)row(i) + place(g);
-#ifdef AMX
-      memset(g % 2 ? to - GROUP : to + GROUP, 0, GROUP);
-#endif
-      I bits = {};  // the largest magnitude, compared as integers, where NaN is the largest
-      for (int k = 0; k < GROUP; k += LANES) {
-        const I v = load<I>(x + k) & 0x7fffffff;
-        bits = v > bits ? v : bits;
-      }
-      int32_t most_bits = 0;
-      for (int k = 0; k < LANES; k++) most_bits = std::max(most_bits, bits[k]);
-      const float most = load<float>(&most_bits), inverse = most > 1e-30f ? 127 / most : 0;
-      I total = {};
-      for (int k = 0; k < GROUP; k += LANES) {
-        const F rounded = load<F>(x + k) * inverse + 12582912.f;  // 1.5 · 2^23 leaves only the integer part
-        const I q = (I)rounded - 0x4b400000;
-        total += q;
-        store(to + k, __builtin_convertvector(q, Quarters));
-      }
-      int whole = 0;
-      for (int k = 0; k < LANES; k++) whole += total[k];
-      const size_t at = (size_t(i / ROWS) * groups + g) * ROWS + i % ROWS;
-      scale[at] = most / 127, scaled_sum[at] = scale[at] * whole, offset[at] = FLIP ? -128 * whole : 0;
+    for (int g = 0; g < m.cols / GROUP; g++) {
+      F rest[GROUP / LANES];
+      for (F& v : rest) v = load<F>(x), x += LANES;
+      for (int part = 0; part < m.parts; part++) set_group(i * m.parts + part, g, rest);
     }
+  }
+  // Rounds a group to int8, and leaves in x what that has taken from it.
+  void set_group(int i, int g, F x[GROUP / LANES]) {
+    int8_t* to = (int8_t*)row(i) + place(g);
+#ifdef AMX
+    memset(g % 2 ? to - GROUP : to + GROUP, 0, GROUP);
+#endif
+    I bits = {}, total = {};  // the largest magnitude, compared as integers, where NaN is the largest
+    for (int k = 0; k < GROUP / LANES; k++) bits = larger(bits, (I)x[k] & 0x7fffffff);
+    const int32_t most_bits = reduce(bits, [](I a, I b) { return larger(a, b); });
+    const float most = load<float>(&most_bits), unit = most / 127, inverse = most > 1e-30f ? 127 / most : 0;
+    for (int k = 0; k < GROUP / LANES; k++) {
+      const F rounded = x[k] * inverse + 12582912.f;  // 1.5 · 2^23 leaves only the integer part
+      const I q = (I)rounded - 0x4b400000;
+      total += q;
+      store(to + k * LANES, __builtin_convertvector(q, Quarters));
+      x[k] = fma(to_float(q), splat(-unit), x[k]);
+    }
+    const int whole = reduce(total, [](I a, I b) { return a + b; });
+    const size_t at = (size_t(i / ROWS) * groups + g) * ROWS + i % ROWS;
+    scale[at] = unit, scaled_sum[at] = unit * whole, offset[at] = FLIP ? -128 * whole : 0;
   }
 };
 
@@ -316,4 +327,24 @@ static Tile tile_of(const Matrix& m, int i, uint32_t* buffer) {
   if (m.tiled) return {m.weight + i * tile_bytes(m.kind, m.cols), m.scale + scales, m.min ? m.min + scales : nullptr};
   tile_units(m.weight + i * LANES * bytes, bytes, std::min(LANES, m.rows - i * LANES), int(bytes / 4), buffer);
   return {(const uint8_t*)buffer, nullptr, nullptr};
+}
+
+// All of a quantized tile as fp32, (LANES, cols); rows beyond the matrix's are left out.
+template <int K> static void widen_tile(const Matrix& m, int tile, float* out) {
+  const Tile from = tile_of(m, tile, nullptr);
+  for (int g = 0; g < m.cols / GROUP; g++, out += GROUP) {
+    Bytes w[8];
+    unpack<K>(from.weight + size_t(g) * group_bytes(K), w);
+    const F scale = from_half(load<Halves>(from.scale + g * LANES));
+    const F min = from.min ? from_half(load<Halves>(from.min + g * LANES)) : scale * -middle(K);
+    for (int k = 0; k < GROUP; k += LANES) {
+      U rows[LANES];  // before they are transposed, of one input each
+      for (int j = 0; j < LANES; j++) {
+        const I q = (I)(((U)w[(k + j) / 4] ^ (K == INT8 ? FLIP : 0)) << (24 - (k + j) % 4 * 8)) >> 24;
+        rows[j] = (U)(K == INT8 ? to_float(q) * scale : to_float(q) * scale + min);
+      }
+      transpose(rows);
+      for (int r = 0; r < std::min(LANES, m.rows - tile * LANES); r++) store(out + size_t(r) * m.cols + k, rows[r]);
+    }
+  }
 }

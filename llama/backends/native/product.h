@@ -245,6 +245,18 @@ static void for_rows(int kind, const Tile (&tiles)[T], int cols, const Inputs& x
   }
 }
 
+// The same for a matrix; parts of a row are multiplied as rows, and their products summed.
+template <int T, class Use>
+static void for_rows(const Matrix& m, const Tile (&tiles)[T], const Inputs& x, int first, int n, Use& use) {
+  if (m.parts == 1) return for_rows<T>(m.kind, tiles, m.cols, x, first, n, use);
+  F sum[T];
+  auto both = [&](int row, const F* v) {
+    for (int t = 0; t < T; t++) sum[t] = row % 2 ? sum[t] + v[t] : v[t];
+    if (row % 2) use(row / 2, sum);
+  };
+  for_rows<T>(m.kind, tiles, m.cols, x, 2 * first, 2 * n, both);
+}
+
 // ---- products of attention weights with cached values, which are stored by position
 
 constexpr int CHUNK = 256;  // cache positions that are processed together

@@ -4,6 +4,7 @@
 // Every output element is summed in a fixed order, whatever else is computed: along its inputs, or its
 // positions, sequentially. So a sequence gets the same bits alone or in a batch, in one prefill or token by
 // token, with any number of threads.
+#include "draw.h"
 #include "image.h"
 #include "product.h"
 #include "quantize.h"
@@ -91,13 +92,14 @@ struct Scratch {  // per thread
   std::vector<float> row, scores, partial, more;
   std::vector<uint32_t> tiles;
   std::vector<int> visible;
+  Chooser chooser;
 };
 
 struct Runtime {
   const Model m;
   Pool pool;
   std::mutex mutex;
-  const int q_dim, share, widest;  // share: query heads per key head
+  const int q_dim, share, widest, parts;  // share: query heads per key head; parts: the most that a matrix has
   int room = 0;                    // tokens that the buffers below hold
   std::vector<float> x, attended, hidden, partials;  // residual stream, attention's and w1/w3's output
   Inputs inputs, queries;                            // queries: n_kv_heads · tokens · share
@@ -112,14 +114,20 @@ struct Runtime {
 
   Runtime(const Model& model, int threads)
       : m(model), pool(threads), q_dim(m.n_heads * m.head_dim), share(m.n_heads / m.n_kv_heads),
-        widest(std::max({m.dim, m.hidden_dim, q_dim})), scratch(threads) {
+        widest(std::max({m.dim, m.hidden_dim, q_dim})), parts(most_parts()), scratch(threads) {
     const int at_once = QUERY_TOKENS * share;
     for (Scratch& s : scratch) {
-      s.inputs.resize(ROWS, widest), s.row.resize(m.dim);
+      s.inputs.resize(ROWS * parts, widest), s.row.resize(m.dim);
       s.tiles.resize(2 * LANES * size_t(widest));
       s.scores.resize(at_once * CHUNK), s.visible.resize(at_once);
       s.partial.resize(at_once * partial_size()), s.more.resize(at_once * partial_size());
     }
+  }
+  int most_parts() const {  // of matrices that may have more than one; wk and wv have as many as wq
+    int most = m.output.parts;
+    for (int i = 0; i < m.n_layers; i++) most = std::max(most, m.layers[i].wq.parts);
+    for (int i = 0; i < m.n_cross; i++) most = std::max(most, m.cross[i].wq.parts);
+    return most;
   }
   int partial_size() const { return m.head_dim + LANES; }
 
@@ -127,7 +135,7 @@ struct Runtime {
     if (rows <= room) return;
     room = rows;
     x.resize(size_t(rows) * m.dim), attended.resize(size_t(rows) * q_dim), hidden.resize(size_t(rows) * m.hidden_dim);
-    if (rows > ROWS) inputs.resize(rows, widest);
+    if (rows > ROWS) inputs.resize(rows * parts, widest);
     queries.resize(rows * m.n_heads, m.head_dim);
   }
 
@@ -166,8 +174,8 @@ struct Runtime {
         const Tile both[] = {tile(w, i, t, 0), tile(w, std::min(i + 1, to - 1), t, 1)}, one[] = {both[0]};
         auto each = [&](int b, const F* v) { use(b, i * LANES, v[0]), use(b, i * LANES + LANES, v[1]); };
         auto only = [&](int b, const F* v) { use(b, i * LANES, v[0]); };
-        if (i + 1 < to) for_rows<2>(w.kind, both, w.cols, x, row, std::min(rows, n - row), each);
-        else for_rows<1>(w.kind, one, w.cols, x, row, std::min(rows, n - row), only);
+        if (i + 1 < to) for_rows<2>(w, both, x, row, std::min(rows, n - row), each);
+        else for_rows<1>(w, one, x, row, std::min(rows, n - row), only);
       }
   }
   template <class GetRow, class Use> void multiply(const Matrix& w, int t, int n, GetRow row, Use use) {
@@ -322,7 +330,7 @@ struct Runtime {
           auto silu = [&](int b, const F* v) {
             store(&hidden[size_t(b) * m.hidden_dim + i * LANES], v[0] / (exponential(-v[0]) + 1.f) * v[1]);
           };
-          for_rows<2>(l.w1.kind, both, m.dim, in, row, std::min(rows, n - row), silu);
+          for_rows<2>(l.w1, both, in, row, std::min(rows, n - row), silu);
         }
     });
     auto row = [&](int i, float*) { return &hidden[size_t(i) * m.hidden_dim]; };
@@ -364,25 +372,6 @@ struct Runtime {
     });
   }
 };
-
-template <int K> static void widen_tile(const Matrix& m, int tile, float* out) {
-  const Tile from = tile_of(m, tile, nullptr);
-  for (int g = 0; g < m.cols / GROUP; g++, out += GROUP) {
-    Bytes w[8];
-    unpack<K>(from.weight + size_t(g) * group_bytes(K), w);
-    const F scale = from_half(load<Halves>(from.scale + g * LANES));
-    const F min = from.min ? from_half(load<Halves>(from.min + g * LANES)) : scale * -middle(K);
-    for (int k = 0; k < GROUP; k += LANES) {
-      U rows[LANES];  // before they are transposed, of one input each
-      for (int j = 0; j < LANES; j++) {
-        const I q = (I)(((U)w[(k + j) / 4] ^ (K == INT8 ? FLIP : 0)) << (24 - (k + j) % 4 * 8)) >> 24;
-        rows[j] = (U)(K == INT8 ? to_float(q) * scale : to_float(q) * scale + min);
-      }
-      transpose(rows);
-      for (int r = 0; r < std::min(LANES, m.rows - tile * LANES); r++) store(out + size_t(r) * m.cols + k, rows[r]);
-    }
-  }
-}
 
 extern "C" {
 int32_t llama_lanes() { return LANES; }
@@ -484,5 +473,18 @@ void llama_logits(Runtime* runtime, const float* hidden, int32_t n, float* out) 
   std::lock_guard<std::mutex> lock(runtime->mutex);
   runtime->make_room(n);
   runtime->pool.run([&](int t) { runtime->logits(t, hidden, n, out); });
+}
+
+// The next token of each row of fp32 logits (n, vocab_size).
+void llama_choose(Runtime* runtime, const float* logits, int32_t n, const Draw* draws, int64_t* tokens) {
+  std::lock_guard<std::mutex> lock(runtime->mutex);
+  const int size = runtime->m.vocab_size;
+  auto choose = [&](int t, int i) { tokens[i] = runtime->scratch[t].chooser.choose(logits + size_t(i) * size, size, draws[i]); };
+  if (n == 1) return choose(0, 0);
+  runtime->pool.run([&](int t) {
+    runtime->pool.phase(t, n, [&](int from, int to) {
+      for (; from < to; from++) choose(t, from);
+    });
+  });
 }
 }

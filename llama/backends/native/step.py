@@ -14,7 +14,9 @@ from llama.backends.native import compiler
 from llama.backends.native.compiler import Layer, Matrix, Model, Row, UnavailableError, library
 from llama.model import Row as ModelRow
 from llama.model import Transformer
+from llama.noise import key_of
 from llama.quantization import GROUP, QuantizedMatrix
+from llama.sampling_params import Draw
 from llama.vision import Padding, Sight, VisionTransformer, attend
 
 PLAIN_KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -51,7 +53,7 @@ class PackedMatrix:
 
     def structure(self) -> Matrix:
         parts = (None if part is None else part.data_ptr() for part in (self.weight, self.scale, self.min))
-        return Matrix(self.kind, self.rows, self.cols, self.tiled, *parts)
+        return Matrix(self.kind, self.rows, self.cols, self.tiled, *parts, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.cols).float().contiguous()
@@ -166,6 +168,17 @@ def check(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
         raise UnavailableError(f"head_dim={args.head_dim} is not a multiple of {lanes}")
 
 
+def in_two_parts(matrices: Sequence[Matrix]) -> None:
+    """Have int8 matrices, which multiply the same activations, take them in two parts.
+
+    The second part is what rounding to the first has left. In 8 bits, activations would lose more than int8
+    weights do, most of it here; and these matrices are a small share of a model's.
+    """
+    if all(matrix.kind == GROUPED_KINDS[8] for matrix in matrices):
+        for matrix in matrices:
+            matrix.parts = 2
+
+
 class NativeStep:
     """All layers of a model in one call, for any rows; results never depend on the step's other rows.
 
@@ -202,6 +215,7 @@ class NativeStep:
             for i, layer in enumerate(found):
                 for field, name in linears.items():
                     setattr(layer, field, matrix(f"{folder}.{i}.{name}"))
+                in_two_parts([getattr(layer, field) for field in ("wq", "wk", "wv") if field in linears])
                 for field, name in smalls.items():
                     setattr(layer, field, small(f"{folder}.{i}.{name}"))
             return found
@@ -212,6 +226,7 @@ class NativeStep:
         )  # fmt: skip
         own = layers("layers", args.n_layers, LINEARS, NORMS)
         ends = matrix("tok_embeddings"), matrix("output"), small("norm.weight")
+        in_two_parts([ends[1]])
         structure = Model(*sizes, args.norm_eps, own, *ends)
         self.tokens = args.vocab_size  # how many ids there are
         if isinstance(model, VisionTransformer):
@@ -285,4 +300,18 @@ class NativeStep:
         hidden = hidden.float().contiguous()
         out = torch.empty(len(hidden), self.params.vocab_size)
         self.library.llama_logits(self._runtime, hidden.data_ptr(), len(hidden), out.data_ptr())
+        return out
+
+    def choose(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+        """Like `sampling.choose`: int64 (N) from fp32 logits (N, vocab_size)."""
+        out, vocab_size = torch.empty(len(logits), dtype=torch.long), self.params.vocab_size
+        rows = (compiler.Draw * len(draws))()
+        for row, (params, n) in zip(rows, draws, strict=True):
+            row.temperature = params.temperature
+            if params.temperature:
+                row.key, row.top_k = key_of(params.seed, n), min(params.top_k or vocab_size, vocab_size)
+                row.top_p, row.min_p = params.top_p, params.min_p
+        self.library.llama_choose(
+            self._runtime, logits.contiguous().data_ptr(), len(logits), rows, out.data_ptr()
+        )
         return out

@@ -9,6 +9,8 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fixtures import torch, so only processes that run tests have them: workers wait for the one before."""
+    if hasattr(config, "workerinput"):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker has one core
     if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", 0):
         config.pluginmanager.import_plugin("tests.support.fixtures")
 

@@ -13,6 +13,7 @@ from tests.support import tiny
 from tests.support.quantized import KEPT, reloaded
 
 
+@pytest.mark.slow
 def test_it_prints_every_figure_and_writes_a_trace(
     ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -58,7 +58,7 @@ def test_canvases_and_sizes_are_metas(metas_transform, tile):
         assert fitted_size(*size, *expected, tile) == tuple(max(1, side) for side in fitted), size
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.slow)])
 def test_a_programs_defaults_change_nothing(dtype):
     """Neither a dtype, nor a device. In bfloat16, Meta's code chooses one tile for the first of these."""
     sizes = [(561, 561), (1121, 1120), (999, 700), (1680, 561)]

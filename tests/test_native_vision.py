@@ -75,6 +75,7 @@ def test_fp32_is_that_of_the_model(target: str | None) -> None:
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_long_images_of_several_chunks() -> None:
     """785 positions per tile: attention goes over four chunks of the cache, and is split among threads."""
     model = random_vision(vision_chunk_size=392, vision_layers=5, vision_taps=[3], vision_global_layers=1)
@@ -89,7 +90,7 @@ def test_long_images_of_several_chunks() -> None:
 @pytest.mark.parametrize(
     "scheme", [None, *(pytest.param(scheme, marks=pytest.mark.slow) for scheme in ("int8", "int4"))]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_bits_do_not_depend_on_company_chunks_or_slots(dtype: torch.dtype, scheme: str | None) -> None:
     model = compiled(random_vision(max_batch_size=4).to(dtype), scheme)
     alone = [whole(model, index) for index in range(4)]
@@ -103,6 +104,7 @@ def test_bits_do_not_depend_on_company_chunks_or_slots(dtype: torch.dtype, schem
             assert torch.equal(found, expected[start:stop])
 
 
+@pytest.mark.slow
 def test_bf16_is_as_close_to_fp32_as_the_model_is() -> None:
     model = random_vision().bfloat16().float()
     exact, theirs = whole(model, 2), whole(random_vision().bfloat16(), 2)

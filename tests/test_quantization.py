@@ -99,6 +99,7 @@ def test_a_model_says_almost_the_same(scheme: str, limit: float, tmp_path: Path)
 @pytest.mark.parametrize(
     ("scheme", "tied"), [("int8", False), ("int5", True), ("int4", False), ("int4", True)]
 )
+@pytest.mark.slow
 def test_kept_as_they_are_or_dequantized_folder_or_source(
     scheme: str,
     tied: bool,

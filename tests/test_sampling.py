@@ -53,10 +53,10 @@ def kept(logits: torch.Tensor, *, temperature=1.0, top_k=None, top_p=1.0, min_p=
 @pytest.mark.parametrize(
     "params",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"temperature": 0.5}, marks=pytest.mark.slow),
         pytest.param({"temperature": 2.0, "top_p": 0.7}, marks=pytest.mark.slow),
-        {"top_k": 3},
+        pytest.param({"top_k": 3}, marks=pytest.mark.slow),
         pytest.param({"top_k": 10, "top_p": 0.6}, marks=pytest.mark.slow),
         pytest.param({"top_k": VOCAB + 5}, marks=pytest.mark.slow),
         {"min_p": 0.2},

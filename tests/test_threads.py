@@ -46,7 +46,9 @@ def expected(prompt: list[int], params: SamplingParams) -> list[int]:
     return finish(engine, engine.add(prompt, params))
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["ragged", "static"])
+@pytest.mark.parametrize(
+    "static", [pytest.param(False, marks=pytest.mark.slow), True], ids=["ragged", "static"]
+)
 def test_threads_share_steps_and_get_what_they_would_get_alone(static: bool) -> None:
     model = small_model(max_batch_size=4)
     engine = Engine(model, static=static)

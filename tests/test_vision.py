@@ -195,7 +195,7 @@ def test_text_does_no_vision_work(meta):
     assert torch.equal(model(torch.tensor([TEXT]), 0), ours(meta)(torch.tensor([TEXT]), 0))
 
 
-@pytest.mark.parametrize("size", [2, 4, 32])
+@pytest.mark.parametrize("size", [2, 4, pytest.param(32, marks=pytest.mark.slow)])
 def test_ranks_hold_even_parts(size):
     """Shapes only; of more ranks than the encoder has heads, some have none."""
     args = {**PARAMS, **ENCODER, "n_heads": 32, "n_kv_heads": 8, "vision_layers": 1, "vision_taps": [0]}

@@ -107,7 +107,9 @@ def test_alone_is_together(llama):
         assert scores == pytest.approx(logprobs, abs=1e-4)
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "seed": 3}])
+@pytest.mark.parametrize(
+    "sampling", [pytest.param({"temperature": 0}, marks=pytest.mark.slow), {"temperature": 1.0, "seed": 3}]
+)
 def test_chunks_and_slots_change_nothing(llama, tokenizer, model, sampling):
     expected = answers(llama, DIALOGS, **sampling)
     other = Llama(random_vision(max_seq_len=160, max_batch_size=2), tokenizer)
@@ -118,6 +120,7 @@ def test_chunks_and_slots_change_nothing(llama, tokenizer, model, sampling):
         assert a == pytest.approx(b, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_batch_invariant_to_the_bit(model, tokenizer):
     model.forget_images()
     llama = Llama(model, tokenizer, batch_invariant=True)
@@ -129,6 +132,7 @@ def test_batch_invariant_to_the_bit(model, tokenizer):
         ]
 
 
+@pytest.mark.slow
 def test_static_decoding_leaves_images_to_ragged_steps(llama, model, tokenizer):
     expected = answers(llama, DIALOGS)
     found = answers(Llama(model, tokenizer, static=True), DIALOGS)

@@ -51,6 +51,7 @@ def close(found: Tensor, model: VisionTransformer) -> None:
     torch.testing.assert_close(found, model(TOKENS, 0, [IMAGES]), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_file(vision_native, vision_model, tmp_path):
     close(logits(vision_native), vision_model)
     # As in the original/ folder of a Hugging Face repository.
@@ -226,6 +227,7 @@ def test_few_bits_are_kept_in_every_part(vision_native, vision_model, capsys, tm
     assert distance(found, kept(TOKENS, 0, [IMAGES])) < 0.03  # of activations in 8 bits
 
 
+@pytest.mark.slow
 def test_packed_weights(vision_native, vision_model):
     assert distance(logits(vision_native, dtype="bfloat16"), vision_model(TOKENS, 0, [IMAGES])) < 0.1
 
@@ -281,6 +283,7 @@ def test_the_released_models_have_their_number_of_weights(args, count):
     assert sum(map(math.prod, shapes_of(**args)[1].values())) == count
 
 
+@pytest.mark.slow
 def test_four_bits_of_the_11b_fit_a_card_of_12_gb():
     """With the cache of a chat about one image."""
     model, shapes = shapes_of(**SMALL, max_batch_size=1, max_seq_len=4096)

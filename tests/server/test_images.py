@@ -58,7 +58,9 @@ def expected(seeing: Llama, *images: bytes) -> str:
     return answer["generation"]["content"]
 
 
-@pytest.mark.parametrize("images", [(WIDE,), (SMALL, WIDE)], ids=len)
+@pytest.mark.parametrize(
+    "images", [pytest.param((WIDE,), marks=pytest.mark.slow), (SMALL, WIDE)], ids=["one", "two"]
+)
 def test_images_are_seen_as_by_the_library(seeing: Llama, eyes: Served, client, images: tuple) -> None:
     import anthropic
 

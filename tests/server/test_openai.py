@@ -266,6 +266,7 @@ def test_models(client: openai.OpenAI) -> None:
         client.models.retrieve("a/b")
 
 
+@pytest.mark.slow
 def test_many_at_once_get_what_each_gets_alone(url: str, llama: Llama) -> None:
     dialogs = [[{"role": "user", "content": f"{i} " * (i % 7 + 1)}] for i in range(24)]
 

@@ -1,4 +1,4 @@
-// The next token of a row of logits, as in sampling.py, without passing over the vocabulary for each step of it.
+// The next token of a row of logits: the one that sampling.py chooses, without sorting the vocabulary.
 #pragma once
 #include "matrix.h"
 
@@ -50,7 +50,7 @@ class Chooser {
   float best;
   std::vector<float> tops, weights, order;  // tops: the largest logit of each block
   std::vector<Candidate> candidates;
-  double total, score, bound;  // bound: how small 1 - uniform · weight must be to win against `score`
+  double total, score, bound;  // bound: a token can win against `score` only if 1 - uniform < weight · bound
   int32_t token;
 
   F at(int i) const {

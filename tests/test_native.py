@@ -94,10 +94,13 @@ def test_products_have_the_bits_of_single_rows(target: str | None, kind: str) ->
     pick = torch.Generator().manual_seed(0)
     # An odd number of groups, and more than are unpacked at once; several panels of rows.
     weight, x = torch.randn(40, 51 * 32, generator=pick), torch.randn(300, 51 * 32, generator=pick)
-    packed = pack_quantized(weight_of(weight, kind), target=target)
-    single = torch.cat([packed(row[None]) for row in x])
-    for n in (2, 5, 6, 7, 8, 9, 16, 23, 129, 300):
-        assert torch.equal(packed(x[:n]), single[:n]), n
+    for parts in (1, 2):
+        packed = pack_quantized(weight_of(weight, kind), target=target, parts=parts)
+        single = torch.cat([packed(row[None]) for row in x])
+        for n in (2, 5, 6, 7, 8, 9, 16, 23, 129, 300):
+            assert torch.equal(packed(x[:n]), single[:n]), n
+        error = distance(packed(x), x @ packed.widen().T)
+        assert error < 0.02 and (error < 1e-4) == (packed.parts == 2)
 
 
 @pytest.mark.parametrize("kind", KINDS[2:])

@@ -29,6 +29,7 @@ class Plan:
 
     plain: makes the product for a plain weight, x (…, in) to (…, out). None: F.linear with the weight.
     quantized: the same for a quantized weight. None: it is dequantized as it loads, and is then plain.
+    sensitive: the same for the matrices that lose most if activations have 8 bits. None: `quantized`.
     joins: whether matrices with the same input are applied as one.
     embeddings: whether the embeddings are a product too; shared with the output layer if they are tied.
     least_rows: the minimum number of rows worth passing to a product.
@@ -40,6 +41,7 @@ class Plan:
 
     plain: Callable[[Tensor], Product] | None = None
     quantized: Callable[[QuantizedMatrix], Product] | None = None
+    sensitive: Callable[[QuantizedMatrix], Product] | None = None
     joins: bool = False
     embeddings: bool = False
     least_rows: int = 1
@@ -50,7 +52,11 @@ class Plan:
 
     def of(self, name: str) -> "Plan":
         """The plan for a matrix, by its name."""
-        return self.images if self.images and reads_images(name) else self
+        if self.images and reads_images(name):
+            return self.images
+        return (
+            replace(self, quantized=self.sensitive) if self.sensitive and native.is_sensitive(name) else self
+        )
 
     def product(self, *weights: Weight) -> Product | None:
         """The product for a weight, or for several that are `alike`, joined; None for F.linear.
@@ -119,5 +125,11 @@ def plan(
         with contextlib.suppress(native.UnavailableError):
             native.library()
             images = replace(others, quantized=native.Widened)
-            return replace(others, quantized=native.pack_quantized, attend=native.attend_image, images=images)
+            return replace(
+                others,
+                quantized=native.pack_quantized,
+                sensitive=partial(native.pack_quantized, parts=2),
+                attend=native.attend_image,
+                images=images,
+            )
     return others

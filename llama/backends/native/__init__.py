@@ -8,6 +8,7 @@ from llama.backends.native.step import (
     Widened,
     attend_image,
     check,
+    is_sensitive,
     pack,
     pack_quantized,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "Widened",
     "attend_image",
     "check",
+    "is_sensitive",
     "library",
     "pack",
     "pack_quantized",

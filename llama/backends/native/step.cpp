@@ -404,7 +404,7 @@ void llama_pack_scales(const uint8_t* from, int64_t stride, int64_t group_stride
 void llama_multiply(const Matrix* matrix, const float* x, int32_t n, float* out, int32_t threads) {
   const Matrix& m = *matrix;
   Inputs in;
-  in.resize(n, m.cols);
+  in.resize(n * m.parts, m.cols);
   for (int i = 0; i < n; i++) in.set(m, i, x + size_t(i) * m.cols);
   in_parallel(tiles_of(m.rows), threads, [&](int t) {
     std::vector<uint32_t> buffer(m.tiled ? 0 : size_t(m.cols) * LANES);
@@ -412,7 +412,7 @@ void llama_multiply(const Matrix* matrix, const float* x, int32_t n, float* out,
     auto use = [&](int i, const F* v) {
       memcpy(out + size_t(i) * m.rows + t * LANES, v, std::min(LANES, m.rows - t * LANES) * sizeof(float));
     };
-    for_rows<1>(m.kind, one, m.cols, in, 0, n, use);
+    for_rows<1>(m, one, in, 0, n, use);
   });
 }
 // Rows of a matrix as fp32 (n, cols).

@@ -46,6 +46,7 @@ class PackedMatrix:
     min: Tensor | None = None
     tiled: bool = True
     target: str | None = None
+    parts: int = 1  # of the activations in 8 bits; see `in_two_parts`
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +54,7 @@ class PackedMatrix:
 
     def structure(self) -> Matrix:
         parts = (None if part is None else part.data_ptr() for part in (self.weight, self.scale, self.min))
-        return Matrix(self.kind, self.rows, self.cols, self.tiled, *parts, 1)
+        return Matrix(self.kind, self.rows, self.cols, self.tiled, *parts, self.parts)
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.cols).float().contiguous()
@@ -97,12 +98,13 @@ def pack(weight: Tensor, *, in_place: bool = False, target: str | None = None) -
     return PackedMatrix(kind, rows, cols, _tiles(kind, weight, cols, target), target=target)
 
 
-def pack_quantized(weight: QuantizedMatrix, *, target: str | None = None) -> PackedMatrix:
-    """A quantized matrix in tiles. target: see `library`."""
+def pack_quantized(weight: QuantizedMatrix, *, target: str | None = None, parts: int = 1) -> PackedMatrix:
+    """A quantized matrix in tiles. target: see `library`. parts: of activations, if it has 8 bits."""
     kind, (rows, cols) = GROUPED_KINDS[weight.bits], weight.shape
     scales, mins = (None if x is None else _tiled_scales(x, target) for x in (weight.scales, weight.mins))
     packed = _tiles(kind, weight.values, cols, target)
-    return PackedMatrix(kind, rows, cols, packed, scales, mins, target=target)
+    parts = parts if weight.bits == 8 else 1
+    return PackedMatrix(kind, rows, cols, packed, scales, mins, target=target, parts=parts)
 
 
 def attend_image(qkv: Tensor, padding: Padding) -> Tensor:
@@ -166,6 +168,11 @@ def check(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
             raise UnavailableError(f"{name}={size} is not a multiple of {GROUP}")
     if args.head_dim % lanes:
         raise UnavailableError(f"head_dim={args.head_dim} is not a multiple of {lanes}")
+
+
+def is_sensitive(name: str) -> bool:
+    """Whether a matrix, by its name, loses much if activations have 8 bits; see `in_two_parts`."""
+    return name.split(".")[-2] in ("wq", "wk", "wv", "output", "tok_embeddings")  # the last two may be one
 
 
 def in_two_parts(matrices: Sequence[Matrix]) -> None:

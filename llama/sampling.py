@@ -142,10 +142,7 @@ def columns(
     for look, rows in groups.items():
         some = [draws[row] for row in rows]
         keys = [key_of(params.seed, n) for params, n in some]
-        # Temperatures outside these limits would be 0 or infinite in fp32.
-        numbers = [
-            (min(max(p.temperature, 1e-30), 1e30), p.top_p, p.top_k or vocab_size, p.min_p) for p, _ in some
-        ]
+        numbers = [(p.divisor, p.top_p, p.top_k or vocab_size, p.min_p) for p, _ in some]
         tensors = to_device(numbers, device, torch.float32).T[..., None]
         found.append(Columns(to_device(rows, device), look, to_device(keys, device)[:, None], *tensors))
     return found

@@ -79,6 +79,11 @@ class SamplingParams:
             raise ArgumentError(f"top_logprobs={self.top_logprobs} needs logprobs=True")
 
     @property
+    def divisor(self) -> float:
+        """The temperature, 0 if it is 0, otherwise within limits: in fp32, others would be 0 or infinite."""
+        return self.temperature and min(max(self.temperature, 1e-30), 1e30)
+
+    @property
     def adjusts(self) -> bool:
         """Whether the logits change before the temperature is applied."""
         return bool(

@@ -60,7 +60,7 @@ class RaggedRunner:
 
     def __init__(self, model: Transformer, reread: int) -> None:
         self.model, self.reread = model, reread
-        # A step backend's results never depend on other rows, so its draws must not either.
+        # A step backend's results never depend on other rows, so logprobs must not either.
         self.draw = 1 if model.step_backend else 0
 
     def reusable(self, request: Request, n: int) -> int:

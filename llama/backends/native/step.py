@@ -170,9 +170,12 @@ def check(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
         raise UnavailableError(f"head_dim={args.head_dim} is not a multiple of {lanes}")
 
 
+SENSITIVE = ("wq", "wk", "wv", "output", "tok_embeddings")  # see `in_two_parts`; the last two may be one
+
+
 def is_sensitive(name: str) -> bool:
-    """Whether a matrix, by its name, loses much if activations have 8 bits; see `in_two_parts`."""
-    return name.split(".")[-2] in ("wq", "wk", "wv", "output", "tok_embeddings")  # the last two may be one
+    """Whether a matrix, by its weight's name, loses much if activations have 8 bits."""
+    return name.split(".")[-2] in SENSITIVE
 
 
 def in_two_parts(matrices: Sequence[Matrix]) -> None:
@@ -222,7 +225,7 @@ class NativeStep:
             for i, layer in enumerate(found):
                 for field, name in linears.items():
                     setattr(layer, field, matrix(f"{folder}.{i}.{name}"))
-                in_two_parts([getattr(layer, field) for field in ("wq", "wk", "wv") if field in linears])
+                in_two_parts([getattr(layer, field) for field in linears if field in SENSITIVE])
                 for field, name in smalls.items():
                     setattr(layer, field, small(f"{folder}.{i}.{name}"))
             return found
@@ -314,11 +317,10 @@ class NativeStep:
         out, vocab_size = torch.empty(len(logits), dtype=torch.long), self.params.vocab_size
         rows = (compiler.Draw * len(draws))()
         for row, (params, n) in zip(rows, draws, strict=True):
-            row.temperature = params.temperature
-            if params.temperature:
+            row.temperature = params.divisor
+            if params.divisor:
                 row.key, row.top_k = key_of(params.seed, n), min(params.top_k or vocab_size, vocab_size)
                 row.top_p, row.min_p = params.top_p, params.min_p
-        self.library.llama_choose(
-            self._runtime, logits.contiguous().data_ptr(), len(logits), rows, out.data_ptr()
-        )
+        logits = logits.contiguous()
+        self.library.llama_choose(self._runtime, logits.data_ptr(), len(logits), rows, out.data_ptr())
         return out

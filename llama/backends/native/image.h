@@ -22,8 +22,6 @@ class ImageAttention {
   uint32_t* key_tile(int head, int i) { return keys[(size_t(head) * padded / 16 + i) * wide / 2].values; }
   uint32_t* value_tile(int head, int i) { return values[(size_t(head) * padded / 32 + i) * hd].values; }
 
-  static void fence() { asm volatile("" ::: "memory"); }  // GCC does not see that tile instructions use memory
-
   static F power_of_two(F x) {  // error 3e-6
     const F whole = (F)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT), part = x - whole;
     F p = splat(.00956051f);

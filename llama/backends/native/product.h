@@ -1,4 +1,4 @@
-// Products of matrices and activations, by vectors and by AMX, and of attention weights with cached values.
+// Products of matrices and activations, by vectors and by AMX.
 //
 // An output's sum has one order, however many rows a step has. Sums of bytes within a group are whole numbers,
 // so AMX's are the same as those of vectors; AMX's sums of bf16 are not, so AMX multiplies all rows if any.
@@ -107,8 +107,8 @@ static bool has_amx() {
   static const bool granted = !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA);
   return granted;
 }
-// For what AMX reads next: compilers do not know that it reads memory, and may leave out writing.
-template <class T> static inline void written(const T& memory) { asm volatile("" ::"m"(memory)); }
+// Before AMX reads what was written: compilers do not know that it reads memory.
+static inline void fence() { asm volatile("" ::: "memory"); }
 
 // Gives the registers their shapes, 64 bytes wide, and clears them: 0 and 1 are for sums of the upper rows of
 // activations, 2 and 3 for those of the lower rows, 4 for the upper rows, 5 for the lower rows, 6 and 7 for weights.
@@ -116,33 +116,51 @@ static void use_amx(int upper, int lower) {
   struct alignas(64) { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {1, 0, {}, {}, {}};
   const int heights[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
   for (int i = 0; i < 8; i++) shape.rows[i] = uint8_t(heights[i]), shape.bytes[i] = heights[i] ? 64 : 0;
-  written(shape);
+  fence();
   _tile_loadconfig(&shape);
 }
 constexpr int BLOCK = 32;  // rows of bf16 that are multiplied at once, in two halves
 constexpr int FEWEST = 6;  // rows of bytes; fewer are faster by vectors
 
-
-// Like `product`, for bf16 and up to BLOCK rows. A tile is the transposed matrix that AMX needs, 32 inputs in
+// Like `product`, for bf16 and up to PANEL rows. A tile is the transposed matrix that AMX needs, 32 inputs in
 // 1 KB. Its sums have their own order, but the same one for any number of rows.
 template <int T>
 __attribute__((noinline)) static void bf16_by_amx(const Tile* tiles, int cols, const Inputs& x, int first, int rows, F (*out)[T]) {
-  const int upper = std::min(rows, 16), lower = rows - upper;
-  use_amx(upper, lower);
-  const uint8_t *a = (const uint8_t*)x.row(first), *w0 = tiles[0].weight, *w1 = tiles[T - 1].weight;
-  const size_t stride = size_t(x.stride) * 4;
-  for (int k = 0; k < cols / 32; k++, a += 64, w0 += 1024, w1 += 1024) {
-    _tile_loadd(4, a, stride);
-    _tile_loadd(6, w0, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (T == 2) { _tile_loadd(7, w1, 64); _tile_dpbf16ps(1, 4, 7); }
-    if (lower) { _tile_loadd(5, a + 16 * stride, stride); _tile_dpbf16ps(2, 5, 6); }
-    if (lower && T == 2) _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, &out[0][0], sizeof out[0]);
-  if (T == 2) _tile_stored(1, &out[0][T - 1], sizeof out[0]);
-  if (lower) _tile_stored(2, &out[16][0], sizeof out[0]);
-  if (lower && T == 2) _tile_stored(3, &out[16][T - 1], sizeof out[0]);
+  constexpr int DEPTH = 8;  // tiles of inputs that all rows are multiplied by in turn, so that they stay in the first cache
+  const size_t stride = size_t(x.stride) * 4, row_bytes = sizeof out[0];
+  int height = 0, from = 0;
+  do {
+    const int to = std::min(from + DEPTH, cols / 32);
+    for (int row = 0; row < rows; row += BLOCK) {
+      const int upper = std::min(rows - row, 16), lower = std::min(rows - row - upper, 16);
+      if (height != upper + lower) use_amx(upper, lower), height = upper + lower;
+      F *high = out[row], *low = out[row + 16];
+      if (from) {
+        _tile_loadd(0, high, row_bytes);
+        if (T == 2) _tile_loadd(1, high + T - 1, row_bytes);
+        if (lower) _tile_loadd(2, low, row_bytes);
+        if (lower && T == 2) _tile_loadd(3, low + T - 1, row_bytes);
+      } else {
+        _tile_zero(0);
+        if (T == 2) _tile_zero(1);
+        if (lower) _tile_zero(2);
+        if (lower && T == 2) _tile_zero(3);
+      }
+      const uint8_t *a = (const uint8_t*)x.row(first + row) + from * 64, *b = a + 16 * stride;
+      for (int k = from; k < to; k++, a += 64, b += 64) {
+        _tile_loadd(4, a, stride);
+        _tile_loadd(6, tiles[0].weight + k * 1024, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (T == 2) { _tile_loadd(7, tiles[T - 1].weight + k * 1024, 64); _tile_dpbf16ps(1, 4, 7); }
+        if (lower) { _tile_loadd(5, b, stride); _tile_dpbf16ps(2, 5, 6); }
+        if (lower && T == 2) _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(0, high, row_bytes);
+      if (T == 2) _tile_stored(1, high + T - 1, row_bytes);
+      if (lower) _tile_stored(2, low, row_bytes);
+      if (lower && T == 2) _tile_stored(3, low + T - 1, row_bytes);
+    }
+  } while ((from += DEPTH) < cols / 32);
   _tile_release();
   for (int unit = cols / 32 * 16; unit < cols / 2; unit++)  // for heads of 16 or 80 channels
     for (int t = 0; t < T; t++)
@@ -166,7 +184,7 @@ __attribute__((noinline)) static void bytes_by_amx(const Tile* tiles, int cols, 
       for (int g = 0; g < groups; g++) unpack<K>(weights[t] + g * group_bytes(K), unpacked[t][g]);
       weights[t] = (const uint8_t*)unpacked[t];
     }
-    written(unpacked);
+    fence();
     for (int row = 0; row < rows; row += ROWS) {
       const uint8_t* in = (const uint8_t*)x.row(first + row) + x.place(from);
       const size_t at = (size_t(first + row) / ROWS * x.groups + from) * ROWS, half = size_t(x.stride) * 2;
@@ -213,8 +231,8 @@ template <int T, int B = ROWS, class Use>
 static void for_rows(int kind, const Tile (&tiles)[T], int cols, const Inputs& x, int first, int n, Use& use) {
 #ifdef AMX
   if (kind == BF16 && has_amx()) {
-    F out[BLOCK][T];
-    for (int rows; (rows = std::min(n, BLOCK)) > 0; first += rows, n -= rows) {
+    for (int rows; (rows = std::min(n, PANEL)) > 0; first += rows, n -= rows) {
+      F out[PANEL][T];
       bf16_by_amx<T>(tiles, cols, x, first, rows, out);
       for (int b = 0; b < rows; b++) use(first + b, out[b]);
     }
@@ -255,47 +273,4 @@ static void for_rows(const Matrix& m, const Tile (&tiles)[T], const Inputs& x, i
     if (row % 2) use(row / 2, sum);
   };
   for_rows<T>(m.kind, tiles, m.cols, x, 2 * first, 2 * n, both);
-}
-
-// ---- products of attention weights with cached values, which are stored by position
-
-constexpr int CHUNK = 256;  // cache positions that are processed together
-
-static inline F from_cache(const uint16_t* at) { return from_bf16(load<Halves>(at)); }
-static inline F from_cache(const float* at) { return load<F>(at); }
-
-// For Q queries: their sums of values, weighted by scores (Q, CHUNK), over the positions each can see.
-// C vectors of channels; values has hd channels per position.
-template <int Q, int C, class Element>
-static inline void weigh(const Element* values, int hd, const float* scores, const int* visible, float* to, int stride) {
-  F acc[Q][C] = {};
-  int together = visible[0];
-  for (int q = 1; q < Q; q++) together = std::min(together, visible[q]);
-  for (int p = 0; p < together; p++)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; c++) {
-      const F v = from_cache(values + size_t(p) * hd + c * LANES);
-#pragma GCC unroll 4
-      for (int q = 0; q < Q; q++) acc[q][c] = fma(splat(scores[q * CHUNK + p]), v, acc[q][c]);
-    }
-#pragma GCC unroll 4
-  for (int q = 0; q < Q; q++) {
-    for (int p = together; p < visible[q]; p++)
-#pragma GCC unroll 4
-      for (int c = 0; c < C; c++)
-        acc[q][c] = fma(splat(scores[q * CHUNK + p]), from_cache(values + size_t(p) * hd + c * LANES), acc[q][c]);
-#pragma GCC unroll 4
-    for (int c = 0; c < C; c++) store(to + q * stride + c * LANES, acc[q][c]);
-  }
-}
-template <int Q = ROWS / 2, class Element>
-static void weigh_all(int n, const Element* values, int hd, const float* scores, const int* visible, float* to, int stride) {
-  if constexpr (Q > 0) {
-    for (; n >= Q; n -= Q, scores += Q * CHUNK, visible += Q, to += Q * stride) {
-      int d = 0;
-      for (; d + 4 * LANES <= hd; d += 4 * LANES) weigh<Q, 4>(values + d, hd, scores, visible, to + d, stride);
-      for (; d < hd; d += LANES) weigh<Q, 1>(values + d, hd, scores, visible, to + d, stride);
-    }
-    if (n) weigh_all<Q - 1>(n, values, hd, scores, visible, to, stride);
-  }
 }

@@ -4,15 +4,16 @@
 // Every output element is summed in a fixed order, whatever else is computed: along its inputs, or its
 // positions, sequentially. So a sequence gets the same bits alone or in a batch, in one prefill or token by
 // token, with any number of threads.
+#include "attention.h"
 #include "draw.h"
 #include "image.h"
-#include "product.h"
 #include "quantize.h"
 #include "threads.h"
 
+#include <memory>
 #include <mutex>
 
-constexpr int QUERY_TOKENS = 8;  // tokens of one sequence that attend together
+constexpr int QUERY_TOKENS = 32;  // tokens of one sequence that attend together
 
 struct Layer {
   Matrix wq, wk, wv, wo, w1, w2, w3;
@@ -36,30 +37,7 @@ struct Model {
 struct Row { int32_t slot, start, length; };
 struct Sight { int32_t first, count, slot, begin, end; };  // tokens of a step, and the positions they see
 
-// ---- attention
-
-// A partial result of one query: head_dim sums of weighted values, the largest score, the sum of weights.
-// `more` covers the positions after those of `into`.
-static void merge(float* into, const float* more, int hd) {
-  const float most = std::max(into[hd], more[hd]), a = std::exp(into[hd] - most), b = std::exp(more[hd] - most);
-  for (int d = 0; d < hd; d += LANES) store(into + d, fma(load<F>(more + d), splat(b), load<F>(into + d) * a));
-  into[hd] = most, into[hd + 1] = into[hd + 1] * a + more[hd + 1] * b;
-}
-
-// Scores (n, CHUNK) to weights; also fills the last two numbers of each query's partial result.
-static void softmax(int n, float* scores, const int* visible, float* partial, int stride, int hd) {
-  for (int q = 0; q < n; q++, scores += CHUNK, partial += stride) {
-    F most = splat(-INFINITY), total = {};
-    for (int p = visible[q]; p % LANES; p++) scores[p] = -INFINITY;
-    for (int p = 0; p < visible[q]; p += LANES) most = larger(load<F>(scores + p), most);
-    const float top = largest(most);
-    for (int p = 0; p < visible[q]; p += LANES) {
-      const F e = exponential(load<F>(scores + p) - top);
-      store(scores + p, e), total += e;
-    }
-    partial[hd] = top, partial[hd + 1] = sum(total);
-  }
-}
+// ---- what tokens attend to
 
 struct Span {  // some consecutive tokens of one sequence
   int first, count, slot;
@@ -92,6 +70,9 @@ struct Scratch {  // per thread
   std::vector<float> row, scores, partial, more;
   std::vector<uint32_t> tiles;
   std::vector<int> visible;
+#ifdef AMX
+  std::unique_ptr<ChunkByAmx> by_amx;  // if it serves
+#endif
   Chooser chooser;
 };
 
@@ -121,6 +102,9 @@ struct Runtime {
       s.tiles.resize(2 * LANES * size_t(widest));
       s.scores.resize(at_once * CHUNK), s.visible.resize(at_once);
       s.partial.resize(at_once * partial_size()), s.more.resize(at_once * partial_size());
+#ifdef AMX
+      if (m.cache_kind == BF16 && ChunkByAmx::serves(m.head_dim)) s.by_amx = std::make_unique<ChunkByAmx>(m.head_dim);
+#endif
     }
   }
   int most_parts() const {  // of matrices that may have more than one; wk and wv have as many as wq
@@ -257,6 +241,12 @@ struct Runtime {
     const int first = (head * n + span.first) * share, count = span.count * share, bytes = hd * sizeof(Element);
     const uint8_t* keys = cached(context, layer, 0, span.slot, head) + size_t(span.begin) * bytes;
     for (int i = 0; i < count; i++) s.visible[i] = std::min(std::max(span.sees(i / share) - from, 0), CHUNK);
+    const Element* values = (const Element*)cached(context, layer, 1, span.slot, head) + size_t(span.begin + from) * hd;
+#ifdef AMX
+    if (s.by_amx)
+      return s.by_amx->attend(count, queries.row(first), queries.stride, (const uint16_t*)keys + size_t(from) * hd,
+                              (const uint16_t*)values, to - from, s.visible.data(), partial, partial_size());
+#endif
     for (int p = from; p < to; p += 2 * LANES) {
       Tile both[2];
       for (int i = 0; i < 2; i++) {  // keys are stored by position, and multiplied as tiles
@@ -272,7 +262,6 @@ struct Runtime {
       for_rows<2>(m.cache_kind, both, hd, queries, first, count, use);
     }
     softmax(count, s.scores.data(), s.visible.data(), partial, partial_size(), hd);
-    const Element* values = (const Element*)cached(context, layer, 1, span.slot, head) + size_t(span.begin + from) * hd;
     weigh_all(count, values, hd, s.scores.data(), s.visible.data(), partial, partial_size());
   }
   // Adds the partial results of a chunk other than the first.

@@ -1,0 +1,169 @@
+// Attention of queries to cached keys and values, which are stored by position, a chunk of positions at a time.
+#pragma once
+#include "product.h"
+
+constexpr int CHUNK = 256;  // cache positions that are processed together
+
+// A partial result of one query: head_dim sums of weighted values, the largest score, the sum of weights.
+// `more` covers the positions after those of `into`.
+static void merge(float* into, const float* more, int hd) {
+  const float most = std::max(into[hd], more[hd]), a = std::exp(into[hd] - most), b = std::exp(more[hd] - most);
+  for (int d = 0; d < hd; d += LANES) store(into + d, fma(load<F>(more + d), splat(b), load<F>(into + d) * a));
+  into[hd] = most, into[hd + 1] = into[hd + 1] * a + more[hd + 1] * b;
+}
+
+// Scores (n, CHUNK) to weights; also fills the last two numbers of each query's partial result.
+static void softmax(int n, float* scores, const int* visible, float* partial, int stride, int hd) {
+  for (int q = 0; q < n; q++, scores += CHUNK, partial += stride) {
+    F most = splat(-INFINITY), total = {};
+    for (int p = visible[q]; p % LANES; p++) scores[p] = -INFINITY;
+    for (int p = 0; p < visible[q]; p += LANES) most = larger(load<F>(scores + p), most);
+    const float top = largest(most);
+    for (int p = 0; p < visible[q]; p += LANES) {
+      const F e = exponential(load<F>(scores + p) - top);
+      store(scores + p, e), total += e;
+    }
+    partial[hd] = top, partial[hd + 1] = sum(total);
+  }
+}
+
+// ---- values by vectors
+
+static inline F from_cache(const uint16_t* at) { return from_bf16(load<Halves>(at)); }
+static inline F from_cache(const float* at) { return load<F>(at); }
+
+// For Q queries: their sums of values, weighted by scores (Q, CHUNK), over the positions each can see.
+// C vectors of channels; values has hd channels per position.
+template <int Q, int C, class Element>
+static inline void weigh(const Element* values, int hd, const float* scores, const int* visible, float* to, int stride) {
+  F acc[Q][C] = {};
+  int together = visible[0];
+  for (int q = 1; q < Q; q++) together = std::min(together, visible[q]);
+  for (int p = 0; p < together; p++)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) {
+      const F v = from_cache(values + size_t(p) * hd + c * LANES);
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; q++) acc[q][c] = fma(splat(scores[q * CHUNK + p]), v, acc[q][c]);
+    }
+#pragma GCC unroll 4
+  for (int q = 0; q < Q; q++) {
+    for (int p = together; p < visible[q]; p++)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++)
+        acc[q][c] = fma(splat(scores[q * CHUNK + p]), from_cache(values + size_t(p) * hd + c * LANES), acc[q][c]);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) store(to + q * stride + c * LANES, acc[q][c]);
+  }
+}
+template <int Q = ROWS / 2, class Element>
+static void weigh_all(int n, const Element* values, int hd, const float* scores, const int* visible, float* to, int stride) {
+  if constexpr (Q > 0) {
+    for (; n >= Q; n -= Q, scores += Q * CHUNK, visible += Q, to += Q * stride) {
+      int d = 0;
+      for (; d + 4 * LANES <= hd; d += 4 * LANES) weigh<Q, 4>(values + d, hd, scores, visible, to + d, stride);
+      for (; d < hd; d += LANES) weigh<Q, 1>(values + d, hd, scores, visible, to + d, stride);
+    }
+    if (n) weigh_all<Q - 1>(n, values, hd, scores, visible, to, stride);
+  }
+}
+
+#ifdef AMX
+// ---- in bf16, by AMX, for heads of whole tiles
+
+// Attention of one key head's queries to a chunk of positions. Keys are multiplied as they are stored, 16 positions
+// by 16 queries at a time, and the scores transposed; values are arranged in pairs of positions.
+class ChunkByAmx {
+  static constexpr int QUERIES = 16, STRIDE = CHUNK + 32;  // rows of 2^n bytes would share cache sets
+  struct alignas(64) Line { uint32_t values[16]; };        // across two cache lines, tiles load several times slower
+  const int hd;
+  std::vector<Line> keys, values, query;
+  alignas(64) float scores[QUERIES * CHUNK], tiles[4 * 256];
+  alignas(64) uint16_t weights[QUERIES * STRIDE];
+
+  // Scores (QUERIES, CHUNK) of `query` for `count` positions, and a few more that nothing sees.
+  void score(const uint8_t* keys, int count) {
+    for (int p = 0; p < count; p += 64) {
+      const int blocks = std::min((count - p + 15) / 16, 4);
+      for (int i = 0; i < blocks; i++) {
+        const uint8_t* from = keys + size_t(p + 16 * i) * hd * 2;
+        _tile_zero(0);
+        for (int d = 0; d < hd; d += 32) {
+          _tile_loadd(4, from + 2 * d, hd * 2);
+          _tile_loadd(6, query[d / 2].values, 64);
+          _tile_dpbf16ps(0, 4, 6);
+        }
+        _tile_stored(0, tiles + 256 * i, 64);
+      }
+      for (int i = 0; i < blocks; i++) {
+        U rows[LANES];
+        for (int r = 0; r < LANES; r++) rows[r] = load<U>(tiles + 256 * i + r * LANES);
+        transpose(rows);
+        for (int q = 0; q < QUERIES; q++) store(scores + q * CHUNK + p + 16 * i, rows[q]);
+      }
+    }
+  }
+  // Weights in bf16, 0 for positions that a query does not see.
+  void round_weights(int n, const int* visible, int count) {
+    for (int q = 0; q < n; q++)
+      for (int p = 0; p < count; p += 2 * LANES) {
+        const __mmask32 seen = visible[q] - p >= 32 ? ~0u : visible[q] <= p ? 0 : (1u << (visible[q] - p)) - 1;
+        const float* from = scores + q * CHUNK + p;
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(from + LANES), _mm512_load_ps(from));
+        _mm512_store_si512(weights + q * STRIDE + p, _mm512_maskz_mov_epi16(seen, both));
+      }
+  }
+  // Values of `count` positions, in tiles of 32 positions by 16 channels.
+  void arrange(const uint16_t* from, int count) {
+    for (int p = 0; p < count; p += 2)
+      for (int d = 0; d < hd; d += LANES) {
+        const U low = __builtin_convertvector(load<Halves>(from + size_t(p) * hd + d), U);
+        U high = {};
+        if (p + 1 < count) high = __builtin_convertvector(load<Halves>(from + size_t(p + 1) * hd + d), U);
+        store(values[(p / 32 * (hd / 16) + d / 16) * 16 + p % 32 / 2].values, low | high << 16);
+      }
+    for (int p = (count + 1) & ~1; p % 32; p += 2)
+      for (int d = 0; d < hd; d += LANES) store(values[(p / 32 * (hd / 16) + d / 16) * 16 + p % 32 / 2].values, U{});
+  }
+  // Sums (QUERIES, stride) of `count` positions' values, times their weights.
+  void weigh(int count, float* to, int stride) {
+    for (int d = 0; d < hd; d += 32) {
+      _tile_zero(0);
+      _tile_zero(1);
+      for (int p = 0; p < count; p += 32) {
+        const Line* tile = &values[(p / 32 * (hd / 16) + d / 16) * 16];
+        _tile_loadd(4, weights + p, STRIDE * 2);
+        _tile_loadd(6, tile, 64);
+        _tile_loadd(7, tile + 16, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      _tile_stored(0, to + d, stride * 4);
+      _tile_stored(1, to + d + 16, stride * 4);
+    }
+  }
+
+ public:
+  explicit ChunkByAmx(int head_dim) : hd(head_dim), values(CHUNK / 32 * hd), query(hd / 2), weights() {}
+  static bool serves(int head_dim) { return head_dim % 32 == 0 && has_amx(); }
+
+  // Partial results of n queries, rows of `stride`; they see the first `visible` of `count` positions. Rows up to the
+  // next multiple of 16 are overwritten too.
+  void attend(int n, const uint32_t* queries, int query_stride, const uint16_t* keys, const uint16_t* values, int count,
+              const int* visible, float* partial, int stride) {
+    use_amx(16, 16);
+    arrange(values, count);
+    for (int q = 0; q < n; q += QUERIES) {
+      const int here = std::min(QUERIES, n - q);
+      tile_units((const uint8_t*)(queries + size_t(q) * query_stride), size_t(query_stride) * 4, here, hd / 2, query[0].values);
+      fence();
+      score((const uint8_t*)keys, count);
+      softmax(here, scores, visible + q, partial + size_t(q) * stride, stride, hd);
+      round_weights(here, visible + q, count);
+      fence();
+      weigh(count, partial + size_t(q) * stride, stride);
+    }
+    _tile_release();
+  }
+};
+#endif

@@ -172,7 +172,7 @@ __attribute__((noinline)) static void bf16_by_amx(const Tile* tiles, int cols, c
 // of activations twice, once with zeros for the second group and once with zeros for the first.
 template <int K, int T>
 __attribute__((noinline)) static void bytes_by_amx(const Tile* tiles, int cols, const Inputs& x, int first, int rows, F (*out)[T]) {
-  constexpr int MOST = K == INT8 ? 1024 : 24;  // groups that are unpacked at once, and stay in the core's first cache
+  constexpr int MOST = 16;  // groups at a time, so that they stay in the core's first cache
   Bytes unpacked[T][K == INT8 ? 1 : MOST][8];
   I buffers[2][T][2 * ROWS];  // for sums of two groups: AMX fills one while the other is read
   use_amx(16, 16);

@@ -18,7 +18,16 @@ from llama.device import cache_folder
 
 SOURCES = [
     Path(__file__).with_name(name)
-    for name in ("step.cpp", "attention.h", "draw.h", "image.h", "product.h", "quantize.h", "threads.h", "matrix.h")
+    for name in (
+        "step.cpp",
+        "attention.h",
+        "draw.h",
+        "image.h",
+        "product.h",
+        "quantize.h",
+        "threads.h",
+        "matrix.h",
+    )  # fmt: skip
 ]
 NATIVE = {"x86_64": "-march=native", "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
 

@@ -16,19 +16,8 @@ from typing import Any
 
 from llama.device import cache_folder
 
-SOURCES = [
-    Path(__file__).with_name(name)
-    for name in (
-        "step.cpp",
-        "attention.h",
-        "draw.h",
-        "image.h",
-        "product.h",
-        "quantize.h",
-        "threads.h",
-        "matrix.h",
-    )  # fmt: skip
-]
+HEADERS = ("attention", "draw", "image", "product", "quantize", "threads", "matrix")
+SOURCES = [Path(__file__).with_name(name) for name in ("step.cpp", *(f"{header}.h" for header in HEADERS))]
 NATIVE = {"x86_64": "-march=native", "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
 
 

@@ -190,20 +190,23 @@ __attribute__((noinline)) static void bytes_by_amx(const Tile* tiles, int cols, 
       const size_t at = (size_t(first + row) / ROWS * x.groups + from) * ROWS, half = size_t(x.stride) * 2;
       const float *scales = &x.scale[at], *more = &x.scaled_sum[at];
       I (*sums)[2 * ROWS] = buffers[0], (*next)[2 * ROWS] = buffers[1];
-      auto multiply = [&](int g, I (*to)[2 * ROWS]) {
+      auto multiply = [&](int g) {
         _tile_loadd(4, in + g * GROUP, half);
         _tile_zero(0);
         _tile_loadd(6, weights[0] + g * sizeof unpacked[0][0], 64);
         _tile_dpbssd(0, 4, 6);
         if (T == 2) { _tile_zero(1); _tile_loadd(7, weights[T - 1] + g * sizeof unpacked[0][0], 64); _tile_dpbssd(1, 4, 7); }
+      };
+      auto keep = [&](I (*to)[2 * ROWS]) {
         _tile_stored(0, to[0], 64);
         if (T == 2) _tile_stored(1, to[T - 1], 64);
       };
       F acc[ROWS][T] = {};
       if (from) memcpy(acc, out[row], sizeof acc);
-      multiply(0, sums);
+      multiply(0);
+      keep(sums);
       for (int g = 0; g < groups; g += 2, scales += 2 * ROWS, more += 2 * ROWS, std::swap(sums, next)) {
-        if (g + 2 < groups) multiply(g + 2, next);
+        if (g + 2 < groups) multiply(g + 2);
 #pragma GCC unroll 2
         for (int t = 0; t < T; t++)
 #pragma GCC unroll 2
@@ -218,6 +221,7 @@ __attribute__((noinline)) static void bytes_by_amx(const Tile* tiles, int cols, 
               if (K != INT8) acc[b][t] = fma(min, splat(more[i * ROWS + b]), acc[b][t]);
             }
           }
+        if (g + 2 < groups) keep(next);  // only now: stores that wait for AMX would keep all else waiting
       }
       memcpy(out[row], acc, sizeof acc);
     }

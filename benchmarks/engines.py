@@ -6,6 +6,7 @@ All run on the CPU, with as many threads as PyTorch uses.
 """
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,37 @@ def openvino(folder: Path, context: int, batch: int, file: str = "") -> Generate
     return generate
 
 
+def onnx_runtime(folder: Path, context: int, batch: int, file: str = "") -> Generate:
+    """ONNX Runtime GenAI; prompts must have the same length.
+
+    file: a folder that was written by python -m onnxruntime_genai.models.builder -m FOLDER/hf -o PATH -p int4
+        -e cpu -c CACHE --extra_options int4_accuracy_level=4
+    """
+    import numpy as np
+    import onnxruntime_genai as genai
+
+    config = genai.Config(str(folder / file))
+    session = {"intra_op_num_threads": torch.get_num_threads()}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+    model = genai.Model(config)
+
+    def generate(prompts: Prompts, new: int, tick: Callable[[], None]) -> Prompts:
+        params, length = genai.GeneratorParams(model), len(prompts[0]) + new
+        params.set_search_options(
+            do_sample=False, batch_size=len(prompts), max_length=length, min_length=length
+        )
+        generator = genai.Generator(model, params)
+        generator.append_tokens(np.array(prompts, dtype=np.int32))
+        chosen = []
+        for _ in range(new):
+            generator.generate_next_token()
+            chosen.append(generator.get_next_tokens().tolist())
+            tick()
+        return [list(tokens) for tokens in zip(*chosen, strict=True)]
+
+    return generate
+
+
 def silence(cpp: Any) -> None:
     """Silence llama.cpp, which prints a page about every file it opens."""
     cpp.silent = cpp.llama_log_callback(lambda *_: None)  # keep a reference, because C does not
@@ -228,4 +260,5 @@ ENGINES: dict[str, tuple[Callable[..., Generate], str | None, dict[str, Any]]] =
     "OpenVINO GenAI, bf16": (openvino, "openvino_genai", {"file": "openvino-fp16"}),
     "OpenVINO GenAI, int8": (openvino, "openvino_genai", {"file": "openvino-int8"}),
     "OpenVINO GenAI, int4": (openvino, "openvino_genai", {"file": "openvino-int4"}),
+    "ONNX Runtime GenAI, int4": (onnx_runtime, "onnxruntime_genai", {"file": "onnx-int4"}),
 }

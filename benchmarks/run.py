@@ -55,6 +55,7 @@ GOALS: dict[tuple[str, str], dict[str, float]] = {
     ("bf16", "OpenVINO GenAI, bf16"): {"prefill": 1.1, "prefill_512": 1.1},
     ("int8", "OpenVINO GenAI, int8"): {"prefill": 1.1, "prefill_512": 1.1},
     ("int4", "OpenVINO GenAI, int4"): {"prefill": 1.1, "prefill_512": 1.1},
+    ("int4", "ONNX Runtime GenAI, int4"): {},
     ("bf16", "Meta's llama-models, bf16"): {"decode": 3},
     ("bf16", "transformers, bf16"): {},
 }
@@ -65,6 +66,7 @@ GOALS_WHEN_SMALL: dict[tuple[str, str], dict[str, float]] = {
     ("int4", "llama.cpp, Q4_0"): {"decode": 1.3, "decode_8": 2},
     ("int4", "llama.cpp, Q4_1"): {"decode": 2},
 }
+EXPORTED = ("openvino_genai", "onnxruntime_genai")  # they read folders that are written by hand
 RATIOS = ("prefill", "prefill_512", "decode", "decode_1024", "decode_8")
 CHAT = ("--temperature", "0", "--max_gen_len", "32")
 END_TO_END = {
@@ -131,7 +133,7 @@ def available(folder: Path, names: list[str]) -> list[str]:
         package = (module or "llama").split(".")[0]
         if importlib.util.find_spec(package) is None:
             print(f"{name}: skipped, because {package} is not installed", file=sys.stderr)
-        elif package == "openvino_genai" and not (folder / arguments["file"]).is_dir():
+        elif package in EXPORTED and not (folder / arguments["file"]).is_dir():
             print(f"{name}: skipped, because there is no {folder / arguments['file']}", file=sys.stderr)
         else:
             found.append(name)

@@ -66,7 +66,7 @@ GOALS_WHEN_SMALL: dict[tuple[str, str], dict[str, float]] = {
     ("int4", "llama.cpp, Q4_0"): {"decode": 1.3, "decode_8": 2},
     ("int4", "llama.cpp, Q4_1"): {"decode": 2},
 }
-EXPORTED = ("openvino_genai", "onnxruntime_genai")  # they read folders that are written by hand
+EXPORTED = ("openvino_genai", "onnxruntime_genai")  # they read folders that this script does not write
 RATIOS = ("prefill", "prefill_512", "decode", "decode_1024", "decode_8")
 CHAT = ("--temperature", "0", "--max_gen_len", "32")
 END_TO_END = {

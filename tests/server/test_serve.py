@@ -65,7 +65,10 @@ def two_ranks(folder: Path, *words: object) -> Iterator[str]:
     url = f"http://127.0.0.1:{(port := free_port())}"
     command = ("-m", "llama", "serve", *words, "--port", port, "--max_seq_len", 256)
     with forked.started(2, folder, *command) as ranks:
-        until_ready(url, lambda: all(rank.is_alive() for rank in ranks))
+        try:
+            until_ready(url, lambda: all(rank.is_alive() for rank in ranks))
+        except AssertionError:
+            pytest.fail("\n".join(file.read_text() for file in sorted(folder.glob("err.*"))))
         yield url
 
 

@@ -1,8 +1,10 @@
 """Ranks as `torchrun` starts them, but forked from a process that has imported torch already."""
 
 import contextlib
+import itertools
 import multiprocessing
 import os
+import random
 import runpy
 import socket
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 
 from tests.support import ROOT
 
+_ports = itertools.count(random.randrange(1_000))
 _context = multiprocessing.get_context("forkserver")
 # What most ranks import; with torchrun, each spends two seconds on them.
 _context.set_forkserver_preload(
@@ -71,9 +74,13 @@ def run(
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port that stays free: below those that Linux gives out by itself, and this worker's own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 10_000 + worker % 16 * 1_000 + next(_ports) % 1_000
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def _run(rank: int, words: list[str], folder: Path, env: dict[str, str]) -> None:

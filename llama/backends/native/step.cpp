@@ -154,11 +154,12 @@ struct Runtime {
   // Calls use(row of x, first column of the product, LANES products) for tiles from … to - 1.
   template <class Use> void multiply(const Matrix& w, int from, int to, int t, const Inputs& x, int n, Use use) {
     for (int row = 0, rows = w.tiled ? PANEL : n; row < n; row += rows)
-      for (int i = from; i < to; i += 2) {
-        const Tile both[] = {tile(w, i, t, 0), tile(w, std::min(i + 1, to - 1), t, 1)}, one[] = {both[0]};
-        auto each = [&](int b, const F* v) { use(b, i * LANES, v[0]), use(b, i * LANES + LANES, v[1]); };
+      for (int i = from, half = (to - from + 1) / 2; i < from + half; i++) {
+        const int j = i + half;
+        const Tile both[] = {tile(w, i, t, 0), tile(w, std::min(j, to - 1), t, 1)}, one[] = {both[0]};
+        auto each = [&](int b, const F* v) { use(b, i * LANES, v[0]), use(b, j * LANES, v[1]); };
         auto only = [&](int b, const F* v) { use(b, i * LANES, v[0]); };
-        if (i + 1 < to) for_rows<2>(w, both, x, row, std::min(rows, n - row), each);
+        if (j < to) for_rows<2>(w, both, x, row, std::min(rows, n - row), each);
         else for_rows<1>(w, one, x, row, std::min(rows, n - row), only);
       }
   }

@@ -77,29 +77,48 @@ class ChunkByAmx {
   static constexpr int QUERIES = 16, STRIDE = CHUNK + 32;  // rows of 2^n bytes would share cache sets
   struct alignas(64) Line { uint32_t values[16]; };        // across two cache lines, tiles load several times slower
   const int hd;
-  std::vector<Line> keys, values, query;
+  std::vector<Line> values, query;
   alignas(64) float scores[QUERIES * CHUNK], tiles[4 * 256];
   alignas(64) uint16_t weights[QUERIES * STRIDE];
 
-  // Scores (QUERIES, CHUNK) of `query` for `count` positions, and a few more that nothing sees.
-  void score(const uint8_t* keys, int count) {
-    for (int p = 0; p < count; p += 64) {
-      const int blocks = std::min((count - p + 15) / 16, 4);
-      for (int i = 0; i < blocks; i++) {
-        const uint8_t* from = keys + size_t(p + 16 * i) * hd * 2;
-        _tile_zero(0);
-        for (int d = 0; d < hd; d += 32) {
-          _tile_loadd(4, from + 2 * d, hd * 2);
-          _tile_loadd(6, query[d / 2].values, 64);
-          _tile_dpbf16ps(0, 4, 6);
-        }
-        _tile_stored(0, tiles + 256 * i, 64);
+  // Products of 16 positions and the queries: (positions, QUERIES).
+  void multiply(const uint16_t* keys, float* to) {
+    _tile_zero(0);
+    for (int d = 0; d < hd; d += 32) {
+      _tile_loadd(4, keys + d, hd * 2);
+      _tile_loadd(6, query[d / 2].values, 64);
+      _tile_dpbf16ps(0, 4, 6);
+    }
+    _tile_stored(0, to, 64);
+  }
+  // Values of positions p to p + 15, of which those before `count` exist, in tiles of 32 positions by 16 channels:
+  // of 32 channels, the even and the odd ones.
+  void arrange(const uint16_t* from, int p, int count) {
+    Line* to = &values[p / 32 * hd + p % 32 / 2];
+    from += size_t(p) * hd;
+    for (const int end = p + 16; p < end; p += 2, from += 2 * hd, to++)
+      for (int d = 0; d < hd; d += 32) {
+        const __m512i a = p < count ? _mm512_loadu_si512(from + d) : __m512i{};
+        const __m512i b = p + 1 < count ? _mm512_loadu_si512(from + hd + d) : __m512i{};
+        _mm512_store_si512(to[d].values, _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)));
+        _mm512_store_si512(to[d + 16].values, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
       }
-      for (int i = 0; i < blocks; i++) {
+  }
+  // Scores (QUERIES, CHUNK) of `query` for `count` positions, and a few more that nothing sees. Values that are not
+  // null are arranged in between: memory is read fastest from several places in turn.
+  void score(const uint16_t* keys, const uint16_t* values, int count) {
+    for (int p = 0; p < count; p += 64) {
+      const int end = std::min(p + 64, (count + 31) & ~31);
+      for (int at = p; at < end; at += 16) {
+        if (at < count) multiply(keys + size_t(at) * hd, tiles + (at - p) * 16);
+        if (values) arrange(values, at, count);
+      }
+      fence();
+      for (int at = p; at < end; at += 16) {
         U rows[LANES];
-        for (int r = 0; r < LANES; r++) rows[r] = load<U>(tiles + 256 * i + r * LANES);
+        for (int r = 0; r < LANES; r++) rows[r] = load<U>(tiles + (at - p + r) * 16);
         transpose(rows);
-        for (int q = 0; q < QUERIES; q++) store(scores + q * CHUNK + p + 16 * i, rows[q]);
+        for (int q = 0; q < QUERIES; q++) store(scores + q * CHUNK + at, rows[q]);
       }
     }
   }
@@ -113,33 +132,28 @@ class ChunkByAmx {
         _mm512_store_si512(weights + q * STRIDE + p, _mm512_maskz_mov_epi16(seen, both));
       }
   }
-  // Values of `count` positions, in tiles of 32 positions by 16 channels.
-  void arrange(const uint16_t* from, int count) {
-    for (int p = 0; p < count; p += 2)
-      for (int d = 0; d < hd; d += LANES) {
-        const U low = __builtin_convertvector(load<Halves>(from + size_t(p) * hd + d), U);
-        U high = {};
-        if (p + 1 < count) high = __builtin_convertvector(load<Halves>(from + size_t(p + 1) * hd + d), U);
-        store(values[(p / 32 * (hd / 16) + d / 16) * 16 + p % 32 / 2].values, low | high << 16);
-      }
-    for (int p = (count + 1) & ~1; p % 32; p += 2)
-      for (int d = 0; d < hd; d += LANES) store(values[(p / 32 * (hd / 16) + d / 16) * 16 + p % 32 / 2].values, U{});
-  }
-  // Sums (QUERIES, stride) of `count` positions' values, times their weights.
-  void weigh(int count, float* to, int stride) {
+  // Sums (n, stride) of `count` positions' values, times their weights.
+  void weigh(int n, int count, float* to, int stride) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
     for (int d = 0; d < hd; d += 32) {
       _tile_zero(0);
       _tile_zero(1);
       for (int p = 0; p < count; p += 32) {
-        const Line* tile = &values[(p / 32 * (hd / 16) + d / 16) * 16];
+        const Line* tile = &values[p / 32 * hd + d];
         _tile_loadd(4, weights + p, STRIDE * 2);
         _tile_loadd(6, tile, 64);
         _tile_loadd(7, tile + 16, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
       }
-      _tile_stored(0, to + d, stride * 4);
-      _tile_stored(1, to + d + 16, stride * 4);
+      _tile_stored(0, tiles, 64);
+      _tile_stored(1, tiles + 256, 64);
+      for (int q = 0; q < n; q++) {
+        const __m512 even = _mm512_load_ps(tiles + 16 * q), odd = _mm512_load_ps(tiles + 256 + 16 * q);
+        _mm512_storeu_ps(to + q * stride + d, _mm512_permutex2var_ps(even, first, odd));
+        _mm512_storeu_ps(to + q * stride + d + 16, _mm512_permutex2var_ps(even, second, odd));
+      }
     }
   }
 
@@ -147,21 +161,19 @@ class ChunkByAmx {
   explicit ChunkByAmx(int head_dim) : hd(head_dim), values(CHUNK / 32 * hd), query(hd / 2), weights() {}
   static bool serves(int head_dim) { return head_dim % 32 == 0 && has_amx(); }
 
-  // Partial results of n queries, rows of `stride`; they see the first `visible` of `count` positions. Rows up to the
-  // next multiple of 16 are overwritten too.
+  // Partial results of n queries, rows of `stride`; they see the first `visible` of `count` positions.
   void attend(int n, const uint32_t* queries, int query_stride, const uint16_t* keys, const uint16_t* values, int count,
               const int* visible, float* partial, int stride) {
     use_amx(16, 16);
-    arrange(values, count);
     for (int q = 0; q < n; q += QUERIES) {
       const int here = std::min(QUERIES, n - q);
       tile_units((const uint8_t*)(queries + size_t(q) * query_stride), size_t(query_stride) * 4, here, hd / 2, query[0].values);
       fence();
-      score((const uint8_t*)keys, count);
+      score(keys, q ? nullptr : values, count);
       softmax(here, scores, visible + q, partial + size_t(q) * stride, stride, hd);
       round_weights(here, visible + q, count);
       fence();
-      weigh(count, partial + size_t(q) * stride, stride);
+      weigh(here, count, partial + size_t(q) * stride, stride);
     }
     _tile_release();
   }

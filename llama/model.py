@@ -150,13 +150,9 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tens
     if mask is not None and q.is_cuda:
         # CUDA has no fused kernel for a mask with fewer key heads; without a mask it uses FlashAttention.
         keys, values = (x.repeat_interleave(q.shape[1] // len(x), 0) for x in (keys, values))
+    grouped = len(keys) < q.shape[1]
     out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        keys[None],
-        values[None],
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=len(keys) < q.shape[1],
+        q.transpose(0, 1)[None], keys[None], values[None], mask, is_causal=mask is None, enable_gqa=grouped
     )
     return out[0].transpose(0, 1)
 
@@ -258,6 +254,11 @@ class StepBackend(Protocol):
 
     def choose(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor: ...
 
+    def next_tokens(
+        self, ids: list[int], rows: Sequence[Row], draws: Sequence[Draw], cache: Tensor, rotations: Tensor
+    ) -> list[int]:
+        """All three for the last token of each row, in one call: most tokens need nothing in between."""
+
 
 class Transformer(nn.Module):
     """A Llama model, or one rank's part of it.
@@ -332,16 +333,8 @@ class Transformer(nn.Module):
 
         New keys and values are written to the cache; a slot may appear in only one row. Tokens after the
         last row's are padding: they bring the linear layers to a certain N and have no other effect.
-        Raises ArgumentError if a row does not fit the cache.
         """
-        self.cache.mark_written()
-        slots, length = self.params.max_batch_size, self.params.max_seq_len
-        for row in rows:
-            if not (0 <= row.slot < slots and 0 <= row.start < row.stop <= length):
-                raise ArgumentError(
-                    f"slot {row.slot}, positions {row.start} to {row.stop} do not fit the cache of "
-                    f"max_batch_size={slots}, max_seq_len={length}"
-                )
+        self.begin(rows)
         if self.step_backend:
             return self.whole_step(tokens, rows)
         n = len(tokens)
@@ -350,6 +343,17 @@ class Transformer(nn.Module):
         rotation = torch.cat([self.rotations[row.start : row.stop] for row in rows])
         step = RaggedStep(rows, F.pad(rotation, (0, 0, 0, 0, 0, 0, 0, padding)))
         return self.run(tokens, step)[:n]
+
+    def begin(self, rows: Sequence[Row]) -> None:
+        """Note that these rows will be written. Raises ArgumentError if one does not fit the cache."""
+        self.cache.mark_written()
+        slots, length = self.params.max_batch_size, self.params.max_seq_len
+        for row in rows:
+            if not (0 <= row.slot < slots and 0 <= row.start < row.stop <= length):
+                raise ArgumentError(
+                    f"slot {row.slot}, positions {row.start} to {row.stop} do not fit the cache of "
+                    f"max_batch_size={slots}, max_seq_len={length}"
+                )
 
     def whole_step(self, tokens: Tensor, rows: Sequence[Row]) -> Tensor:
         assert self.step_backend

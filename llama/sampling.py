@@ -8,6 +8,7 @@ after a restart and on any number of ranks; rounding can change a draw only if t
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -97,11 +98,8 @@ def adjust(logits: Tensor, request: Sampled) -> None:
 
     Computed in fp64, then relative to the largest, so that large penalties cost small logits no digits.
     """
-
-    def to_tensor(ids: Sequence[int]) -> Tensor:
-        return to_device(ids, logits.device)
-
     params, prompt, answer = request.params, request.prompt, request.tokens
+    to_tensor = partial(to_device, device=logits.device)
     exact = logits.double()
     if params.repetition_penalty != 1:
         ids = to_tensor([token for token in (*prompt, *answer) if token < len(exact)])  # skip image tokens
@@ -112,7 +110,7 @@ def adjust(logits: Tensor, request: Sampled) -> None:
         exact[ids] = exact[ids] - params.presence_penalty  # once, even for repeated ids
         exact.index_add_(0, ids, exact.new_full(ids.shape, -params.frequency_penalty))
     if params.logit_bias:
-        biases = to_device(list(params.logit_bias.values()), logits.device, torch.float64)
+        biases = to_tensor(list(params.logit_bias.values()), dtype=torch.float64)
         exact[to_tensor(list(params.logit_bias))] += biases
     if params.adjusts:
         logits.copy_(exact - exact.max().clamp(min=-1e300))  # clamped in case all are -inf

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -216,10 +217,9 @@ def test_requests_get_the_same_bits_in_any_company(batch_invariant: bool) -> Non
     model = loaded(random_model(torch.bfloat16))
     engine = Engine(model, prefill_chunk=7, batch_invariant=batch_invariant)
 
-    def generate(prompts: Sequence[Tensor]) -> list[tuple[list[int], list[float]]]:
-        params = [
-            SamplingParams(max_tokens=8, logprobs=True, temperature=0.9, seed=i) for i in range(len(prompts))
-        ]
+    def generate(prompts: Sequence[Tensor], logprobs: bool = True) -> list[tuple[list[int], list[float]]]:
+        drawn = SamplingParams(max_tokens=8, logprobs=logprobs, temperature=0.9)
+        params = [replace(drawn, seed=i) for i in range(len(prompts))]
         requests = [engine.add(p.tolist(), q) for p, q in zip(prompts, params, strict=True)]
         for _ in engine.run(requests):
             pass
@@ -229,6 +229,8 @@ def test_requests_get_the_same_bits_in_any_company(batch_invariant: bool) -> Non
     together = generate(prompts)
     assert generate(prompts[:1]) == together[:1]
     assert generate(prompts[:2])[1] == together[1]
+    in_one_call = generate(prompts, logprobs=False)  # of the compiled step
+    assert [tokens for tokens, _ in in_one_call] == [tokens for tokens, _ in together]
 
 
 def write_for_driver(path: Path, model: Transformer, kinds: dict[str, str], tokens: Tensor) -> None:
@@ -333,7 +335,7 @@ def test_pytorch_uses_one_thread_beside_a_step(monkeypatch: pytest.MonkeyPatch) 
     torch.set_num_threads(3)
     try:
         engine = Engine(model)
-        engine.add([1, 2, 3], SamplingParams(max_tokens=1))
+        engine.add([1, 2, 3], SamplingParams(max_tokens=1, logprobs=True))
         engine.step()
         assert (seen, torch.get_num_threads()) == ([1], 3)
     finally:

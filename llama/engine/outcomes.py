@@ -31,6 +31,23 @@ class Outcome(NamedTuple):
     restart: bool = False
 
 
+def is_plain(item: Work) -> bool:
+    """Whether a token follows, its logits only serve to draw it, unchanged, and the request has no images."""
+    request, params = item.request, item.request.params
+    more = params.logprobs or params.prompt_logprobs or params.adjusts or request.constraint or request.images
+    return not more and item.row.stop == request.length and request.max_tokens > 0
+
+
+def draw_next(model: Transformer, work: Sequence[Work]) -> list[Outcome]:
+    """The outcomes of plain work, in one call of the model's step backend."""
+    assert model.step_backend
+    ids, rows = [token for item in work for token in item.tokens], [item.row for item in work]
+    draws = [(item.request.params, len(item.request.tokens)) for item in work]
+    model.begin(rows)
+    tokens = model.step_backend.next_tokens(ids, rows, draws, model.cache.data, model.rotations)
+    return [Outcome(token) for token in tokens]
+
+
 def choose_next(
     model: Transformer, requests: Sequence[Request], logits: Tensor, draw: int = 0
 ) -> dict[Request, Outcome]:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from llama.device import one_thread
-from llama.engine.outcomes import Outcome, choose_next, score_prompt
+from llama.engine.outcomes import Outcome, choose_next, draw_next, is_plain, score_prompt
 from llama.engine.request import Request, Work
 from llama.model import Transformer
 from llama.ranks import lost_rank_as_error
@@ -80,6 +80,8 @@ class RaggedRunner:
         draw: rows to draw at a time; 0: all.
         """
         model = self.model
+        if model.step_backend and all(map(is_plain, work)):
+            return draw_next(model, work)
         if isinstance(model, VisionTransformer):
             with lost_rank_as_error(model.parallel):
                 for item in work:
@@ -98,8 +100,7 @@ class RaggedRunner:
             chosen = {}
             if last:
                 rows = [*last.values(), *[0] * (width - len(last))]
-                ends_only = hidden if rows == list(range(len(hidden))) else hidden[rows]
-                logits = model.logits(ends_only)
+                logits = model.logits(hidden if rows == list(range(len(hidden))) else hidden[rows])
                 chosen = choose_next(model, list(last), logits[: len(last)] if width else logits, draw)
         return [
             chosen.get(item.request, Outcome())._replace(prompt_logprobs=logprobs, prompt_top_logprobs=top)

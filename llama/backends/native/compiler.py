@@ -99,6 +99,10 @@ SIGNATURES: dict[str, list[Any]] = {  # each function's result and arguments
     ],
     "llama_logits": [None, c_void_p, c_void_p, c_int32, c_void_p],
     "llama_choose": [None, c_void_p, c_void_p, c_int32, POINTER(Draw), c_void_p],
+    "llama_next": [
+        *(None, c_void_p, c_void_p, POINTER(Row), c_int32, c_void_p, c_void_p),
+        *(POINTER(Draw), c_void_p),
+    ],
 }
 
 

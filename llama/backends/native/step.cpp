@@ -82,13 +82,13 @@ struct Runtime {
   std::mutex mutex;
   const int q_dim, share, widest, parts;  // share: query heads per key head; parts: the most that a matrix has
   int room = 0;                    // tokens that the buffers below hold
-  std::vector<float> x, attended, hidden, partials;  // residual stream, attention's and w1/w3's output
+  std::vector<float> x, attended, hidden, partials, scores;  // residual stream, attention's and w1/w3's output, …, logits
   Inputs inputs, queries;                            // queries: n_kv_heads · tokens · share
   std::vector<Scratch> scratch;
   // For the current step:
   const int32_t* tokens;
   Context text, images;
-  std::vector<int> slots, positions;  // of each token
+  std::vector<int> slots, positions, last;  // of each token; the last token of each row
   std::vector<bool> sighted;          // whether it sees an image; otherwise cross-attention layers leave it as it is
   const float* rotations;             // (max_seq_len, head_dim / 2, 2): cosine and sine
   int n;
@@ -339,7 +339,7 @@ struct Runtime {
     const size_t size = context.split ? units * context.chunks * QUERY_TOKENS * share * partial_size() : 0;
     if (size > partials.size()) partials.resize(size);
   }
-  void step(int t, float* out) {
+  void layers(int t) {
     pool.phase(t, n, [&](int from, int to) {
       for (; from < to; from++) embed(tokens[from], &x[size_t(from) * m.dim]);
     });
@@ -351,15 +351,31 @@ struct Runtime {
       attention(t, layer);
       feed_forward(t, m.layers[layer]);
     }
-    pool.phase(t, n, [&](int from, int to) {
-      for (; from < to; from++) rms_norm(&x[size_t(from) * m.dim], m.norm, out + size_t(from) * m.dim);
-    });
   }
-  void logits(int t, const float* from, int rows, float* out) {
-    auto row = [&](int i, float*) { return from + size_t(i) * m.dim; };
+  const float* normed(int i, float* to) const { return rms_norm(&x[size_t(i) * m.dim], m.norm, to); }
+  template <class GetRow> void logits(int t, int rows, GetRow row, float* out) {
     multiply(m.output, t, rows, row, [&](int i, int col, F v) {
       memcpy(out + size_t(i) * m.vocab_size + col, &v, std::min(LANES, m.vocab_size - col) * sizeof(float));
     });
+  }
+  void choose(int t, const float* logits, int rows, const Draw* draws, int64_t* chosen) {
+    pool.phase(t, rows, [&](int from, int to) {
+      for (; from < to; from++)
+        chosen[from] = scratch[t].chooser.choose(logits + size_t(from) * m.vocab_size, m.vocab_size, draws[from]);
+    });
+  }
+  // Prepares a step for the concatenated rows' tokens, which see no images yet.
+  void begin(const int32_t* ids, const Row* rows, int n_rows, const float* angles, void* cache) {
+    tokens = ids, rotations = angles, n = 0;
+    text.clear(), images.clear(), slots.clear(), positions.clear(), last.clear();
+    for (const Row* row = rows; row < rows + n_rows; row++) {
+      text.add(n, row->length, row->slot, 0, row->start + 1, 1);
+      for (int p = 0; p < row->length; p++) slots.push_back(row->slot), positions.push_back(row->start + p);
+      last.push_back((n += row->length) - 1);
+    }
+    sighted.assign(n, false);
+    plan(text, cache, m.max_seq_len);
+    make_room(n);
   }
 };
 
@@ -441,40 +457,44 @@ void llama_hidden(Runtime* runtime, const int32_t* tokens, const Row* rows, int3
                   void* cache, const Sight* sights, int32_t n_sights, void* images, float* out) {
   Runtime& r = *runtime;
   std::lock_guard<std::mutex> lock(r.mutex);
-  r.tokens = tokens, r.rotations = rotations, r.n = 0;
-  r.text.clear(), r.images.clear(), r.slots.clear(), r.positions.clear();
-  for (const Row* row = rows; row < rows + n_rows; row++) {
-    r.text.add(r.n, row->length, row->slot, 0, row->start + 1, 1);
-    for (int p = 0; p < row->length; p++) r.slots.push_back(row->slot), r.positions.push_back(row->start + p);
-    r.n += row->length;
-  }
-  r.sighted.assign(r.n, false);
+  r.begin(tokens, rows, n_rows, rotations, cache);
   for (const Sight* s = sights; s < sights + n_sights; s++) {
     r.images.add(s->first, s->count, s->slot, s->begin, s->end - s->begin, 0);
     std::fill_n(r.sighted.begin() + s->first, s->count, true);
   }
-  r.plan(r.text, cache, r.m.max_seq_len), r.plan(r.images, images, r.m.image_positions);
-  r.make_room(r.n);
-  r.pool.run([&](int t) { r.step(t, out); });
+  r.plan(r.images, images, r.m.image_positions);
+  r.pool.run([&](int t) {
+    r.layers(t);
+    r.pool.phase(t, r.n, [&](int i, int to) { for (; i < to; i++) r.normed(i, out + size_t(i) * r.m.dim); });
+  });
 }
 
 // fp32 logits (n, vocab_size) from normed output (n, dim).
 void llama_logits(Runtime* runtime, const float* hidden, int32_t n, float* out) {
   std::lock_guard<std::mutex> lock(runtime->mutex);
   runtime->make_room(n);
-  runtime->pool.run([&](int t) { runtime->logits(t, hidden, n, out); });
+  runtime->pool.run([&](int t) {
+    runtime->logits(t, n, [&](int i, float*) { return hidden + size_t(i) * runtime->m.dim; }, out);
+  });
 }
 
 // The next token of each row of fp32 logits (n, vocab_size).
-void llama_choose(Runtime* runtime, const float* logits, int32_t n, const Draw* draws, int64_t* tokens) {
+void llama_choose(Runtime* runtime, const float* logits, int32_t n, const Draw* draws, int64_t* chosen) {
   std::lock_guard<std::mutex> lock(runtime->mutex);
-  const int size = runtime->m.vocab_size;
-  auto choose = [&](int t, int i) { tokens[i] = runtime->scratch[t].chooser.choose(logits + size_t(i) * size, size, draws[i]); };
-  if (n == 1) return choose(0, 0);
-  runtime->pool.run([&](int t) {
-    runtime->pool.phase(t, n, [&](int from, int to) {
-      for (; from < to; from++) choose(t, from);
-    });
+  runtime->pool.run([&](int t) { runtime->choose(t, logits, n, draws, chosen); });
+}
+
+// The token after each row that sees no images: hidden, logits and choose in one call.
+void llama_next(Runtime* runtime, const int32_t* tokens, const Row* rows, int32_t n_rows, const float* rotations,
+                void* cache, const Draw* draws, int64_t* chosen) {
+  Runtime& r = *runtime;
+  std::lock_guard<std::mutex> lock(r.mutex);
+  r.begin(tokens, rows, n_rows, rotations, cache);
+  r.scores.resize(std::max(r.scores.size(), size_t(n_rows) * r.m.vocab_size));
+  r.pool.run([&](int t) {
+    r.layers(t);
+    r.logits(t, n_rows, [&](int i, float* to) { return r.normed(r.last[i], to); }, r.scores.data());
+    r.choose(t, r.scores.data(), n_rows, draws, chosen);
   });
 }
 }

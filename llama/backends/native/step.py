@@ -65,7 +65,7 @@ class PackedMatrix:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Rows of the matrix, fp32 (…, cols). Raises IndexError for a row that does not exist."""
-        ids, out = checked(tokens, self.rows), torch.empty(*tokens.shape, self.cols)
+        ids, out = checked(tokens.flatten().tolist(), self.rows), torch.empty(*tokens.shape, self.cols)
         library(self.target).llama_rows(ctypes.byref(self.structure()), ids, len(ids), out.data_ptr())
         return out
 
@@ -120,9 +120,8 @@ def attend_image(qkv: Tensor, padding: Padding) -> Tensor:
     return out
 
 
-def checked(tokens: Tensor, vocab_size: int) -> ctypes.Array[ctypes.c_int32]:
-    """Token ids for the library; converted at once, since every operator delays a step of few tokens."""
-    ids = tokens.flatten().tolist()
+def checked(ids: Sequence[int], vocab_size: int) -> ctypes.Array[ctypes.c_int32]:
+    """Token ids for the library. Raises IndexError for one that does not exist."""
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         raise IndexError(f"token ids must be from 0 to {vocab_size - 1}")
     return (ctypes.c_int32 * len(ids))(*ids)
@@ -251,6 +250,14 @@ class NativeStep:
         weakref.finalize(self, self.library.llama_free, self._runtime)
         self._copied = self._versions()
 
+    def _look_at_weights(self, rows: Sequence[ModelRow]) -> None:
+        """Copy small weights that were edited, if one of the rows begins or goes on with a prompt."""
+        reads = any(row.length > 1 or row.start == 0 for row in rows)
+        if reads and (versions := self._versions()) != self._copied:
+            for module, name, copy in self._small:
+                copy.copy_(getattr(module, name))
+            self._copied = versions
+
     def _versions(self) -> list[tuple[int, int]]:
         """Numbers that change when a small weight is edited; looked at when a prompt is read."""
         weights = [getattr(module, name) for module, name, _ in self._small]
@@ -269,12 +276,8 @@ class NativeStep:
 
         sights: what tokens see of images, the cache in `VisionTransformer`; by default, nothing.
         """
-        reads = any(row.length > 1 or row.start == 0 for row in rows)  # the others go on with known weights
-        if reads and (versions := self._versions()) != self._copied:
-            for module, name, copy in self._small:
-                copy.copy_(getattr(module, name))
-            self._copied = versions
-        ids = checked(tokens, self.tokens)
+        self._look_at_weights(rows)
+        ids = checked(tokens.flatten().tolist(), self.tokens)
         used = sum(row.length for row in rows)
         if used > len(tokens):
             raise ValueError(f"the rows need {used} tokens, but there are {len(tokens)}")
@@ -294,7 +297,7 @@ class NativeStep:
         self.library.llama_hidden(
             self._runtime,
             ids,
-            (Row * len(rows))(*(Row(*row) for row in rows)),
+            _rows(rows),
             len(rows),
             rotations.data_ptr(),
             cache.data_ptr(),
@@ -314,13 +317,35 @@ class NativeStep:
 
     def choose(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         """Like `sampling.choose`: int64 (N) from fp32 logits (N, vocab_size)."""
-        out, vocab_size = torch.empty(len(logits), dtype=torch.long), self.params.vocab_size
-        rows = (compiler.Draw * len(draws))()
+        out, logits = torch.empty(len(logits), dtype=torch.long), logits.contiguous()
+        how = self._draws(draws)
+        self.library.llama_choose(self._runtime, logits.data_ptr(), len(logits), how, out.data_ptr())
+        return out
+
+    def next_tokens(
+        self,
+        ids: list[int],
+        rows: Sequence[ModelRow],
+        draws: Sequence[Draw],
+        cache: Tensor,
+        rotations: Tensor,
+    ) -> list[int]:
+        """`hidden` of text, `logits` after each row, and `choose`, in one call."""
+        self._look_at_weights(rows)
+        out, tokens = (ctypes.c_int64 * len(rows))(), checked(ids, self.tokens)
+        where = _rows(rows), len(rows), rotations.data_ptr(), cache.data_ptr()
+        self.library.llama_next(self._runtime, tokens, *where, self._draws(draws), out)
+        return list(out)
+
+    def _draws(self, draws: Sequence[Draw]) -> ctypes.Array[compiler.Draw]:
+        vocab_size, rows = self.params.vocab_size, (compiler.Draw * len(draws))()
         for row, (params, n) in zip(rows, draws, strict=True):
             row.temperature = params.divisor
             if params.divisor:
                 row.key, row.top_k = key_of(params.seed, n), min(params.top_k or vocab_size, vocab_size)
                 row.top_p, row.min_p = params.top_p, params.min_p
-        logits = logits.contiguous()
-        self.library.llama_choose(self._runtime, logits.data_ptr(), len(logits), rows, out.data_ptr())
-        return out
+        return rows
+
+
+def _rows(rows: Sequence[ModelRow]) -> ctypes.Array[Row]:
+    return (Row * len(rows))(*(Row(*row) for row in rows))

@@ -230,40 +230,35 @@ __attribute__((noinline)) static void bytes_by_amx(const Tile* tiles, int cols, 
 }
 #endif
 
-// Calls use(row, products of T tiles) for n rows of x.
-template <int T, int B = ROWS, class Use>
-static void for_rows(int kind, const Tile (&tiles)[T], int cols, const Inputs& x, int first, int n, Use& use) {
+// out[b][t] = products of tile t with row first + b of x, for n rows, up to PANEL.
+template <int T, int B = ROWS>
+static void products(int kind, const Tile* tiles, int cols, const Inputs& x, int first, int n, F (*out)[T]) {
 #ifdef AMX
-  if (kind == BF16 && has_amx()) {
-    for (int rows; (rows = std::min(n, PANEL)) > 0; first += rows, n -= rows) {
-      F out[PANEL][T];
-      bf16_by_amx<T>(tiles, cols, x, first, rows, out);
-      for (int b = 0; b < rows; b++) use(first + b, out[b]);
-    }
-    return;
-  }
-  if (grouped(kind) && n >= FEWEST && has_amx()) {
-    for (int rows; (rows = std::min(n, PANEL)) > 0; first += rows, n -= rows) {
-      F out[PANEL][T];
-      if (kind == INT8) bytes_by_amx<INT8, T>(tiles, cols, x, first, rows, out);
-      else if (kind == INT5) bytes_by_amx<INT5, T>(tiles, cols, x, first, rows, out);
-      else bytes_by_amx<INT4, T>(tiles, cols, x, first, rows, out);
-      for (int b = 0; b < rows; b++) use(first + b, out[b]);
-    }
-    return;
+  if (B == ROWS && has_amx()) {
+    if (kind == BF16) return bf16_by_amx<T>(tiles, cols, x, first, n, out);
+    if (kind == INT8 && n >= FEWEST) return bytes_by_amx<INT8, T>(tiles, cols, x, first, n, out);
+    if (kind == INT5 && n >= FEWEST) return bytes_by_amx<INT5, T>(tiles, cols, x, first, n, out);
+    if (kind == INT4 && n >= FEWEST) return bytes_by_amx<INT4, T>(tiles, cols, x, first, n, out);
   }
 #endif
-  if constexpr (B > 0) {
-    for (; n >= B; first += B, n -= B) {
-      F out[B][T];
-      if (kind == FP32) product<FP32, T, B>(tiles, cols, x, first, out);
-      else if (kind == BF16) product<BF16, T, B>(tiles, cols, x, first, out);
-      else if (kind == INT8) product<INT8, T, B>(tiles, cols, x, first, out);
-      else if (kind == INT5) product<INT5, T, B>(tiles, cols, x, first, out);
-      else product<INT4, T, B>(tiles, cols, x, first, out);
-      for (int b = 0; b < B; b++) use(first + b, out[b]);
-    }
-    if (n) for_rows<T, B - 1>(kind, tiles, cols, x, first, n, use);
+  for (; n >= B; first += B, n -= B, out += B) {
+    if (kind == FP32) product<FP32, T, B>(tiles, cols, x, first, out);
+    else if (kind == BF16) product<BF16, T, B>(tiles, cols, x, first, out);
+    else if (kind == INT8) product<INT8, T, B>(tiles, cols, x, first, out);
+    else if (kind == INT5) product<INT5, T, B>(tiles, cols, x, first, out);
+    else product<INT4, T, B>(tiles, cols, x, first, out);
+  }
+  if constexpr (B > 1)
+    if (n) products<T, B - 1>(kind, tiles, cols, x, first, n, out);
+}
+
+// Calls use(row, products of T tiles) for n rows of x.
+template <int T, class Use>
+static void for_rows(int kind, const Tile (&tiles)[T], int cols, const Inputs& x, int first, int n, Use& use) {
+  for (int rows; (rows = std::min(n, PANEL)) > 0; first += rows, n -= rows) {
+    F out[PANEL][T];
+    products<T>(kind, tiles, cols, x, first, rows, out);
+    for (int b = 0; b < rows; b++) use(first + b, out[b]);
   }
 }
 

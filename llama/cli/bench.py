@@ -188,10 +188,11 @@ def prefill_flops(model: Transformer, batch: int, prompt: int) -> int:
 
 
 def memory_bandwidth(device: torch.device) -> float:
-    """Bytes per second read by a sum on the CPU, or read and written by a copy on another device."""
+    """Bytes per second read by a dot product on the CPU, or read and written by a copy on another device."""
     buffer = torch.ones(2**26, device=device)  # 268 MB, more than any cache
-    if device.type == "cpu":
-        return buffer.nbytes / best(device, buffer.sum)
+    if device.type == "cpu":  # a core reads faster from two places than from one
+        first, second = buffer.chunk(2)
+        return buffer.nbytes / best(device, lambda: first.dot(second))
     other = torch.empty_like(buffer)
     return 2 * buffer.nbytes / best(device, lambda: other.copy_(buffer))
 

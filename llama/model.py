@@ -332,7 +332,7 @@ class Transformer(nn.Module):
         """The last layer's normed output (N, dim) for the rows' concatenated tokens, int64 (N).
 
         New keys and values are written to the cache; a slot may appear in only one row. Tokens after the
-        last row's are padding: they bring the linear layers to a certain N and have no other effect.
+        last row's are padding for the linear layers. Raises ArgumentError if a row does not fit the cache.
         """
         self.begin(rows)
         if self.step_backend:

@@ -324,6 +324,21 @@ def test_an_edited_norm_is_noticed() -> None:
     assert edited.equal(step_of(model, "bf16").hidden(tokens, rows, model.cache.data, model.rotations))
 
 
+def test_an_edited_norm_is_noticed_when_a_token_is_drawn() -> None:
+    """Even if the model was built in inference mode, whose tensors cannot be written outside of it."""
+    model = random_model()
+    with torch.inference_mode():
+        step = step_of(model, "fp32")
+
+    def following(step: NativeStep) -> list[int]:
+        draws = [(SamplingParams(temperature=0), 0)]
+        return step.next_tokens([1, 2, 3], [Row(0, 0, 3)], draws, model.cache.data, model.rotations)
+
+    before = following(step)
+    model.norm.weight.neg_()  # the least likely token is now the most likely
+    assert following(step) == following(step_of(model, "fp32")) != before
+
+
 def test_pytorch_uses_one_thread_beside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its threads would spin on the cores that the step needs. Afterwards it has those it had."""
     model, seen = loaded(random_model(torch.bfloat16)), []

@@ -99,11 +99,11 @@ struct Runtime {
     const int at_once = QUERY_TOKENS * share;
     for (Scratch& s : scratch) {
       s.inputs.resize(ROWS * parts, widest), s.row.resize(m.dim);
-      s.tiles.resize(2 * LANES * size_t(widest));
-      s.scores.resize(at_once * CHUNK), s.visible.resize(at_once);
+      s.tiles.resize(2 * LANES * size_t(widest)), s.scores.resize(at_once * CHUNK), s.visible.resize(at_once);
       s.partial.resize(at_once * partial_size()), s.more.resize(at_once * partial_size());
 #ifdef AMX
-      if (m.cache_kind == BF16 && ChunkByAmx::serves(m.head_dim)) s.by_amx = std::make_unique<ChunkByAmx>(m.head_dim);
+      if (m.cache_kind == BF16 && m.max_seq_len >= 16 && ChunkByAmx::serves(m.head_dim))  // it reads 16 keys at once
+        s.by_amx = std::make_unique<ChunkByAmx>(m.head_dim);
 #endif
     }
   }

@@ -254,8 +254,9 @@ class NativeStep:
         """Copy small weights that were edited, if one of the rows begins or goes on with a prompt."""
         reads = any(row.length > 1 or row.start == 0 for row in rows)
         if reads and (versions := self._versions()) != self._copied:
-            for module, name, copy in self._small:
-                copy.copy_(getattr(module, name))
+            with torch.inference_mode():
+                for module, name, copy in self._small:
+                    copy.copy_(getattr(module, name))
             self._copied = versions
 
     def _versions(self) -> list[tuple[int, int]]:

@@ -154,6 +154,22 @@ def test_bits_do_not_depend_on_company_chunks_slots_or_threads(target: str | Non
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("lengths", [(1500,), (1500, 1300, 700, 1499)])
+def test_long_contexts_have_the_same_bits_in_short_rows(
+    target: str | None, kind: str, lengths: Sequence[int]
+) -> None:
+    """A few tokens attend to several chunks at once, split over positions if there is one sequence."""
+    model = random_model(dtype_of(kind), head_dim=32, max_seq_len=1500)
+    step = steps_of(model, kind, target, threads=(1,))[0]
+    requests = [ids(length, seed=length) for length in lengths]
+    whole = [run(model, step, tokens, [Row(i, 0, len(tokens))]) for i, tokens in enumerate(requests)]
+    for few in (1, 3, 11):
+        rows = [Row(i, length - few, few) for i, length in enumerate(lengths)]
+        got = run(model, step, torch.cat([tokens[-few:] for tokens in requests]), rows)
+        assert torch.equal(got, torch.cat([hidden[-few:] for hidden in whole]))
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
 def test_weights_in_place_give_the_same_bits(target: str | None, kind: str) -> None:
     model, tokens = random_model(dtype_of(kind)), ids(50)
     tiled, in_place = (step_of(model, kind, target, in_place=place) for place in (False, True))

@@ -2,6 +2,8 @@
 #pragma once
 #include "product.h"
 
+#include <type_traits>
+
 constexpr int CHUNK = 256;  // cache positions that are processed together
 
 // A partial result of one query: head_dim sums of weighted values, the largest score, the sum of weights.
@@ -27,7 +29,55 @@ static void softmax(int n, float* scores, const int* visible, float* partial, in
   }
 }
 
-// ---- values by vectors
+#if LANES == 16 && defined(__AVX512BF16__)
+#define PAIRS
+// ---- values in pairs of positions
+
+// Weights (n, stride) in bf16, 0 for positions that a query does not see. They may overwrite the scores.
+static void round_weights(int n, const float* scores, const int* visible, int count, uint16_t* weights, int stride) {
+  for (int q = 0; q < n; q++)
+    for (int p = 0; p < count; p += 2 * LANES) {
+      const __mmask32 seen = visible[q] - p >= 32 ? ~0u : visible[q] <= p ? 0 : (1u << (visible[q] - p)) - 1;
+      const float* from = scores + q * CHUNK + p;
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + LANES), _mm512_loadu_ps(from));
+      _mm512_storeu_si512(weights + q * stride + p, _mm512_maskz_mov_epi16(seen, both));
+    }
+}
+// 32 channels of two positions in pairs: the even channels and the odd ones.
+static inline void pair_up(__m512i a, __m512i b, __m512i& even, __m512i& odd) {
+  even = _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16));
+  odd = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
+}
+// Sums of 32 channels in order, from those of the even channels and the odd ones.
+static inline void store_channels(float* to, F even, F odd) {
+  store(to, ZIP_LOW(even, odd)), store(to + LANES, ZIP_HIGH(even, odd));
+}
+#endif
+
+// ---- by vectors
+
+// Scores (n, CHUNK) of n queries, from `first` on, for `count` positions. tiles: a buffer for two.
+static void score(int kind, const Inputs& queries, int first, int n, const void* keys, int hd, int count,
+                  uint32_t* tiles, float* scores) {
+  const int bytes = hd * (kind == FP32 ? 4 : 2);
+  const auto at = [&](int position) { return (const uint8_t*)keys + size_t(position) * bytes; };
+  for (int p = 0; p < count; p += 2 * LANES) {
+    // Reading a part of each key in turn, as below, would take twice as long.
+    for (int i = 0; i < 2 * LANES * bytes; i += 64) __builtin_prefetch(at(p) + i);
+    Tile both[2];
+    for (int i = 0; i < 2; i++) {  // keys are stored by position, and multiplied as tiles
+      const int from = p + i * LANES, rows = std::min(std::max(count - from, 0), LANES);
+      uint32_t* tile = tiles + i * LANES * hd;
+      tile_units(at(from), bytes, rows, bytes / 4, tile);
+      both[i] = {(const uint8_t*)tile, nullptr, nullptr};
+    }
+    auto use = [&](int i, const F* v) {
+      float* to = scores + (i - first) * CHUNK + p;
+      store(to, v[0]), store(to + LANES, v[1]);
+    };
+    for_rows<2>(kind, both, hd, queries, first, n, use);
+  }
+}
 
 static inline F from_cache(const uint16_t* at) { return from_bf16(load<Halves>(at)); }
 static inline F from_cache(const float* at) { return load<F>(at); }
@@ -56,16 +106,53 @@ static inline void weigh(const Element* values, int hd, const float* scores, con
     for (int c = 0; c < C; c++) store(to + q * stride + c * LANES, acc[q][c]);
   }
 }
-template <int Q = ROWS / 2, class Element>
-static void weigh_all(int n, const Element* values, int hd, const float* scores, const int* visible, float* to, int stride) {
-  if constexpr (Q > 0) {
-    for (; n >= Q; n -= Q, scores += Q * CHUNK, visible += Q, to += Q * stride) {
-      int d = 0;
-      for (; d + 4 * LANES <= hd; d += 4 * LANES) weigh<Q, 4>(values + d, hd, scores, visible, to + d, stride);
-      for (; d < hd; d += LANES) weigh<Q, 1>(values + d, hd, scores, visible, to + d, stride);
+#ifdef PAIRS
+// The same over `count` positions in pairs, with bf16 weights in place of the scores.
+template <int Q, int C>
+static inline void weigh(const uint16_t* values, int hd, const float* weights, int count, float* to, int stride) {
+  F acc[Q][C] = {};
+  for (int p = 0; p < count; p += 2, values += 2 * hd)
+#pragma GCC unroll 2
+    for (int c = 0; c < C; c += 2) {
+      const uint16_t* at = values + c * LANES;
+      __m512i even, odd;
+      pair_up(_mm512_loadu_si512(at), p + 1 < count ? _mm512_loadu_si512(at + hd) : __m512i{}, even, odd);
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; q++) {
+        const uint32_t* both = (const uint32_t*)(weights + q * CHUNK) + p / 2;
+        acc[q][c] = dot2(acc[q][c], (U)even, both), acc[q][c + 1] = dot2(acc[q][c + 1], (U)odd, both);
+      }
     }
-    if (n) weigh_all<Q - 1>(n, values, hd, scores, visible, to, stride);
+#pragma GCC unroll 4
+  for (int q = 0; q < Q; q++)
+#pragma GCC unroll 2
+    for (int c = 0; c < C; c += 2) store_channels(to + q * stride + c * LANES, acc[q][c], acc[q][c + 1]);
+}
+#endif
+// seen: `visible` or `count`. REST: vectors of channels at once if there are not four.
+template <int REST, int Q = ROWS / 2, class Element, class Seen>
+static void weigh_all(int n, const Element* values, int hd, const float* scores, Seen seen, float* to, int stride) {
+  if constexpr (Q > 0) {
+    for (; n >= Q; n -= Q, scores += Q * CHUNK, to += Q * stride) {
+      int d = 0;
+      for (; d + 4 * LANES <= hd; d += 4 * LANES) weigh<Q, 4>(values + d, hd, scores, seen, to + d, stride);
+      for (; d < hd; d += REST * LANES) weigh<Q, REST>(values + d, hd, scores, seen, to + d, stride);
+      if constexpr (std::is_pointer_v<Seen>) seen += Q;
+    }
+    if (n) weigh_all<REST, Q - 1>(n, values, hd, scores, seen, to, stride);
   }
+}
+// Sums (n, stride) of `count` positions' values, times their weights, which are overwritten.
+template <class Element>
+static void weigh(int n, const Element* values, int hd, float* weights, const int* visible, int count, float* to, int stride) {
+#ifdef PAIRS
+  if constexpr (sizeof(Element) == 2)
+    if (hd % (2 * LANES) == 0) {
+      round_weights(n, weights, visible, count, (uint16_t*)weights, 2 * CHUNK);
+      return weigh_all<2>(n, values, hd, weights, count, to, stride);
+    }
+#endif
+  weigh_all<1>(n, values, hd, weights, visible, to, stride);
 }
 
 #ifdef AMX
@@ -75,7 +162,6 @@ static void weigh_all(int n, const Element* values, int hd, const float* scores,
 // by 16 queries at a time, and the scores transposed; values are arranged in pairs of positions.
 class ChunkByAmx {
   static constexpr int QUERIES = 16, STRIDE = CHUNK + 32;  // rows of 2^n bytes would share cache sets
-  struct alignas(64) Line { uint32_t values[16]; };        // across two cache lines, tiles load several times slower
   const int hd;
   std::vector<Line> values, query;
   alignas(64) float scores[QUERIES * CHUNK], tiles[4 * 256];
@@ -86,7 +172,7 @@ class ChunkByAmx {
     _tile_zero(0);
     for (int d = 0; d < hd; d += 32) {
       _tile_loadd(4, keys + d, hd * 2);
-      _tile_loadd(6, query[d / 2].values, 64);
+      _tile_loadd(6, query[d / 2].units, 64);
       _tile_dpbf16ps(0, 4, 6);
     }
     _tile_stored(0, to, 64);
@@ -98,10 +184,10 @@ class ChunkByAmx {
     from += size_t(p) * hd;
     for (const int end = p + 16; p < end; p += 2, from += 2 * hd, to++)
       for (int d = 0; d < hd; d += 32) {
-        const __m512i a = p < count ? _mm512_loadu_si512(from + d) : __m512i{};
-        const __m512i b = p + 1 < count ? _mm512_loadu_si512(from + hd + d) : __m512i{};
-        _mm512_store_si512(to[d].values, _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)));
-        _mm512_store_si512(to[d + 16].values, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
+        __m512i even, odd;
+        pair_up(p < count ? _mm512_loadu_si512(from + d) : __m512i{},
+                p + 1 < count ? _mm512_loadu_si512(from + hd + d) : __m512i{}, even, odd);
+        _mm512_store_si512(to[d].units, even), _mm512_store_si512(to[d + 16].units, odd);
       }
   }
   // Scores (QUERIES, CHUNK) of `query` for `count` positions, and a few more that nothing sees. Values that are not
@@ -122,20 +208,8 @@ class ChunkByAmx {
       }
     }
   }
-  // Weights in bf16, 0 for positions that a query does not see.
-  void round_weights(int n, const int* visible, int count) {
-    for (int q = 0; q < n; q++)
-      for (int p = 0; p < count; p += 2 * LANES) {
-        const __mmask32 seen = visible[q] - p >= 32 ? ~0u : visible[q] <= p ? 0 : (1u << (visible[q] - p)) - 1;
-        const float* from = scores + q * CHUNK + p;
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(from + LANES), _mm512_load_ps(from));
-        _mm512_store_si512(weights + q * STRIDE + p, _mm512_maskz_mov_epi16(seen, both));
-      }
-  }
   // Sums (n, stride) of `count` positions' values, times their weights.
   void weigh(int n, int count, float* to, int stride) {
-    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
     for (int d = 0; d < hd; d += 32) {
       _tile_zero(0);
       _tile_zero(1);
@@ -149,11 +223,7 @@ class ChunkByAmx {
       }
       _tile_stored(0, tiles, 64);
       _tile_stored(1, tiles + 256, 64);
-      for (int q = 0; q < n; q++) {
-        const __m512 even = _mm512_load_ps(tiles + 16 * q), odd = _mm512_load_ps(tiles + 256 + 16 * q);
-        _mm512_storeu_ps(to + q * stride + d, _mm512_permutex2var_ps(even, first, odd));
-        _mm512_storeu_ps(to + q * stride + d + 16, _mm512_permutex2var_ps(even, second, odd));
-      }
+      for (int q = 0; q < n; q++) store_channels(to + q * stride + d, load<F>(tiles + 16 * q), load<F>(tiles + 256 + 16 * q));
     }
   }
 
@@ -167,11 +237,11 @@ class ChunkByAmx {
     use_amx(16, 16);
     for (int q = 0; q < n; q += QUERIES) {
       const int here = std::min(QUERIES, n - q);
-      tile_units((const uint8_t*)(queries + size_t(q) * query_stride), size_t(query_stride) * 4, here, hd / 2, query[0].values);
+      tile_units((const uint8_t*)(queries + size_t(q) * query_stride), size_t(query_stride) * 4, here, hd / 2, query[0].units);
       fence();
       score(keys, q ? nullptr : values, count);
       softmax(here, scores, visible + q, partial + size_t(q) * stride, stride, hd);
-      round_weights(here, visible + q, count);
+      round_weights(here, scores, visible + q, count, weights, STRIDE);
       fence();
       weigh(here, count, partial + size_t(q) * stride, stride);
     }

@@ -7,7 +7,6 @@
 
 #ifdef AMX
 class ImageAttention {
-  struct alignas(64) Line { uint32_t values[16]; };  // across two cache lines, tiles load several times slower
   static constexpr int QUERIES = 128;  // that share the reading of keys and values from memory
   static constexpr int KEYS = 256, STRIDE = KEYS + 16;  // a chunk; rows of 2^n would share cache sets
   static constexpr float NEVER = -1e5f;                 // the score of what a query does not see
@@ -19,8 +18,8 @@ class ImageAttention {
   std::vector<float> seen, blind;               // added to the scores of each key, in powers of 2
 
   const uint16_t* at(int token, int which, int head) const { return qkv + ((size_t(token) * 3 + which) * heads + head) * hd; }
-  uint32_t* key_tile(int head, int i) { return keys[(size_t(head) * padded / 16 + i) * wide / 2].values; }
-  uint32_t* value_tile(int head, int i) { return values[(size_t(head) * padded / 32 + i) * hd].values; }
+  uint32_t* key_tile(int head, int i) { return keys[(size_t(head) * padded / 16 + i) * wide / 2].units; }
+  uint32_t* value_tile(int head, int i) { return values[(size_t(head) * padded / 32 + i) * hd].units; }
 
   static F power_of_two(F x) {  // error 3e-6
     const F whole = (F)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT), part = x - whole;

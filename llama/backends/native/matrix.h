@@ -252,11 +252,12 @@ static void read_row(const Matrix& m, int row, float* out) {
   }
 }
 
+struct alignas(64) Line { uint32_t units[16]; };  // of the cache; across two of them, vectors load more slowly, AMX tiles much
+
 // ---- activations
 
 // Rows of activations in the form that a kind of matrix needs: bf16, fp32, or int8 in groups.
 struct Inputs {
-  struct alignas(64) Line { uint32_t units[16]; };  // of the processor's cache
   std::vector<Line> lines;
   std::vector<float> scale, scaled_sum;  // per group: (rows / ROWS, groups, ROWS)
   std::vector<int32_t> offset;           // where its sum starts, if FLIP

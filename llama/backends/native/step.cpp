@@ -68,7 +68,7 @@ struct Context {                 // what tokens attend to: the text before them,
 struct Scratch {  // per thread
   Inputs inputs;
   std::vector<float> row, scores, partial, more;
-  std::vector<uint32_t> tiles;
+  std::vector<Line> tiles;
   std::vector<int> visible;
 #ifdef AMX
   std::unique_ptr<ChunkByAmx> by_amx;  // if it serves
@@ -99,7 +99,7 @@ struct Runtime {
     const int at_once = QUERY_TOKENS * share;
     for (Scratch& s : scratch) {
       s.inputs.resize(ROWS * parts, widest), s.row.resize(m.dim);
-      s.tiles.resize(2 * LANES * size_t(widest)), s.scores.resize(at_once * CHUNK), s.visible.resize(at_once);
+      s.tiles.resize(2 * LANES * size_t(widest) / 16), s.scores.resize(at_once * CHUNK), s.visible.resize(at_once);
       s.partial.resize(at_once * partial_size()), s.more.resize(at_once * partial_size());
 #ifdef AMX
       if (m.cache_kind == BF16 && m.max_seq_len >= 16 && ChunkByAmx::serves(m.head_dim))  // it reads 16 keys at once
@@ -149,7 +149,7 @@ struct Runtime {
     return 1 / std::sqrt(sum(squares) / size + m.norm_eps);
   }
   Tile tile(const Matrix& w, int i, int t, int which) {  // which: of a thread's two buffers
-    return tile_of(w, i, scratch[t].tiles.data() + which * LANES * size_t(widest));
+    return tile_of(w, i, scratch[t].tiles[which * LANES * size_t(widest) / 16].units);
   }
   // Calls use(row of x, first column of the product, LANES products) for tiles from … to - 1.
   template <class Use> void multiply(const Matrix& w, int from, int to, int t, const Inputs& x, int n, Use use) {
@@ -234,36 +234,34 @@ struct Runtime {
     store(to, load<F>(to) + (gate ? v * std::tanh(*gate) : v));
   }
 
-  // A span's queries for one key head over one chunk of positions: scores, then their partial results.
-  template <class Element>
-  void attend_chunk(int t, const Context& context, int layer, const Span& span, int head, int chunk, float* partial) {
+  // A span's queries for one key head over some chunks of positions: partial results of each, `next` numbers apart.
+  template <class Element> void attend_chunks(int t, const Context& context, int layer, const Span& span, int head,
+                                              int chunk, int chunks, float* partial, size_t next) {
     Scratch& s = scratch[t];
-    const int hd = m.head_dim, from = chunk * CHUNK, to = std::min(from + CHUNK, span.sees(span.count - 1));
-    const int first = (head * n + span.first) * share, count = span.count * share, bytes = hd * sizeof(Element);
-    const uint8_t* keys = cached(context, layer, 0, span.slot, head) + size_t(span.begin) * bytes;
-    for (int i = 0; i < count; i++) s.visible[i] = std::min(std::max(span.sees(i / share) - from, 0), CHUNK);
-    const Element* values = (const Element*)cached(context, layer, 1, span.slot, head) + size_t(span.begin + from) * hd;
+    const int hd = m.head_dim, first = (head * n + span.first) * share, count = span.count * share, end = chunk + chunks;
+    const Element* keys = (const Element*)cached(context, layer, 0, span.slot, head) + size_t(span.begin) * hd;
+    const Element* values = (const Element*)cached(context, layer, 1, span.slot, head) + size_t(span.begin) * hd;
+    auto length = [&](int c) { return std::min(CHUNK, span.sees(span.count - 1) - c * CHUNK); };
+    auto each = [&](auto attend) {
+      for (int c = chunk; c < end; c++, partial += next) {
+        for (int i = 0; i < count; i++) s.visible[i] = std::min(std::max(span.sees(i / share) - c * CHUNK, 0), CHUNK);
+        attend(c, size_t(c) * CHUNK * hd);
+      }
+    };
 #ifdef AMX
     if (s.by_amx)
-      return s.by_amx->attend(count, queries.row(first), queries.stride, (const uint16_t*)keys + size_t(from) * hd,
-                              (const uint16_t*)values, to - from, s.visible.data(), partial, partial_size());
+      return each([&](int c, size_t at) {
+        s.by_amx->attend(count, queries.row(first), queries.stride, (const uint16_t*)keys + at, (const uint16_t*)values + at,
+                         length(c), s.visible.data(), partial, partial_size());
+      });
 #endif
-    for (int p = from; p < to; p += 2 * LANES) {
-      Tile both[2];
-      for (int i = 0; i < 2; i++) {  // keys are stored by position, and multiplied as tiles
-        const int at = p + i * LANES, rows = std::min(std::max(to - at, 0), LANES);
-        uint32_t* tile = s.tiles.data() + i * LANES * hd;
-        tile_units(keys + size_t(at) * bytes, bytes, rows, bytes / 4, tile);
-        both[i] = {(const uint8_t*)tile, nullptr, nullptr};
-      }
-      auto use = [&](int i, const F* v) {
-        float* score = &s.scores[(i - first) * CHUNK + p - from];
-        store(score, v[0]), store(score + LANES, v[1]);
-      };
-      for_rows<2>(m.cache_kind, both, hd, queries, first, count, use);
-    }
-    softmax(count, s.scores.data(), s.visible.data(), partial, partial_size(), hd);
-    weigh_all(count, values, hd, s.scores.data(), s.visible.data(), partial, partial_size());
+    auto scores = [&](int c) { return &s.scores[size_t(c - chunk) * count * CHUNK]; };
+    for (int c = chunk; c < end; c++)  // all keys first: memory is read fastest where it goes on
+      score(m.cache_kind, queries, first, count, keys + size_t(c) * CHUNK * hd, hd, length(c), s.tiles[0].units, scores(c));
+    each([&](int c, size_t at) {
+      softmax(count, scores(c), s.visible.data(), partial, partial_size(), hd);
+      weigh(count, values + at, hd, scores(c), s.visible.data(), length(c), partial, partial_size());
+    });
   }
   // Adds the partial results of a chunk other than the first.
   void merge_chunk(const Span& span, int chunk, float* into, const float* more) const {
@@ -280,25 +278,27 @@ struct Runtime {
     const std::vector<Span>& spans = context.spans;
     const int chunks = context.chunks, units = int(spans.size()) * m.n_kv_heads, size = QUERY_TOKENS * share * partial_size();
     if (!context.split) {
-      float *partial = scratch[t].partial.data(), *more = scratch[t].more.data();
       return pool.phase(t, units, [&](int from, int to) {
         for (int u = from; u < to; u++) {
           const Span& span = spans[u / m.n_kv_heads];
-          const int head = u % m.n_kv_heads;
-          attend_chunk<Element>(t, context, layer, span, head, 0, partial);
-          for (int c = 1; c < span.chunks(); c++) {
-            attend_chunk<Element>(t, context, layer, span, head, c, more);
-            merge_chunk(span, c, partial, more);
+          const int head = u % m.n_kv_heads, rows = span.count * share * partial_size();
+          float *partial = scratch[t].partial.data(), *more = partial;
+          for (int c = 0, some; c < span.chunks(); c += some, more = scratch[t].more.data()) {
+            some = std::min(QUERY_TOKENS / span.count, span.chunks() - c);  // there is room for their scores
+            attend_chunks<Element>(t, context, layer, span, head, c, some, more, rows);
+            for (int i = !c; i < some; i++) merge_chunk(span, c + i, partial, more + size_t(i) * rows);
           }
           finish(span, head, partial);
         }
       });
     }
     pool.phase(t, units * chunks, [&](int from, int to) {
-      for (int w = from; w < to; w++) {
+      for (int w = from, some; w < to; w += some) {
         const Span& span = spans[w / chunks / m.n_kv_heads];
-        if (w % chunks < span.chunks())
-          attend_chunk<Element>(t, context, layer, span, w / chunks % m.n_kv_heads, w % chunks, &partials[size_t(w) * size]);
+        const int head = w / chunks % m.n_kv_heads, c = w % chunks;
+        some = std::min({QUERY_TOKENS / span.count, to - w, chunks - c});
+        const int there = std::min(some, span.chunks() - c);
+        attend_chunks<Element>(t, context, layer, span, head, c, there, &partials[size_t(w) * size], size);
       }
     });
     pool.phase(t, units, [&](int from, int to) {

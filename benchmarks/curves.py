@@ -83,10 +83,7 @@ def main() -> None:
                 sys.exit(f"error: measuring {kind} failed")
             for curve, place, value, limit in found:
                 points[curve][place].append((value, limit))
-    curves = {
-        curve: {place: [median(column) for column in zip(*pairs, strict=True)] for place, pairs in xs.items()}
-        for curve, xs in points.items()
-    }
+    curves = {curve: {place: medians(pairs) for place, pairs in xs.items()} for curve, xs in points.items()}
     about = f"{weights(native)}; {machine()}; medians of {options.rounds} rounds"
     lines = []
     for curve, xs in curves.items():
@@ -106,9 +103,11 @@ def main() -> None:
     )
 
 
-def median(values: tuple[float | None, ...]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
+def medians(pairs: list[tuple[float, float | None]]) -> list[float | None]:
+    """The median value, and a limit so that their ratio is the median of the rounds' ratios."""
+    value = statistics.median(value for value, _ in pairs)
+    ratios = [limit / value for value, limit in pairs if limit is not None]
+    return [value, value * statistics.median(ratios) if ratios else None]
 
 
 def build(folder: Path, max_seq_len: int, max_batch_size: int) -> Llama:

@@ -1,7 +1,7 @@
 """Compare engines on the same weights: python benchmarks/run.py FOLDER
 
 Each measurement is a separate process, and the engines alternate over several rounds, so that all see the
-same machine; the tables show medians. Memory bandwidth is probed before each measurement. All engines get
+same machine; the tables show medians. Memory bandwidth is probed beside each measurement. All engines get
 the same prompts of random tokens and decode greedily. The weights are written to FOLDER first: those of
 --native, or of a random model of Llama 3.2 1B's shape. Peers that are not installed, or have no weights, are
 skipped. A second table has this runtime's ratios to each peer with the same bits, in the same round, next to
@@ -122,7 +122,7 @@ def main() -> None:
     # The first round compiles from scratch; the others reuse its results.
     shutil.rmtree(options.folder / "compiled", ignore_errors=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str((options.folder / "compiled").resolve())
-    report(options, *take_turns(options, names))
+    report(options, take_turns(options, names))
 
 
 def available(folder: Path, names: list[str]) -> list[str]:
@@ -140,16 +140,14 @@ def available(folder: Path, names: list[str]) -> list[str]:
     return found
 
 
-def take_turns(options: argparse.Namespace, names: list[str]) -> tuple[Runs, list[float]]:
-    """The results of each engine or chat in each round, and the bandwidth before each, in GB/s."""
+def take_turns(options: argparse.Namespace, names: list[str]) -> Runs:
+    """The results of each engine or chat in each round."""
     results: Runs = {name: [] for name in names}
-    bandwidths = []
     start, number, longest = time.perf_counter(), 0, 0.0
     while number < options.rounds and time.perf_counter() - start + longest < 60 * options.minutes:
         number, begun = number + 1, time.perf_counter()
         for name in list(results):
             print(f"round {number} of {options.rounds}: {name}", file=sys.stderr)
-            bandwidths.append(memory_bandwidth(torch.device("cpu")) / 1e9)
             chat = END_TO_END.get(name)
             found = seconds_to_chat(chat, options.folder) if chat else in_process("--measure", name)
             if found:
@@ -158,21 +156,22 @@ def take_turns(options: argparse.Namespace, names: list[str]) -> tuple[Runs, lis
                 print(f"{name}: skipped, because it failed", file=sys.stderr)
                 del results[name]
         longest = max(longest, time.perf_counter() - begun)
-    return results, bandwidths
+    return results
 
 
-def report(options: argparse.Namespace, results: Runs, bandwidths: list[float]) -> None:
-    bandwidth = statistics.median(bandwidths)
-    medians, chats = {}, []
+def report(options: argparse.Namespace, results: Runs) -> None:
+    medians, chats, bandwidths = {}, [], []
     for name, runs in results.items():
         row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         if name in END_TO_END:
             chats.append(f"`{name}`, from start to end, load included: {row['seconds']:.1f} s.  ")
             continue
         row["warm_up"] = runs[0]["warm_up"]
-        read = bytes_per_token(options.folder, **ENGINES[name][2])
-        medians[name] = row | {"share": 100 * row["decode"] * read / bandwidth / 1e9 if read else 0}
-    rounds = max(map(len, results.values()))
+        read = bytes_per_token(options.folder, **ENGINES[name][2]) / 1e9
+        bandwidths += [run["bandwidth"] for run in runs]
+        share = statistics.median(run["decode"] * read / run["bandwidth"] for run in runs)
+        medians[name] = row | {"share": 100 * share}
+    rounds, bandwidth = max(map(len, results.values())), statistics.median(bandwidths)
     small = (options.folder / "native" / "consolidated.00.pth").stat().st_size < SMALL
     about = (
         f"{weights(options.folder / 'native')}; {machine()}; medians of {rounds} rounds; prompts of "
@@ -201,7 +200,7 @@ def report(options: argparse.Namespace, results: Runs, bandwidths: list[float]) 
     save(
         options.save or options.folder / "results",
         "\n".join(lines),
-        {"about": about, "bandwidths": bandwidths, "engines": results},
+        {"about": about, "engines": results},
         lambda pyplot, path: draw(pyplot, path, medians, about),
     )
 
@@ -249,18 +248,24 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     # On a virtual machine, newly allocated memory is slow for the first seconds.
     while time.perf_counter() - loaded < options.settle:
         timed([prompt], 1)
-    first, step = timed([prompt], 3)
     half = long // 2
+    prefill_512 = half / timed([half], 1, new=3)[0]
+    decode_1024 = 1 / timed([long - new], 1)[1]
+    decode_8 = 8 / timed([prompt] * 8, 1)[1]
+    memory = peak_resident() / 1e9  # before the probe, which needs more
+    bandwidth = memory_bandwidth(torch.device("cpu")) / 1e9
+    first, step = timed([prompt], 3)
     return {
         "load": loaded - start,
         "warm_up": warm - loaded,
         "first_token": first * 1e3,
         "prefill": prompt / first,
-        "prefill_512": half / timed([half], 1, new=3)[0],
+        "prefill_512": prefill_512,
         "decode": 1 / step,
-        "decode_1024": 1 / timed([long - new], 1)[1],
-        "decode_8": 8 / timed([prompt] * 8, 1)[1],
-        "memory": peak_resident() / 1e9,
+        "decode_1024": decode_1024,
+        "decode_8": decode_8,
+        "memory": memory,
+        "bandwidth": bandwidth,
     }
 
 

@@ -112,6 +112,7 @@ def measure(llama: Llama, loaded: float, batch: int, prompt: int, new: int, runs
     """The medians of some runs, after one to warm up. loaded: seconds that loading took."""
     lengths = [prompt] * batch
     generate(llama, lengths, new)
+    peak = peak_memory()  # before the probes, which need more
     # The limits are probed between the runs, so that all see the same machine.
     timings, bandwidths, rates = [], [], []
     for _ in range(runs):
@@ -129,12 +130,12 @@ def measure(llama: Llama, loaded: float, batch: int, prompt: int, new: int, runs
         first_token_seconds=first,
         prefill_tokens_per_second=batch * prompt / first,
         decode_tokens_per_second=batch / step,
-        peak_memory=peak_memory(),
+        peak_memory=peak,
         kv_cache=llama.model.cache.data.nbytes,
         bytes_per_second=bytes_per_step(llama.model, batch, prompt + new // 2) / step,
-        bandwidth=max(bandwidths),
+        bandwidth=statistics.median(bandwidths),
         flops=prefill_flops(llama.model, batch, prompt) / first,
-        matrix_rate=max(rates),
+        matrix_rate=statistics.median(rates),
     )
 
 
@@ -188,11 +189,13 @@ def prefill_flops(model: Transformer, batch: int, prompt: int) -> int:
 
 
 def memory_bandwidth(device: torch.device) -> float:
-    """Bytes per second read by a dot product on the CPU, or read and written by a copy on another device."""
-    buffer = torch.ones(2**26, device=device)  # 268 MB, more than any cache
-    if device.type == "cpu":  # a core reads faster from two places than from one
+    """Bytes per second read on the CPU, or read and written by a copy on another device."""
+    # 1.07 GB: a server's last cache has tens or hundreds of MB, and speeds up what is not much larger.
+    buffer = torch.ones(2**28, device=device)
+    if device.type == "cpu":
+        # A core reads faster from two places than from one, but a dot product may run on one core only.
         first, second = buffer.chunk(2)
-        return buffer.nbytes / best(device, lambda: first.dot(second))
+        return buffer.nbytes / min(best(device, lambda: first.dot(second)), best(device, buffer.max))
     other = torch.empty_like(buffer)
     return 2 * buffer.nbytes / best(device, lambda: other.copy_(buffer))
 

@@ -1,7 +1,7 @@
 """Compare engines on the same weights: python benchmarks/run.py FOLDER
 
 Each measurement is a separate process, and the engines alternate over several rounds, so that all see the
-same machine; the tables show medians. Memory bandwidth is probed beside each measurement. All engines get
+same machine; the tables show medians. Each process probes the memory's bandwidth too. All engines get
 the same prompts of random tokens and decode greedily. The weights are written to FOLDER first: those of
 --native, or of a random model of Llama 3.2 1B's shape. Peers that are not installed, or have no weights, are
 skipped. A second table has this runtime's ratios to each peer with the same bits, in the same round, next to
@@ -171,12 +171,12 @@ def report(options: argparse.Namespace, results: Runs) -> None:
         bandwidths += [run["bandwidth"] for run in runs]
         share = statistics.median(run["decode"] * read / run["bandwidth"] for run in runs)
         medians[name] = row | {"share": 100 * share}
-    rounds, bandwidth = max(map(len, results.values())), statistics.median(bandwidths)
+    rounds, bandwidth = max(map(len, results.values())), statistics.median(bandwidths or [0])
     small = (options.folder / "native" / "consolidated.00.pth").stat().st_size < SMALL
     about = (
         f"{weights(options.folder / 'native')}; {machine()}; medians of {rounds} rounds; prompts of "
         f"{options.prompt} tokens, {options.new} new; memory read at {bandwidth:.0f} GB/s "
-        f"({min(bandwidths):.0f} to {max(bandwidths):.0f})"
+        f"({min(bandwidths, default=0):.0f} to {max(bandwidths, default=0):.0f})"
     )
     lines = [
         markdown(

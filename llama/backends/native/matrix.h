@@ -252,7 +252,7 @@ static void read_row(const Matrix& m, int row, float* out) {
   }
 }
 
-struct alignas(64) Line { uint32_t units[16]; };  // of the cache; across two of them, vectors load more slowly, AMX tiles much
+struct alignas(64) Line { uint32_t units[16]; };  // of the cache: what crosses two loads more slowly, tiles for AMX several times
 
 // ---- activations
 

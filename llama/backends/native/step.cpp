@@ -256,7 +256,7 @@ struct Runtime {
       });
 #endif
     auto scores = [&](int c) { return &s.scores[size_t(c - chunk) * count * CHUNK]; };
-    for (int c = chunk; c < end; c++)  // all keys first: memory is read fastest where it goes on
+    for (int c = chunk; c < end; c++)  // all keys first: memory is read fastest in long runs
       score(m.cache_kind, queries, first, count, keys + size_t(c) * CHUNK * hd, hd, length(c), s.tiles[0].units, scores(c));
     each([&](int c, size_t at) {
       softmax(count, scores(c), s.visible.data(), partial, partial_size(), hd);

@@ -1,7 +1,7 @@
 """Compare engines on the same weights: python benchmarks/run.py FOLDER
 
 Each measurement is a separate process, and the engines alternate over several rounds, so that all see the
-same machine; the tables show medians. Each process probes the memory's bandwidth too. All engines get
+same machine; the tables show medians. Each engine's process probes the memory too. All engines get
 the same prompts of random tokens and decode greedily. The weights are written to FOLDER first: those of
 --native, or of a random model of Llama 3.2 1B's shape. Peers that are not installed, or have no weights, are
 skipped. A second table has this runtime's ratios to each peer with the same bits, in the same round, next to

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,14 @@ def test_it_prints_every_figure_and_writes_a_trace(
     for figure in ("load", "time to first token", "prefill", "decode", "memory", "bandwidth", "matrices"):
         assert re.search(rf"^{figure}.* +[\d.]+ ", out, re.MULTILINE), figure
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+@pytest.mark.slow
+def test_the_probes_memory_is_not_counted(ckpt: Path) -> None:
+    command = [sys.executable, "-m", "llama", "bench", str(ckpt), "--json"]
+    command += ["--prompt", "8", "--new", "4", "--runs", "1"]
+    figures = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    assert 0 < figures["peak_memory"] < 4 * 2**28
 
 
 def test_bytes_and_operations_are_those_of_the_model() -> None:

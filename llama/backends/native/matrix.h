@@ -177,6 +177,7 @@ struct Matrix {                  // (rows, cols)
   int32_t parts;                 // int8 rows per row of activations: 1, or 2, the second for what rounding the first left
 };
 constexpr int tiles_of(int rows) { return (rows + LANES - 1) / LANES; }
+constexpr int pairs_of(int rows) { return (tiles_of(rows) + 1) / 2; }
 constexpr bool grouped(int kind) { return kind >= INT8; }
 // Bytes of LANES rows of one group. int5: a vector with the fifth bits, then as int4.
 constexpr int group_bytes(int kind) { return 4 * LANES * (kind == INT8 ? 8 : kind == INT5 ? 5 : 4); }

@@ -46,24 +46,26 @@ class Pool {
     if (total <= 0) return;
     const uint32_t now = members[t].phase++;
     uint32_t finished = 0;
-    for (int from, to; take(now, total, from, to); finished += to - from) work(from, to);
+    for (int from, to; take(t, now, total, from, to); finished += to - from) work(from, to);
     if (!finished || done.fetch_add(finished, std::memory_order_acq_rel) + finished < uint32_t(total)) return wait(current, now);
     done.store(0, std::memory_order_relaxed);
-    next.store(uint64_t(now + 1) << 32, std::memory_order_relaxed);
+    for (Member& member : members) member.taken.store(uint64_t(now + 1) << 32, std::memory_order_relaxed);
     current.store(now + 1, std::memory_order_release);
     current.notify_all();
   }
 
  private:
   static constexpr uint32_t CLOSED = 1u << 31;
-  struct alignas(64) Member { uint32_t phase; };
+  struct alignas(64) Member {
+    uint32_t phase = 0;
+    std::atomic<uint64_t> taken{0};  // phase, and how many pieces of this member's part were taken, 32 bits each
+  };
   std::vector<std::thread> workers;
   std::vector<Member> members;
   alignas(64) std::atomic<uint32_t> job{0};
   alignas(64) std::atomic<uint32_t> door{CLOSED};  // how many workers are inside of the function
   alignas(64) std::atomic<uint32_t> current{0};    // phase
   alignas(64) std::atomic<uint32_t> done{0};       // pieces of it
-  alignas(64) std::atomic<uint64_t> next{0};       // phase and piece, 32 bits each
   uint32_t first = 0;                              // phase of the function
   void (*call)(void*, int) = nullptr;
   void* argument = nullptr;
@@ -75,16 +77,21 @@ class Pool {
     job.fetch_add(1, std::memory_order_release);
     job.notify_all();
   }
-  // Takes the next few pieces of a phase, from … to - 1; false when none are left. The fewer remain, the fewer are
-  // taken at once, so that all threads finish together, even if one was interrupted.
-  bool take(uint32_t now, int total, int& from, int& to) {
-    uint64_t first = next.load(std::memory_order_relaxed);
-    do {
-      from = to = int(uint32_t(first));
-      if (first >> 32 != now || from >= total) return false;
-      to += std::max(std::min((total - from) / (2 * threads), 8) & ~1, 1);
-    } while (!next.compare_exchange_weak(first, first + (to - from), std::memory_order_relaxed));
-    return true;
+  // Takes the next few pieces of a phase, from … to - 1; false when none are left. Every thread has a part of them,
+  // in a row, because memory is read fastest so, and helps the others when it is done. The fewer remain of a part,
+  // the fewer are taken at once, so that all threads finish together, even if one was interrupted.
+  bool take(int t, uint32_t now, int total, int& from, int& to) {
+    for (int i = 0; i < threads; i++) {
+      const int owner = (t + i) % threads, end = int(int64_t(total) * (owner + 1) / threads);
+      uint64_t taken = members[owner].taken.load(std::memory_order_relaxed);
+      do {
+        from = to = int(int64_t(total) * owner / threads) + int(uint32_t(taken));
+        if (taken >> 32 != now || from >= end) break;
+        to += std::max(std::min((end - from) / 2, 8), 1);
+      } while (!members[owner].taken.compare_exchange_weak(taken, taken + (to - from), std::memory_order_relaxed));
+      if (to > from) return true;
+    }
+    return false;
   }
   static void wait(std::atomic<uint32_t>& value, uint32_t old) {
     using clock = std::chrono::steady_clock;

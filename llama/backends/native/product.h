@@ -11,8 +11,10 @@
 
 // ---- products
 
-constexpr int AHEAD = 2048;  // bytes that are asked for before they are needed, where reading takes the longest
-static inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }  // to the second cache
+// With one row, reading weights takes the longest. The hardware reads ahead too, but not across pages. The first
+// cache could not wait for so much at once, the second can.
+constexpr int AHEAD = 2048;  // bytes
+static inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
 
 // acc + two products per lane. w: 2 bf16. x: from `activation_pair`.
 static inline F dot2(F acc, U w, const uint32_t* x) {

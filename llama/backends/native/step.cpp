@@ -151,16 +151,15 @@ struct Runtime {
   Tile tile(const Matrix& w, int i, int t, int which) {  // which: of a thread's two buffers
     return tile_of(w, i, scratch[t].tiles[which * LANES * size_t(widest) / 16].units);
   }
-  // Calls use(row of x, first column of the product, LANES products) for pairs of tiles from … to - 1: i and i plus
-  // half of all, because memory is read fastest from two places in turn, each in a row.
+  // Calls use(row of x, first column of the product, LANES products) for pairs of tiles, half of the matrix apart.
   template <class Use> void multiply(const Matrix& w, int from, int to, int t, const Inputs& x, int n, Use use) {
     for (int row = 0, rows = w.tiled ? PANEL : n; row < n; row += rows)
       for (int i = from; i < to; i++) {
-        const int j = i + pairs_of(w.rows);
-        const Tile both[] = {tile(w, i, t, 0), tile(w, std::min(j, tiles_of(w.rows) - 1), t, 1)}, one[] = {both[0]};
+        const int j = i + pairs_of(w.rows), last = tiles_of(w.rows) - 1;
+        const Tile both[] = {tile(w, i, t, 0), tile(w, std::min(j, last), t, 1)}, one[] = {both[0]};
         auto each = [&](int b, const F* v) { use(b, i * LANES, v[0]), use(b, j * LANES, v[1]); };
         auto only = [&](int b, const F* v) { use(b, i * LANES, v[0]); };
-        if (j < tiles_of(w.rows)) for_rows<2>(w, both, x, row, std::min(rows, n - row), each);
+        if (j <= last) for_rows<2>(w, both, x, row, std::min(rows, n - row), each);
         else for_rows<1>(w, one, x, row, std::min(rows, n - row), only);
       }
   }

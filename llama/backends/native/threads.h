@@ -78,16 +78,16 @@ class Pool {
     job.notify_all();
   }
   // Takes the next few pieces of a phase, from … to - 1; false when none are left. Every thread has a part of them,
-  // in a row, because memory is read fastest so, and helps the others when it is done. The fewer remain of a part,
+  // which it takes in order, as memory is read fastest so, and then helps the others. The fewer remain of a part,
   // the fewer are taken at once, so that all threads finish together, even if one was interrupted.
   bool take(int t, uint32_t now, int total, int& from, int& to) {
     for (int i = 0; i < threads; i++) {
-      const int owner = (t + i) % threads, end = int(int64_t(total) * (owner + 1) / threads);
+      const int64_t owner = (t + i) % threads, begin = total * owner / threads, end = total * (owner + 1) / threads;
       uint64_t taken = members[owner].taken.load(std::memory_order_relaxed);
       do {
-        from = to = int(int64_t(total) * owner / threads) + int(uint32_t(taken));
+        from = to = int(begin + uint32_t(taken));
         if (taken >> 32 != now || from >= end) break;
-        to += std::max(std::min((end - from) / 2, 8), 1);
+        to += std::max(std::min((int(end) - from) / 2, 8), 1);
       } while (!members[owner].taken.compare_exchange_weak(taken, taken + (to - from), std::memory_order_relaxed));
       if (to > from) return true;
     }

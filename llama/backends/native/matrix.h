@@ -253,7 +253,8 @@ static void read_row(const Matrix& m, int row, float* out) {
   }
 }
 
-struct alignas(64) Line { uint32_t units[16]; };  // of the cache: what crosses two loads more slowly, tiles for AMX several times
+// A line of the cache. A vector that crosses two of them loads more slowly, a tile for AMX several times more slowly.
+struct alignas(64) Line { uint32_t units[16]; };
 
 // ---- activations
 

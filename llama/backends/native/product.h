@@ -11,8 +11,8 @@
 
 // ---- products
 
-// With one row, reading weights takes the longest. The hardware reads ahead too, but not across pages. The first
-// cache could not wait for so much at once, the second can.
+// With one row, a step waits for its weights, so they are asked for ahead of time; the hardware does so too, but not
+// across pages. Into the second cache, because the first can wait for few lines at once.
 constexpr int AHEAD = 2048;  // bytes
 static inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
 

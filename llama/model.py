@@ -92,13 +92,16 @@ class KVCache:
     """Keys and values of every slot, with an epoch that changes on every write.
 
     Code that relies on its own writes compares the epoch with that of its last write.
-    data: (n_layers, 2, max_batch_size, n_kv_heads, max_seq_len, head_dim).
+    data: (n_layers, 2, max_batch_size, n_kv_heads, max_seq_len, head_dim); with a step backend, keys may be
+        arranged differently within each `tile` positions.
     """
 
     _epochs = itertools.count()  # shared, so that a new cache never repeats the epoch of an older one
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        self.data = torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, tile: int = 1
+    ) -> None:
+        self.data, self.tile = torch.zeros(shape, dtype=dtype, device=device), tile
         self.mark_written()
 
     def mark_written(self) -> None:
@@ -106,8 +109,9 @@ class KVCache:
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the keys and values of the first `length` positions of slot `source` to slot `target`."""
+        """Copy the keys and values of slot `source` to slot `target`: the first `length` positions, in whole tiles."""
         self.mark_written()
+        length = -(-length // self.tile) * self.tile
         self.data[:, :, target, :, :length] = self.data[:, :, source, :, :length]
 
     @torch.inference_mode()
@@ -246,7 +250,12 @@ class TransformerBlock(nn.Module):
 
 
 class StepBackend(Protocol):
-    """Computes whole steps instead of the layers, as `Transformer` does, with its cache and rotations."""
+    """Computes whole steps instead of the layers, as `Transformer` does, with its cache and rotations.
+
+    tile: how many positions of the cache it stores together.
+    """
+
+    tile: int
 
     def hidden(self, tokens: Tensor, rows: Sequence[Row], cache: Tensor, rotations: Tensor) -> Tensor: ...
 
@@ -306,7 +315,8 @@ class Transformer(nn.Module):
         positions = torch.arange(self.params.max_seq_len, device="cpu")
         angles = torch.outer(positions, rope_frequencies(self.params))
         self.rotations = torch.stack((angles.cos(), angles.sin()), -1)[:, None].to(self.device)
-        self._cache = KVCache(self.cache_shape(), self.dtype, self.device)
+        tile = self.step_backend.tile if self.step_backend else 1
+        self._cache = KVCache(self.cache_shape(), self.dtype, self.device, tile)
         return self._cache
 
     @property

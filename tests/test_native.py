@@ -24,7 +24,7 @@ from llama.quantization import QuantizedMatrix
 from llama.sampling import SamplingParams
 from tests.support import ROOT
 from tests.support.quantized import distance, reloaded
-from tests.support.steps import LONG, dtype_of, ids, random_model, run, step_of, steps_of, weight_of
+from tests.support.steps import LONG, cached, dtype_of, ids, random_model, run, step_of, steps_of, weight_of
 
 if shutil.which("c++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
@@ -47,7 +47,7 @@ def test_fp32_is_that_of_the_model(target: str | None, heads: tuple[int, int], t
     ours = run(model, step, tokens[: LONG + 37 + 3], rows)
     torch.testing.assert_close(ours, hidden, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(step.logits(ours), logits, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(model.cache.data[:, :, 2, :, :LONG], keys, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(cached(model, step)[:, :, 2, :, :LONG], keys, atol=1e-4, rtol=1e-4)
 
 
 def test_bf16_is_as_close_to_fp32_as_the_model_is(target: str | None) -> None:
@@ -80,7 +80,7 @@ def test_chosen_int8_matrices_take_activations_in_two_parts(target: str | None) 
     hidden = model.hidden(tokens, rows)
     first = model.cache.data[0, :, 0, :, :70].clone()  # keys and values, from exact embeddings
     run(model, step, tokens)
-    assert distance(model.cache.data[0, :, 0, :, :70], first) < 1e-4
+    assert distance(cached(model, step)[0, :, 0, :, :70], first) < 1e-4
     assert distance(step.logits(hidden), model.logits(hidden)) < 1e-4
 
 

@@ -12,12 +12,12 @@ from llama.quantization import QuantizedMatrix, Weight
 from llama.quantizer import quantize
 from tests.support import tiny
 
-LONG = 600  # positions: more than two chunks of attention
+LONG = 600  # positions: more than two chunks of attention; the last are not a whole tile of the cache
 
 
 def random_model(dtype: torch.dtype = torch.float32, **args: object) -> Transformer:
     shape = {"dim": 96, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "head_dim": 16, "multiple_of": 32}
-    model = tiny.random_model(std=0.12, **{**shape, "max_seq_len": LONG + 10, **args}).to(dtype)
+    model = tiny.random_model(std=0.12, **{**shape, "max_seq_len": LONG + 2, **args}).to(dtype)
     model.allocate_cache()
     return model
 
@@ -65,6 +65,15 @@ def steps_of(
 
 def step_of(model: Transformer, kind: str, target: str | None = None, in_place: bool = False) -> NativeStep:
     return steps_of(model, kind, target, in_place=in_place)[0]
+
+
+def cached(model: Transformer, step: NativeStep) -> Tensor:
+    """A copy of a model's cache, with the keys by position, which a step has in tiles."""
+    data = model.cache.data.clone()
+    keys = data[:, 0, ..., : data.shape[-2] // step.tile * step.tile, :]
+    units = keys.reshape(*keys.shape[:-2], -1, keys.shape[-1] * keys.itemsize // 4, step.tile, 4 // keys.itemsize)
+    keys.copy_(units.transpose(-3, -2).reshape(keys.shape))
+    return data
 
 
 def dtype_of(kind: str) -> torch.dtype:

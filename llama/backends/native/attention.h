@@ -1,4 +1,7 @@
-// Attention of queries to cached keys and values, which are stored by position, a chunk of positions at a time.
+// Attention of queries to cached keys and values, a chunk of positions at a time.
+//
+// Values are cached by position. So are the keys of images, and the last few of a cache that is not a multiple of
+// LANES long; all others are in tiles of LANES positions, as they are multiplied.
 #pragma once
 #include "product.h"
 
@@ -29,6 +32,26 @@ static void softmax(int n, float* scores, const int* visible, float* partial, in
   }
 }
 
+// ---- the cache
+
+// Stores LANES channels of a position's key or value, from `channel` on. tiled: how many positions are in tiles.
+static void store_cached(int kind, F v, uint8_t* to, int hd, int position, int channel, int tiled) {
+  const int width = kind == FP32 ? 4 : 2, lane = position < tiled ? position % LANES : 0, next = position < tiled ? LANES : 1;
+  uint32_t units[LANES], *at = (uint32_t*)(to + size_t(position - lane) * hd * width) + channel * width / 4 * next + lane;
+  kind == FP32 ? store(units, v) : store(units, to_bf16(v));
+  for (int i = 0; i < LANES * width / 4; i++) at[i * next] = units[i];
+}
+// The tile with the keys of positions p … p + LANES - 1, of `count`. If they are not in tiles, it is made in the buffer.
+static const uint8_t* key_tile(int kind, const uint8_t* keys, int hd, int p, int count, int tiled, uint32_t* buffer) {
+  const int bytes = hd * (kind == FP32 ? 4 : 2);
+  const uint8_t* from = keys + size_t(p) * bytes;
+  if (p < tiled) return from;
+  // Reading a part of each key in turn, as below, would take twice as long.
+  for (int i = 0; i < LANES * bytes; i += 64) __builtin_prefetch(from + i);
+  tile_units(from, bytes, std::min(count - p, LANES), bytes / 4, buffer);
+  return (const uint8_t*)buffer;
+}
+
 #if LANES == 16 && defined(__AVX512BF16__)
 #define PAIRS
 // ---- values in pairs of positions
@@ -56,26 +79,17 @@ static inline void store_channels(float* to, F even, F odd) {
 
 // ---- by vectors
 
-// Scores (n, CHUNK) of n queries, from `first` on, for `count` positions. tiles: a buffer for two.
-static void score(int kind, const Inputs& queries, int first, int n, const void* keys, int hd, int count,
-                  uint32_t* tiles, float* scores) {
-  const int bytes = hd * (kind == FP32 ? 4 : 2);
-  const auto at = [&](int position) { return (const uint8_t*)keys + size_t(position) * bytes; };
-  for (int p = 0; p < count; p += 2 * LANES) {
-    // Reading a part of each key in turn, as below, would take twice as long.
-    for (int i = 0; i < 2 * LANES * bytes; i += 64) __builtin_prefetch(at(p) + i);
-    Tile both[2];
-    for (int i = 0; i < 2; i++) {  // keys are stored by position, and multiplied as tiles
-      const int from = p + i * LANES, rows = std::min(std::max(count - from, 0), LANES);
-      uint32_t* tile = tiles + i * LANES * hd;
-      tile_units(at(from), bytes, rows, bytes / 4, tile);
-      both[i] = {(const uint8_t*)tile, nullptr, nullptr};
-    }
-    auto use = [&](int i, const F* v) {
-      float* to = scores + (i - first) * CHUNK + p;
-      store(to, v[0]), store(to + LANES, v[1]);
-    };
-    for_rows<2>(kind, both, hd, queries, first, n, use);
+// Scores (n, CHUNK) of n queries, from `first` on, for `count` positions. buffer: for two tiles.
+static void score(int kind, const Inputs& queries, int first, int n, const uint8_t* keys, int hd, int count, int tiled,
+                  uint32_t* buffer, float* scores) {
+  auto tile = [&](int p) -> Tile {
+    return {key_tile(kind, keys, hd, p, count, tiled, buffer + p / LANES % 2 * LANES * hd), nullptr, nullptr};
+  };
+  for (int p = 0; p < count; p += LANES) {
+    const Tile one[] = {tile(p)};
+    float* to = scores + p - size_t(first) * CHUNK;
+    auto only = [&](int i, const F* v) { store(to + i * CHUNK, v[0]); };
+    for_rows<1>(kind, one, hd, queries, first, n, only);
   }
 }
 
@@ -158,24 +172,24 @@ static void weigh(int n, const Element* values, int hd, float* weights, const in
 #ifdef AMX
 // ---- in bf16, by AMX, for heads of whole tiles
 
-// Attention of one key head's queries to a chunk of positions. Keys are multiplied as they are stored, 16 positions
-// by 16 queries at a time, and the scores transposed; values are arranged in pairs of positions.
+// Attention of one key head's queries to a chunk of positions, 16 queries and 16 positions at a time. Values are
+// arranged in pairs of positions.
 class ChunkByAmx {
   static constexpr int QUERIES = 16, STRIDE = CHUNK + 32;  // rows of 2^n bytes would share cache sets
   const int hd;
-  std::vector<Line> values, query;
-  alignas(64) float scores[QUERIES * CHUNK], tiles[4 * 256];
+  std::vector<Line> keys, values;  // those that are not in tiles yet
+  alignas(64) float scores[QUERIES * CHUNK], sums[2 * 256];
   alignas(64) uint16_t weights[QUERIES * STRIDE];
 
-  // Products of 16 positions and the queries: (positions, QUERIES).
-  void multiply(const uint16_t* keys, float* to) {
+  // Products of queries, rows of `stride`, and a tile of keys: (queries, CHUNK).
+  void multiply(const uint32_t* queries, int stride, const uint8_t* tile, float* to) {
     _tile_zero(0);
     for (int d = 0; d < hd; d += 32) {
-      _tile_loadd(4, keys + d, hd * 2);
-      _tile_loadd(6, query[d / 2].units, 64);
+      _tile_loadd(4, queries + d / 2, size_t(stride) * 4);
+      _tile_loadd(6, tile + d / 32 * 1024, 64);
       _tile_dpbf16ps(0, 4, 6);
     }
-    _tile_stored(0, to, 64);
+    _tile_stored(0, to, CHUNK * 4);
   }
   // Values of positions p to p + 15, of which those before `count` exist, in tiles of 32 positions by 16 channels:
   // of 32 channels, the even and the odd ones.
@@ -190,24 +204,6 @@ class ChunkByAmx {
         _mm512_store_si512(to[d].units, even), _mm512_store_si512(to[d + 16].units, odd);
       }
   }
-  // Scores (QUERIES, CHUNK) of `query` for `count` positions, and a few more that nothing sees. Values that are not
-  // null are arranged in between: memory is read fastest from several places in turn.
-  void score(const uint16_t* keys, const uint16_t* values, int count) {
-    for (int p = 0; p < count; p += 64) {
-      const int end = std::min(p + 64, (count + 31) & ~31);
-      for (int at = p; at < end; at += 16) {
-        if (at < count) multiply(keys + size_t(at) * hd, tiles + (at - p) * 16);
-        if (values) arrange(values, at, count);
-      }
-      fence();
-      for (int at = p; at < end; at += 16) {
-        U rows[LANES];
-        for (int r = 0; r < LANES; r++) rows[r] = load<U>(tiles + (at - p + r) * 16);
-        transpose(rows);
-        for (int q = 0; q < QUERIES; q++) store(scores + q * CHUNK + at, rows[q]);
-      }
-    }
-  }
   // Sums (n, stride) of `count` positions' values, times their weights.
   void weigh(int n, int count, float* to, int stride) {
     for (int d = 0; d < hd; d += 32) {
@@ -221,25 +217,32 @@ class ChunkByAmx {
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
       }
-      _tile_stored(0, tiles, 64);
-      _tile_stored(1, tiles + 256, 64);
-      for (int q = 0; q < n; q++) store_channels(to + q * stride + d, load<F>(tiles + 16 * q), load<F>(tiles + 256 + 16 * q));
+      _tile_stored(0, sums, 64);
+      _tile_stored(1, sums + 256, 64);
+      for (int q = 0; q < n; q++) store_channels(to + q * stride + d, load<F>(sums + 16 * q), load<F>(sums + 256 + 16 * q));
     }
   }
 
  public:
-  explicit ChunkByAmx(int head_dim) : hd(head_dim), values(CHUNK / 32 * hd), query(hd / 2), weights() {}
+  explicit ChunkByAmx(int head_dim) : hd(head_dim), keys(CHUNK / 32 * hd), values(CHUNK / 32 * hd), weights() {}
   static bool serves(int head_dim) { return head_dim % 32 == 0 && has_amx(); }
 
   // Partial results of n queries, rows of `stride`; they see the first `visible` of `count` positions.
-  void attend(int n, const uint32_t* queries, int query_stride, const uint16_t* keys, const uint16_t* values, int count,
-              const int* visible, float* partial, int stride) {
-    use_amx(16, 16);
-    for (int q = 0; q < n; q += QUERIES) {
+  void attend(int n, const uint32_t* queries, int query_stride, const uint8_t* keys_at, const uint16_t* values_at, int count,
+              int tiled, const int* visible, float* partial, int stride) {
+    const uint8_t* tiles[CHUNK / 16];
+    for (int q = 0; q < n; q += QUERIES, queries += size_t(QUERIES) * query_stride) {
       const int here = std::min(QUERIES, n - q);
-      tile_units((const uint8_t*)(queries + size_t(q) * query_stride), size_t(query_stride) * 4, here, hd / 2, query[0].units);
+      use_amx(here, 0);
+      for (int p = 0; p < (count + 31) / 32 * 32; p += 16) {
+        if (p < count) {
+          if (!q) tiles[p / 16] = key_tile(BF16, keys_at, hd, p, count, tiled, keys[p * hd / 32].units);
+          fence();
+          multiply(queries, query_stride, tiles[p / 16], scores + p);
+        }
+        if (!q) arrange(values_at, p, count);  // in between: memory is read fastest from several places in turn
+      }
       fence();
-      score(keys, q ? nullptr : values, count);
       softmax(here, scores, visible + q, partial + size_t(q) * stride, stride, hd);
       round_weights(here, scores, visible + q, count, weights, STRIDE);
       fence();

@@ -48,7 +48,7 @@ struct Span {  // some consecutive tokens of one sequence
 };
 struct Context {                 // what tokens attend to: the text before them, or images
   uint8_t* cache;                // (layers, 2, max_batch_size, n_kv_heads, positions, head_dim)
-  int positions;
+  int positions, tiled;          // tiled: before it, keys are in tiles
   std::vector<Span> spans;
   int chunks;                    // of the longest
   bool split;                    // work is split over positions too
@@ -102,8 +102,7 @@ struct Runtime {
       s.tiles.resize(2 * LANES * size_t(widest) / 16), s.scores.resize(at_once * CHUNK), s.visible.resize(at_once);
       s.partial.resize(at_once * partial_size()), s.more.resize(at_once * partial_size());
 #ifdef AMX
-      if (m.cache_kind == BF16 && m.max_seq_len >= 16 && ChunkByAmx::serves(m.head_dim))  // it reads 16 keys at once
-        s.by_amx = std::make_unique<ChunkByAmx>(m.head_dim);
+      if (m.cache_kind == BF16 && ChunkByAmx::serves(m.head_dim)) s.by_amx = std::make_unique<ChunkByAmx>(m.head_dim);
 #endif
     }
   }
@@ -187,8 +186,8 @@ struct Runtime {
         const int first = q + side * kv;
         multiply(side ? l.wv : l.wk, std::max(from - first, 0), std::min(to - first, kv), t, in, n, [&](int i, int col, F v) {
           if (!side) v = rotate(v, positions[i], col % hd);
-          uint8_t* at = cached(text, layer, side, slots[i], col / hd) + (size_t(positions[i]) * hd + col % hd) * width();
-          m.cache_kind == FP32 ? store(at, v) : store(at, to_bf16(v));
+          uint8_t* head = cached(text, layer, side, slots[i], col / hd);
+          store_cached(m.cache_kind, v, head, hd, positions[i], col % hd, side ? 0 : text.tiled);
         });
       }
     });
@@ -239,7 +238,7 @@ struct Runtime {
                                               int chunk, int chunks, float* partial, size_t next) {
     Scratch& s = scratch[t];
     const int hd = m.head_dim, first = (head * n + span.first) * share, count = span.count * share, end = chunk + chunks;
-    const Element* keys = (const Element*)cached(context, layer, 0, span.slot, head) + size_t(span.begin) * hd;
+    const uint8_t* keys = cached(context, layer, 0, span.slot, head) + size_t(span.begin) * hd * sizeof(Element);
     const Element* values = (const Element*)cached(context, layer, 1, span.slot, head) + size_t(span.begin) * hd;
     auto length = [&](int c) { return std::min(CHUNK, span.sees(span.count - 1) - c * CHUNK); };
     auto each = [&](auto attend) {
@@ -251,13 +250,14 @@ struct Runtime {
 #ifdef AMX
     if (s.by_amx)
       return each([&](int c, size_t at) {
-        s.by_amx->attend(count, queries.row(first), queries.stride, (const uint16_t*)keys + at, (const uint16_t*)values + at,
-                         length(c), s.visible.data(), partial, partial_size());
+        s.by_amx->attend(count, queries.row(first), queries.stride, keys + at * sizeof(Element), (const uint16_t*)values + at,
+                         length(c), context.tiled - c * CHUNK, s.visible.data(), partial, partial_size());
       });
 #endif
     auto scores = [&](int c) { return &s.scores[size_t(c - chunk) * count * CHUNK]; };
     for (int c = chunk; c < end; c++)  // all keys first: memory is read fastest in long runs
-      score(m.cache_kind, queries, first, count, keys + size_t(c) * CHUNK * hd, hd, length(c), s.tiles[0].units, scores(c));
+      score(m.cache_kind, queries, first, count, keys + size_t(c) * CHUNK * hd * sizeof(Element), hd, length(c),
+            context.tiled - c * CHUNK, s.tiles[0].units, scores(c));
     each([&](int c, size_t at) {
       softmax(count, scores(c), s.visible.data(), partial, partial_size(), hd);
       weigh(count, values + at, hd, scores(c), s.visible.data(), length(c), partial, partial_size());
@@ -332,9 +332,9 @@ struct Runtime {
     memcpy(to, m.added_embeddings + size_t(token - m.vocab_size) * m.dim, m.dim * sizeof(float));
   }
   // Prepares attention to a context whose spans are known.
-  void plan(Context& context, void* cache, int positions) {
+  void plan(Context& context, void* cache, int positions, int tiled) {
     const size_t units = context.spans.size() * m.n_kv_heads;
-    context.cache = (uint8_t*)cache, context.positions = positions;
+    context.cache = (uint8_t*)cache, context.positions = positions, context.tiled = tiled;
     context.split = context.chunks > 1 && units < size_t(4 * pool.threads);
     const size_t size = context.split ? units * context.chunks * QUERY_TOKENS * share * partial_size() : 0;
     if (size > partials.size()) partials.resize(size);
@@ -374,7 +374,7 @@ struct Runtime {
       last.push_back((n += row->length) - 1);
     }
     sighted.assign(n, false);
-    plan(text, cache, m.max_seq_len);
+    plan(text, cache, m.max_seq_len, m.max_seq_len / LANES * LANES);
     make_room(n);
   }
 };
@@ -462,7 +462,7 @@ void llama_hidden(Runtime* runtime, const int32_t* tokens, const Row* rows, int3
     r.images.add(s->first, s->count, s->slot, s->begin, s->end - s->begin, 0);
     std::fill_n(r.sighted.begin() + s->first, s->count, true);
   }
-  r.plan(r.images, images, r.m.image_positions);
+  r.plan(r.images, images, r.m.image_positions, 0);
   r.pool.run([&](int t) {
     r.layers(t);
     r.pool.phase(t, r.n, [&](int i, int to) { for (; i < to; i++) r.normed(i, out + size_t(i) * r.m.dim); });

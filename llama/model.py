@@ -98,9 +98,7 @@ class KVCache:
 
     _epochs = itertools.count()  # shared, so that a new cache never repeats the epoch of an older one
 
-    def __init__(
-        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, tile: int = 1
-    ) -> None:
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, tile: int = 1) -> None:
         self.data, self.tile = torch.zeros(shape, dtype=dtype, device=device), tile
         self.mark_written()
 
@@ -109,7 +107,7 @@ class KVCache:
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the keys and values of slot `source` to slot `target`: the first `length` positions, in whole tiles."""
+        """Copy the first `length` positions of slot `source` to slot `target`, in whole tiles."""
         self.mark_written()
         length = -(-length // self.tile) * self.tile
         self.data[:, :, target, :, :length] = self.data[:, :, source, :, :length]

@@ -71,8 +71,9 @@ def cached(model: Transformer, step: NativeStep) -> Tensor:
     """A copy of a model's cache, with the keys by position, which a step has in tiles."""
     data = model.cache.data.clone()
     keys = data[:, 0, ..., : data.shape[-2] // step.tile * step.tile, :]
-    units = keys.reshape(*keys.shape[:-2], -1, keys.shape[-1] * keys.itemsize // 4, step.tile, 4 // keys.itemsize)
-    keys.copy_(units.transpose(-3, -2).reshape(keys.shape))
+    together = 4 // keys.itemsize  # numbers in a unit
+    units = keys.reshape(-1, keys.shape[-1] // together, step.tile, together)
+    keys.copy_(units.transpose(1, 2).reshape(keys.shape))
     return data
 
 

@@ -19,16 +19,20 @@ static void merge(float* into, const float* more, int hd) {
 
 // Scores (n, CHUNK) to weights; also fills the last two numbers of each query's partial result.
 static void softmax(int n, float* scores, const int* visible, float* partial, int stride, int hd) {
+  for (int q = 0; q < n; q++) {
+    F most = splat(-INFINITY);
+    float* row = scores + q * CHUNK;
+    for (int p = visible[q]; p % LANES; p++) row[p] = -INFINITY;
+    for (int p = 0; p < visible[q]; p += LANES) most = larger(load<F>(row + p), most);
+    partial[q * stride + hd] = largest(most);
+  }
   for (int q = 0; q < n; q++, scores += CHUNK, partial += stride) {
-    F most = splat(-INFINITY), total = {};
-    for (int p = visible[q]; p % LANES; p++) scores[p] = -INFINITY;
-    for (int p = 0; p < visible[q]; p += LANES) most = larger(load<F>(scores + p), most);
-    const float top = largest(most);
+    F total = {};
     for (int p = 0; p < visible[q]; p += LANES) {
-      const F e = exponential(load<F>(scores + p) - top);
+      const F e = exponential(load<F>(scores + p) - partial[hd]);
       store(scores + p, e), total += e;
     }
-    partial[hd] = top, partial[hd + 1] = sum(total);
+    partial[hd + 1] = sum(total);
   }
 }
 

@@ -69,8 +69,6 @@ static inline U splat(uint32_t x) { return x - U{}; }
 static inline F to_float(I i) { return __builtin_convertvector(i, F); }
 static inline F larger(F a, F b) { return a > b ? a : b; }
 static inline bool any(I v) { int some = 0; for (int i = 0; i < LANES; i++) some |= v[i]; return some; }
-static inline float sum(F v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
-static inline float largest(F v) { float s = v[0]; for (int i = 1; i < LANES; i++) s = v[i] > s ? v[i] : s; return s; }
 
 static inline F fma(F a, F b, F c) {  // a · b + c
 #if LANES == 16
@@ -120,11 +118,12 @@ static inline F from_half(Halves h) {
 
 static inline F exponential(F x) {  // Cephes' polynomial, error 2e-7; NaN stays NaN
   x = x < -87.f ? splat(-87.f) : x > 88.f ? splat(88.f) : x;
-  const I n = __builtin_convertvector(fma(x, splat(1.44269504f), x > 0.f ? splat(.5f) : splat(-.5f)), I);
-  const F m = to_float(n), r = fma(m, splat(2.12194440e-4f), fma(m, splat(-0.693359375f), x));
+  constexpr float ROUND = 12582912 + 127;  // 1.5 · 2^23 leaves only the integer part, in the low bits, like 2^n's 127 + n
+  const F n = fma(x, splat(1.44269504f), splat(ROUND)), m = n - ROUND;
+  const F r = fma(m, splat(2.12194440e-4f), fma(m, splat(-0.693359375f), x));
   F p = splat(1.9875691500e-4f);
   for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, .5f}) p = fma(p, r, splat(c));
-  return fma(p, r * r, r + 1.f) * (F)((n + 127) << 23);
+  return fma(p, r * r, r + 1.f) * (F)((I)n << 23);
 }
 
 // Transposes rows of LANES 32-bit numbers: log2(LANES) rounds of a perfect shuffle.
@@ -157,11 +156,13 @@ static inline void transpose(U v[LANES]) {
 
 static inline I larger(I a, I b) { return a > b ? a : b; }
 // All lanes of v combined: each time, one half of them with the other.
-template <class Combine> static inline int32_t reduce(I v, Combine combine) {
+template <class V, class Combine> static inline auto reduce(V v, Combine combine) {
 #pragma GCC unroll 4
   for (int round = 1; round < LANES; round *= 2) v = combine(ZIP_LOW(v, v), ZIP_HIGH(v, v));
   return v[0];
 }
+template <class V> static inline auto sum(V v) { return reduce(v, [](V a, V b) { return a + b; }); }
+template <class V> static inline auto largest(V v) { return reduce(v, [](V a, V b) { return larger(a, b); }); }
 
 // ---- the layout of matrices
 
@@ -307,7 +308,7 @@ struct Inputs {
 #endif
     I bits = {}, total = {};  // the largest magnitude, compared as integers, where NaN is the largest
     for (int k = 0; k < GROUP / LANES; k++) bits = larger(bits, (I)x[k] & 0x7fffffff);
-    const int32_t most_bits = reduce(bits, [](I a, I b) { return larger(a, b); });
+    const int32_t most_bits = largest(bits);
     const float most = load<float>(&most_bits), unit = most / 127, inverse = most > 1e-30f ? 127 / most : 0;
     for (int k = 0; k < GROUP / LANES; k++) {
       const F rounded = x[k] * inverse + 12582912.f;  // 1.5 · 2^23 leaves only the integer part
@@ -316,7 +317,7 @@ struct Inputs {
       store(to + k * LANES, __builtin_convertvector(q, Quarters));
       x[k] = fma(to_float(q), splat(-unit), x[k]);
     }
-    const int whole = reduce(total, [](I a, I b) { return a + b; });
+    const int whole = sum(total);
     const size_t at = (size_t(i / ROWS) * groups + g) * ROWS + i % ROWS;
     scale[at] = unit, scaled_sum[at] = unit * whole, offset[at] = FLIP ? -128 * whole : 0;
   }

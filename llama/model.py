@@ -92,14 +92,13 @@ class KVCache:
     """Keys and values of every slot, with an epoch that changes on every write.
 
     Code that relies on its own writes compares the epoch with that of its last write.
-    data: (n_layers, 2, max_batch_size, n_kv_heads, max_seq_len, head_dim); with a step backend, keys may be
-        arranged differently within each `tile` positions.
+    data: (n_layers, 2, max_batch_size, n_kv_heads, max_seq_len, head_dim); keys may be in tiles of 16.
     """
 
     _epochs = itertools.count()  # shared, so that a new cache never repeats the epoch of an older one
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, tile: int = 1) -> None:
-        self.data, self.tile = torch.zeros(shape, dtype=dtype, device=device), tile
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
         self.mark_written()
 
     def mark_written(self) -> None:
@@ -107,10 +106,10 @@ class KVCache:
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of slot `source` to slot `target`, in whole tiles."""
+        """Copy the keys and values of the first `length` positions of slot `source` to slot `target`."""
         self.mark_written()
-        length = -(-length // self.tile) * self.tile
-        self.data[:, :, target, :, :length] = self.data[:, :, source, :, :length]
+        slots = self.data[..., : (length + 15) // 16 * 16, :]  # in whole tiles, if a step backend has them
+        slots[:, :, target] = slots[:, :, source]
 
     @torch.inference_mode()
     def clear(self, slot: int, start: int, stop: int) -> None:
@@ -145,8 +144,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tens
     q (length, n_heads, head_dim); keys, values (n_kv_heads, stop, head_dim). Returns the shape of q.
     """
     if len(q) == 1:
-        # One query sees every key, so no mask is needed, and the query heads that share a key head
-        # become rows of one query: one matrix product instead of n_rep vector products.
+        # One query sees every key, and the query heads that share a key head become rows of one product.
         folded = q.view(1, len(keys), -1, q.shape[-1])  # (1, n_kv_heads, n_rep, head_dim)
         return F.scaled_dot_product_attention(folded, keys[None], values[None]).view_as(q)
     if mask is not None and q.is_cuda:
@@ -248,12 +246,7 @@ class TransformerBlock(nn.Module):
 
 
 class StepBackend(Protocol):
-    """Computes whole steps instead of the layers, as `Transformer` does, with its cache and rotations.
-
-    tile: how many positions of the cache it stores together.
-    """
-
-    tile: int
+    """Computes whole steps instead of the layers, as `Transformer` does, with its cache and rotations."""
 
     def hidden(self, tokens: Tensor, rows: Sequence[Row], cache: Tensor, rotations: Tensor) -> Tensor: ...
 
@@ -313,8 +306,7 @@ class Transformer(nn.Module):
         positions = torch.arange(self.params.max_seq_len, device="cpu")
         angles = torch.outer(positions, rope_frequencies(self.params))
         self.rotations = torch.stack((angles.cos(), angles.sin()), -1)[:, None].to(self.device)
-        tile = self.step_backend.tile if self.step_backend else 1
-        self._cache = KVCache(self.cache_shape(), self.dtype, self.device, tile)
+        self._cache = KVCache(self.cache_shape(), self.dtype, self.device)
         return self._cache
 
     @property

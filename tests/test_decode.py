@@ -125,6 +125,20 @@ def test_a_stale_row_that_is_not_finite_hurts_nobody() -> None:
     assert not model.cache.data.isnan().any()
 
 
+def test_what_is_not_finite_is_not_copied_with_a_prefix() -> None:
+    model = small_model(max_batch_size=2)
+    model.tok_embeddings.weight[13] = torch.nan
+    engine = Engine(model, static=True, prefill_chunk=8)
+    params = SamplingParams(temperature=0, max_tokens=10)
+    finish(engine, engine.add([1] * 9, SamplingParams(max_tokens=1)))
+    broken = engine.add([1] * 9 + [13] * 20, params)  # continues
+    engine.step()
+    request = engine.add([1] * 9 + [2], params)  # begins with a copy
+    finish(engine, broken, request)
+    assert (broken.reused, broken.finish_reason) == (9, "error")
+    assert (request.reused, request.finish_reason) == (9, "length")
+
+
 def test_slots_without_a_token_keep_their_cache() -> None:
     model = small_model(max_batch_size=4)
     model.allocate_cache()

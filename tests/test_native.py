@@ -170,6 +170,15 @@ def test_long_contexts_have_the_same_bits_in_short_rows(
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
+def test_a_copied_prefix_is_continued_with_the_same_bits(target: str | None, kind: str) -> None:
+    model, tokens = random_model(dtype_of(kind)), ids(40)
+    step = step_of(model, kind, target)
+    whole = run(model, step, tokens)
+    model.cache.copy(0, 1, 21)
+    assert torch.equal(run(model, step, tokens[21:], [Row(1, 21, 19)]), whole[21:])
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
 def test_weights_in_place_give_the_same_bits(target: str | None, kind: str) -> None:
     model, tokens = random_model(dtype_of(kind)), ids(50)
     tiled, in_place = (step_of(model, kind, target, in_place=place) for place in (False, True))
@@ -347,8 +356,8 @@ def test_an_edited_norm_is_noticed_when_a_token_is_drawn() -> None:
         step = step_of(model, "fp32")
 
     def following(step: NativeStep) -> list[int]:
-        draws = [(SamplingParams(temperature=0), 0)]
-        return step.next_tokens([1, 2, 3], [Row(0, 0, 3)], draws, model.cache.data, model.rotations)
+        where = [(SamplingParams(temperature=0), 0)], model.cache.data, model.rotations
+        return step.next_tokens([1, 2, 3], [Row(0, 0, 3)], *where)
 
     before = following(step)
     model.norm.weight.neg_()  # the least likely token is now the most likely
@@ -359,9 +368,8 @@ def test_pytorch_uses_one_thread_beside_a_step(monkeypatch: pytest.MonkeyPatch) 
     """Its threads would spin on the cores that the step needs. Afterwards it has those it had."""
     model, seen = loaded(random_model(torch.bfloat16)), []
     choose = runners.choose_next
-    monkeypatch.setattr(
-        runners, "choose_next", lambda *args: seen.append(torch.get_num_threads()) or choose(*args)
-    )
+    threads = torch.get_num_threads
+    monkeypatch.setattr(runners, "choose_next", lambda *args: seen.append(threads()) or choose(*args))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

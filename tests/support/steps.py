@@ -69,10 +69,10 @@ def step_of(model: Transformer, kind: str, target: str | None = None, in_place: 
 
 def cached(model: Transformer, step: NativeStep) -> Tensor:
     """A copy of a model's cache, with the keys by position, which a step has in tiles."""
-    data = model.cache.data.clone()
-    keys = data[:, 0, ..., : data.shape[-2] // step.tile * step.tile, :]
+    data, lanes = model.cache.data.clone(), step.library.llama_lanes()
+    keys = data[:, 0, ..., : data.shape[-2] // lanes * lanes, :]
     together = 4 // keys.itemsize  # numbers in a unit
-    units = keys.reshape(-1, keys.shape[-1] // together, step.tile, together)
+    units = keys.reshape(-1, keys.shape[-1] // together, lanes, together)
     keys.copy_(units.transpose(1, 2).reshape(keys.shape))
     return data
 

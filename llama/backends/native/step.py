@@ -198,7 +198,6 @@ class NativeStep:
 
     def __init__(self, model: Transformer, threads: int | None = None, target: str | None = None) -> None:
         self.library, self.params = library(target), model.params
-        self.tile = self.library.llama_lanes()
         args, self._kept = model.params, list[object]()  # objects that the runtime's structures point to
 
         def matrix(name: str) -> Matrix:

@@ -83,17 +83,13 @@ static inline void store_channels(float* to, F even, F odd) {
 
 // ---- by vectors
 
-// Scores (n, CHUNK) of n queries, from `first` on, for `count` positions. buffer: for two tiles.
+// Scores (n, CHUNK) of n queries, from `first` on, for `count` positions. buffer: for a tile.
 static void score(int kind, const Inputs& queries, int first, int n, const uint8_t* keys, int hd, int count, int tiled,
                   uint32_t* buffer, float* scores) {
-  auto tile = [&](int p) -> Tile {
-    return {key_tile(kind, keys, hd, p, count, tiled, buffer + p / LANES % 2 * LANES * hd), nullptr, nullptr};
-  };
-  for (int p = 0; p < count; p += LANES) {
-    const Tile one[] = {tile(p)};
-    float* to = scores + p - size_t(first) * CHUNK;
-    auto only = [&](int i, const F* v) { store(to + i * CHUNK, v[0]); };
-    for_rows<1>(kind, one, hd, queries, first, n, only);
+  for (int p = 0; p < count; p += LANES) {  // one tile at a time: reading two in turn would take much longer
+    const Tile one[] = {{key_tile(kind, keys, hd, p, count, tiled, buffer), nullptr, nullptr}};
+    auto use = [&](int i, const F* v) { store(scores + (i - first) * CHUNK + p, v[0]); };
+    for_rows<1>(kind, one, hd, queries, first, n, use);
   }
 }
 
@@ -181,7 +177,7 @@ static void weigh(int n, const Element* values, int hd, float* weights, const in
 class ChunkByAmx {
   static constexpr int QUERIES = 16, STRIDE = CHUNK + 32;  // rows of 2^n bytes would share cache sets
   const int hd;
-  std::vector<Line> keys, values;  // those that are not in tiles yet
+  std::vector<Line> keys, values;  // tiles of those that are stored by position
   alignas(64) float scores[QUERIES * CHUNK], sums[2 * 256];
   alignas(64) uint16_t weights[QUERIES * STRIDE];
 

@@ -88,7 +88,7 @@ class Slots:
             if slot is not source and reused:
                 self.model.cache.copy(source.index, slot.index, reused)
             if self.clears:
-                self.model.cache.clear(slot.index, reused, max(slot.reach, source.reach))
+                self.model.cache.clear(slot.index, reused, max(slot.reach, reused + 15))  # 15: see `copy`
         slot.keys, slot.tokens, slot.committed, slot.reach = request.prefix_keys, prefix, reused, reused
         request.slot, request.reused, slot.request = slot.index, reused, request
         return True

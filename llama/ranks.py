@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from llama.errors import ArgumentError, RankError
 from llama.parallel import ModelParallel
@@ -20,6 +20,9 @@ from llama.parallel import ModelParallel
 _users = 0
 _groups = 0  # how many groups `connect` has made so far
 _owner = False
+# Without torchrun's own store, rank 0 serves one for as long as it holds this. If it ended with a group,
+# a rank that asks for the next group before rank 0 has left this one would lose its connection.
+_store: Store | None = None
 
 
 def connect(model_parallel_size: int | None, device: torch.device) -> ModelParallel:
@@ -30,23 +33,27 @@ def connect(model_parallel_size: int | None, device: torch.device) -> ModelParal
 
     Raises ValueError if `model_parallel_size` does not fit the number of processes.
     """
-    global _users, _groups, _owner
+    global _users, _groups, _owner, _store
+    if not dist.is_initialized() and "RANK" not in os.environ:
+        if model_parallel_size not in (None, 1):
+            raise ArgumentError(
+                f"model_parallel_size={model_parallel_size} needs that many processes: "
+                f"start with `torchrun --nproc_per_node {model_parallel_size} ...`"
+            )
+        _users += 1
+        return ModelParallel()
+
+    # Imported before there is a group: default arguments inside it would hold that one for ever.
+    from fairscale.nn.model_parallel import initialize as topology
+
     if not dist.is_initialized():
-        if "RANK" not in os.environ:
-            if model_parallel_size not in (None, 1):
-                raise ArgumentError(
-                    f"model_parallel_size={model_parallel_size} needs that many processes: "
-                    f"start with `torchrun --nproc_per_node {model_parallel_size} ...`"
-                )
-            _users += 1
-            return ModelParallel()
-        # Each group gets its own prefix: torchrun's store outlives the groups, and a process's second
-        # group would find the addresses of the first.
-        store, rank, size = next(rendezvous("env://"))
+        # Each group gets its own prefix: the store outlives the groups, and a process's second group
+        # would find the addresses of the first.
+        _store, rank, size = next(rendezvous("env://"))
         _groups += 1
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=PrefixStore(f"llama/{_groups}", store),
+            store=PrefixStore(f"llama/{_groups}", _store),
             rank=rank,
             world_size=size,
             device_id=device if device.type == "cuda" else None,
@@ -55,8 +62,6 @@ def connect(model_parallel_size: int | None, device: torch.device) -> ModelParal
             torch.cuda.set_device(device)
         _owner = True
         atexit.register(_shut_down)
-
-    from fairscale.nn.model_parallel import initialize as topology
 
     world = dist.get_world_size()
     if not topology.model_parallel_is_initialized():

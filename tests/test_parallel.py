@@ -74,6 +74,16 @@ def test_two_models_under_two_ranks(ckpt: Path, tmp_path: Path, torchrun) -> Non
 
 
 @pytest.mark.slow
+def test_a_slow_rank_does_not_break_the_next_group(ckpt: Path, tmp_path: Path, on_ranks) -> None:
+    """Without torchrun's own store: a rank meets the others on the one that rank 0 serves."""
+    done = on_ranks(2, *MODULE, "one_after_another", ckpt, tmp_path / "seen")
+    assert done.returncode == 0, done.stderr
+    expected = observe(Llama.build(ckpt, max_seq_len=32, max_batch_size=3, dtype="float32"))
+    for rank in range(2):
+        assert torch.load(tmp_path / f"seen.{rank}")["greedy"] == expected["greedy"]
+
+
+@pytest.mark.slow
 def test_copies_of_a_model_work_apart(ckpt: Path, tmp_path: Path, on_ranks) -> None:
     done = on_ranks(4, *MODULE, "replicas", ckpt, tmp_path / "seen")
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -53,6 +54,17 @@ def two_at_once(folder: str, out: str) -> None:
         f"{out}.{os.environ['RANK']}",
     )
     print("only rank 0 prints")
+
+
+def one_after_another(folder: str, out: str) -> None:
+    """Three models in turn; rank 0 is slow to close each, so the others ask for the next group first."""
+    for _ in range(3):
+        with Llama.build(folder, max_seq_len=32, max_batch_size=3, dtype="float32") as llama:
+            seen = observe(llama)
+            if os.environ["RANK"] == "0":
+                time.sleep(0.5)
+        del llama  # it refers to the group
+    torch.save(seen, f"{out}.{os.environ['RANK']}")
 
 
 def replicas(folder: str, out: str) -> None:
@@ -124,5 +136,5 @@ def shapes(folder: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    commands = (every_checkpoint, two_at_once, replicas, die, one_bad_folder, quantized, shapes)
-    launch({f.__name__: f for f in commands})
+    commands = (every_checkpoint, two_at_once, one_after_another, replicas, die)
+    launch({f.__name__: f for f in (*commands, one_bad_folder, quantized, shapes)})

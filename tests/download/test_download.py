@@ -228,7 +228,7 @@ def test_an_interrupt_leaves_what_resumes(both: Script, server: FakeLlamaServer,
     wait_for(lambda: part.exists() and part.stat().st_size, "the first half")
     assert not part.with_suffix("").exists()
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=10)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "run the same command to resume" in output
     kept = part.stat().st_size

@@ -20,7 +20,7 @@ def test_the_signature_is_nowhere(both: Script, server: FakeLlamaServer) -> None
     processes = both.processes()
     files = [path for path in both.home.rglob("*") if path.is_file()]
     written = [path for path in files if SIGNATURE.encode() in path.read_bytes()]
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert SIGNATURE not in output
     assert server.origin not in output

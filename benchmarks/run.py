@@ -181,7 +181,7 @@ def report(options: argparse.Namespace, results: Runs) -> None:
     lines = [
         markdown(
             ["engine", *COLUMNS.values()],
-            [[name, *(float(row[key]) for key in COLUMNS)] for name, row in medians.items()],
+            [[name, *(float(row[key]) or "" for key in COLUMNS)] for name, row in medians.items()],
         ),
         *(
             "",
@@ -272,9 +272,13 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 def bytes_per_token(folder: Path, quantize: str | None = None, file: str | None = None, **_: object) -> int:
     """Bytes of weights that one token reads: all except the embeddings, unless they are the output too.
 
-    0 for a format whose sizes are unknown here.
+    0, left out of the table, for a format whose sizes are unknown here.
     """
     if file:
+        if (path := folder / file / "config.json").is_file():
+            tied = json.loads(path.read_text("utf-8")).get("tie_word_embeddings")
+            path = path.with_name("openvino_model.bin")  # with one copy of what is tied
+            return path.stat().st_size if tied and path.is_file() else 0
         if not (path := folder / f"{file}.gguf").is_file():
             return 0
         import gguf

@@ -11,9 +11,10 @@
 
 // ---- products
 
-// With one row, a step waits for its weights, so they are asked for ahead of time; the hardware does so too, but not
-// across pages. Into the second cache, because the first can wait for few lines at once.
-constexpr int AHEAD = 2048;  // bytes
+// With few rows, a step waits for its weights, so they are asked for ahead of time; the hardware does so too, but not
+// across pages, nor as far ahead as several rows need, whose products leave less room for loads in the core's queue.
+// Into the second cache, because the first can wait for few lines at once.
+constexpr int ahead(int rows, int streams) { return (rows == 1 ? 4096 : 8192) / streams; }  // bytes
 static inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
 
 // acc + two products per lane. w: 2 bf16. x: from `activation_pair`.
@@ -75,8 +76,7 @@ __attribute__((noinline)) static void product(const Tile* tiles, int cols, const
 #pragma GCC unroll 2
         for (int t = pass; t < pass + TOGETHER; t++) {
           const uint8_t* at = tiles[t].weight + size_t(g) * group_bytes(K);
-          if (B == 1)
-            for (int i = 0; i < group_bytes(K); i += 64) prefetch(at + AHEAD + i);
+          for (int i = 0; i < group_bytes(K); i += 64) prefetch(at + ahead(B, TOGETHER) + i);
           Bytes w[8];
           unpack<K>(at, w);
           const F scale = from_half(load<Halves>(tiles[t].scale + g * LANES));
@@ -96,7 +96,7 @@ __attribute__((noinline)) static void product(const Tile* tiles, int cols, const
 #pragma GCC unroll 2
       for (int t = 0; t < T; t++) {
         const uint8_t* at = tiles[t].weight + size_t(k) * sizeof(U);
-        if (B == 1) prefetch(at + AHEAD);
+        prefetch(at + ahead(B, T));
         const U w = load<U>(at);
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) {

@@ -61,9 +61,14 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {date.today()}"
 
 
+def three_digits(number: float) -> str:
+    """As in 0.123, 12.3 and 12,300."""
+    return f"{float(f'{number:.3g}'):,g}"
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table, with numbers to three digits."""
-    cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    cells = [[three_digits(cell) if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *cells])
 
 

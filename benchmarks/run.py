@@ -23,7 +23,17 @@ from typing import Any
 
 import torch
 from engines import ENGINES
-from harness import clock, environment, in_process, machine, markdown, random_prompts, save, weights
+from harness import (
+    clock,
+    environment,
+    in_process,
+    machine,
+    markdown,
+    random_prompts,
+    save,
+    three_digits,
+    weights,
+)
 from models import prepare
 
 from llama import backends
@@ -313,7 +323,7 @@ def draw(pyplot: Any, path: Path, medians: dict[str, dict[str, float]], about: s
     colours = ["tab:blue" if name.startswith("this runtime") else "silver" for name in medians]
     for axis, key in zip(axes.flat, charts, strict=True):
         bars = axis.barh(list(medians), [row[key] for row in medians.values()], color=colours)
-        axis.bar_label(bars, fmt=" %.3g", fontsize=8)
+        axis.bar_label(bars, fmt=lambda number: f" {three_digits(number)}", fontsize=8)
         axis.set_title("prefill of 512, tok/s" if key == "prefill_512" else COLUMNS[key], fontsize=10)
         axis.tick_params(labelsize=8)
         axis.margins(x=0.15)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import httpx
 import torch
-from harness import environment, machine, markdown, weights
+from harness import environment, machine, markdown, three_digits, weights
 from models import prepare, write_gguf
 
 from llama.checkpoint import open_checkpoint
@@ -263,7 +263,7 @@ def table(results: dict[str, list[dict[str, dict[str, float]]]]) -> str:
         for key in ("tokens_per_second", "first_token"):
             for n in counts:
                 found = [each[n] for each in rounds if n in each]
-                cell = f"{statistics.median(each[key] for each in found):.3g}" if found else ""
+                cell = three_digits(statistics.median(each[key] for each in found)) if found else ""
                 # If many were still waiting at the end, this is a lower bound.
                 late = sum(each["without_a_token"] for each in found)
                 many = 10 * late > late + sum(each["answers"] for each in found)

@@ -203,7 +203,7 @@ def test_keyboard_interrupts_anywhere_break_nothing(static: bool) -> None:
     """A step that is interrupted is made again, and no request shows it."""
     engine = Engine(small_model(max_batch_size=3), static=static)
     params = [SamplingParams(temperature=0.9, seed=i, max_tokens=40, logprobs=True) for i in range(12)]
-    requests = [engine.add([i + 1] * 5, p) for i, p in enumerate(params)]
+    requests: list[Request] = []
     generator, armed, interrupted = random.Random(5), False, 0
 
     def interrupt(*_: object) -> None:
@@ -216,7 +216,9 @@ def test_keyboard_interrupts_anywhere_break_nothing(static: bool) -> None:
     handler = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, 0.001)
     try:
-        while engine.has_work():
+        while engine.has_work() or interrupted <= 10:  # the faster the machine, the more requests it takes
+            if not engine.has_work():
+                requests += [engine.add([i + 1] * 5, p) for i, p in enumerate(params)]
             try:
                 armed = True
                 engine.step()
@@ -226,7 +228,6 @@ def test_keyboard_interrupts_anywhere_break_nothing(static: bool) -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
-    assert interrupted > 10
     for request in requests:
         assert request.tokens == expected(request.prompt, request.params)
         assert len(request.logprobs) == len(request.tokens)

@@ -20,8 +20,8 @@ from llama.parallel import ModelParallel
 _users = 0
 _groups = 0  # how many groups `connect` has made so far
 _owner = False
-# Without torchrun's own store, rank 0 serves one for as long as it holds this. If it ended with a group,
-# a rank that asks for the next group before rank 0 has left this one would lose its connection.
+# Without torchrun's own store, rank 0 serves one for as long as it holds this, and its later groups share
+# it. If it ended with a group, a rank that asks for the next one before rank 0 would lose its connection.
 _store: Store | None = None
 
 

@@ -11,8 +11,8 @@
 
 // ---- products
 
-// With few rows, a step waits for its weights, so they are asked for ahead of time; the hardware does so too, but not
-// across pages, nor as far ahead as several rows need, whose products leave less room for loads in the core's queue.
+// A step waits for its weights, so they are asked for ahead of time; the hardware does so too, but not across pages,
+// nor as far ahead as several rows need, whose products leave less room for loads in the core's queue.
 // Into the second cache, because the first can wait for few lines at once.
 constexpr int ahead(int rows, int streams) { return (rows == 1 ? 4096 : 8192) / streams; }  // bytes
 static inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
